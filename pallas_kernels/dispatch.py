@@ -1,0 +1,38 @@
+"""Which backend serves a call.
+
+A backend that is named serves the call or raises; it never becomes another. "auto" takes the first, in the order of
+preference for the platform, that does not raise NotImplementedError.
+"""
+
+from collections.abc import Callable, Mapping
+
+import jax
+
+
+def choose(
+  backend: str, backends: Mapping[str, Callable[[], None]], order: Mapping[str, list[str]]
+) -> str:
+  """The name of the backend to use.
+
+  Args:
+    backend: "auto" or a name.
+    backends: for each name, a function that raises NotImplementedError, saying why, where it cannot serve the call.
+    order: for each platform ("cpu", "gpu", "tpu"), names in order of preference.
+
+  Raises:
+    ValueError: the name is not known.
+    NotImplementedError: the named backend cannot serve the call.
+  """
+  if backend != "auto":
+    if backend not in backends:
+      raise ValueError(f"unknown backend {backend!r}; known: auto, {', '.join(backends)}")
+    backends[backend]()
+    return backend
+  reasons = []
+  for name in order[jax.default_backend()]:
+    try:
+      backends[name]()
+      return name
+    except NotImplementedError as error:
+      reasons.append(f"{name}: {error}")
+  raise NotImplementedError("no backend serves this call; " + "; ".join(reasons))

@@ -1,0 +1,110 @@
+"""The linear recurrence: one call for every decay, every erase and every backend."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import dispatch
+from pallas_kernels.linear_recurrence import reference, xla
+from pallas_kernels.linear_recurrence.recurrence import Recurrence
+
+_CHUNKED = {"xla": xla}
+_ORDER = {"cpu": ["xla"], "gpu": ["xla"], "tpu": ["xla"]}
+
+
+def linear_recurrence(
+  r: Recurrence,
+  initial_state: Float[Array, "B Hv K V"] | None = None,
+  *,
+  segment_ids: Int[Array, "B T"] | None = None,
+  chunk_size: int | None = None,
+  return_state: bool = False,
+  backend: str = "auto",
+) -> tuple[Float[Array, "B T Hv V"], Float[Array, "B Hv K V"] | None]:
+  """Runs the recurrence over all tokens; see ``Recurrence`` for its inputs.
+
+  Differentiable in everything but ``segment_ids``. The backward pass keeps the inputs and the states at chunk
+  boundaries, and computes the rest again.
+
+  Args:
+    r: the inputs.
+    initial_state: what the first token starts from, zero where ``None``.
+    segment_ids: where the id changes from one token to the next the state is cleared. The initial state goes to the
+      first segment of each row, the final state is the last one's.
+    chunk_size: tokens handled together, a power of two; ``None`` lets the backend choose. Changes rounding only.
+    return_state: whether the final state is wanted.
+    backend: "auto", "xla" (chunked) or "reference" (token by token).
+
+  Returns:
+    The outputs in v's dtype, and the final state in float32 (float64 for float64 inputs), or ``None``.
+
+  Raises:
+    ValueError: shapes that do not fit, or a chunk size that is not a power of two.
+    NotImplementedError: a backend that was named cannot serve the call.
+  """
+  r.validate()
+  B, T, H, K = r.k.shape
+  state_shape = (B, r.v.shape[2], K, r.v.shape[3])
+  if chunk_size is not None and (chunk_size < 1 or chunk_size & (chunk_size - 1)):
+    raise ValueError(f"chunk_size must be a power of two; got {chunk_size}")
+  if segment_ids is not None and segment_ids.shape != (B, T):
+    raise ValueError(f"segment_ids must have shape {(B, T)}; got {segment_ids.shape}")
+  if initial_state is None:
+    initial_state = jnp.zeros(state_shape, r.accumulate_dtype)
+  elif initial_state.shape != state_shape:
+    raise ValueError(f"initial_state must have shape {state_shape}; got {initial_state.shape}")
+  initial_state = initial_state.astype(r.accumulate_dtype)
+  name = dispatch.choose(backend, {"xla": lambda: None, "reference": lambda: None}, _ORDER)
+  runs = None if segment_ids is None else _runs(segment_ids)
+
+  if name == "reference":
+    o, final = reference.linear_recurrence(r, initial_state, runs)
+  elif T == 1:
+    # a token in a segment of its own still continues the initial state: it is the first segment
+    o, final = reference.token_step(r, initial_state)
+  else:
+    o, final = _chunked(name, chunk_size, r, initial_state, runs)
+  return o, final if return_state else None
+
+
+def linear_recurrence_step(
+  r: Recurrence, state: Float[Array, "B Hv K V"]
+) -> tuple[Float[Array, "B 1 Hv V"], Float[Array, "B Hv K V"]]:
+  """One token (T == 1) from a state: the decode step. The state is read and written once, in float32 arithmetic.
+
+  Returns:
+    The output in v's dtype and the new state in the dtype of ``state``.
+  """
+  r.validate()
+  if r.k.shape[1] != 1:
+    raise ValueError(f"a step takes one token; got {r.k.shape[1]}")
+  o, new = reference.token_step(r, state)
+  return o, new.astype(state.dtype)
+
+
+def _runs(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+  """The number of segment changes up to each token: equal in a contiguous run of one id, whatever the ids are."""
+  changes = segment_ids[:, 1:] != segment_ids[:, :-1]
+  return jnp.pad(jnp.cumsum(changes, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _chunked(backend, chunk_size, r, initial_state, runs):
+  o, final, _ = _CHUNKED[backend].forward(r, initial_state, runs, chunk_size)
+  return o, final
+
+
+def _chunked_forward(backend, chunk_size, r, initial_state, runs):
+  o, final, boundaries = _CHUNKED[backend].forward(r, initial_state, runs, chunk_size)
+  return (o, final), (r, runs, boundaries)
+
+
+def _chunked_backward(backend, chunk_size, residuals, cotangents):
+  r, runs, boundaries = residuals
+  dr, dinitial = _CHUNKED[backend].backward(r, runs, chunk_size, boundaries, *cotangents)
+  return dr, dinitial, None
+
+
+_chunked.defvjp(_chunked_forward, _chunked_backward)
