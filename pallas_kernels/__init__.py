@@ -1,0 +1,47 @@
+"""Kernels for efficient attention: arrays in, arrays out. Needs jax alone."""
+
+from pallas_kernels.linear_recurrence import (
+  KeyErase,
+  LowRankErase,
+  Recurrence,
+  linear_recurrence,
+  linear_recurrence_step,
+)
+from pallas_kernels.mechanisms import (
+  comba,
+  delta_rule,
+  gated_delta_product,
+  gated_delta_rule,
+  gdn2,
+  gla,
+  kda,
+  lightning_attention,
+  linear_attention,
+  mamba3,
+  retention,
+  rwkv6,
+  rwkv7,
+  ssd,
+)
+
+__all__ = [
+  "KeyErase",
+  "LowRankErase",
+  "Recurrence",
+  "comba",
+  "delta_rule",
+  "gated_delta_product",
+  "gated_delta_rule",
+  "gdn2",
+  "gla",
+  "kda",
+  "lightning_attention",
+  "linear_attention",
+  "linear_recurrence",
+  "linear_recurrence_step",
+  "mamba3",
+  "retention",
+  "rwkv6",
+  "rwkv7",
+  "ssd",
+]
