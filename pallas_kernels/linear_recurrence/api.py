@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, segments
 from pallas_kernels.linear_recurrence import reference, xla
 from pallas_kernels.linear_recurrence.recurrence import Recurrence
 
@@ -57,7 +57,7 @@ def linear_recurrence(
     raise ValueError(f"initial_state must have shape {state_shape}; got {initial_state.shape}")
   initial_state = initial_state.astype(r.accumulate_dtype)
   name = dispatch.choose(backend, {"xla": lambda: None, "reference": lambda: None}, _ORDER)
-  runs = None if segment_ids is None else _runs(segment_ids)
+  runs = None if segment_ids is None else segments.runs(segment_ids)
 
   if name == "reference":
     o, final = reference.linear_recurrence(r, initial_state, runs)
@@ -82,12 +82,6 @@ def linear_recurrence_step(
     raise ValueError(f"a step takes one token; got {r.k.shape[1]}")
   o, new = reference.token_step(r, state)
   return o, new.astype(state.dtype)
-
-
-def _runs(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
-  """The number of segment changes up to each token: equal in a contiguous run of one id, whatever the ids are."""
-  changes = segment_ids[:, 1:] != segment_ids[:, :-1]
-  return jnp.pad(jnp.cumsum(changes, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -1,0 +1,15 @@
+"""Segments of a packed batch, as every kernel here sees them."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+
+def runs(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+  """The number of segment changes up to each token.
+
+  Equal for two tokens exactly where no change lies between them, whatever the ids are: an id that
+  comes back later in a row is a new segment. The first segment of every row is run 0, to which an
+  initial state belongs.
+  """
+  changes = segment_ids[:, 1:] != segment_ids[:, :-1]
+  return jnp.pad(jnp.cumsum(changes, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))

@@ -1,0 +1,216 @@
+"""The short convolution against a loop over tokens and taps in numpy, float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.short_conv import short_conv, short_conv_step
+
+D = 5
+# Rows with different segments, an id that comes back (a new segment all the same), and segments
+# shorter than the taps.
+SEGMENTS = np.array([[1] * 4 + [2] + [3] * 6, [7, 7, 3, 3, 3, 7, 7, 7, 7, 7, 1]])
+
+
+@pytest.fixture(autouse=True)
+def float64():
+  with jax.enable_x64(True):
+    yield
+
+
+def loop(x, weight, bias, before, segment_ids):
+  """The definition: one token, one tap at a time."""
+  B, T, _ = x.shape
+  W = weight.shape[0]
+  y, after = np.zeros_like(x), np.zeros_like(before)
+  for b in range(B):
+
+    def tap(t, seen_from, b=b):
+      """The input at t, as a token of that segment sees it."""
+      for s in range(max(t, 0), seen_from):
+        if segment_ids is not None and segment_ids[b, s] != segment_ids[b, s + 1]:
+          return 0.0
+      return x[b, t] if t >= 0 else before[b, W - 1 + t]
+
+    for t in range(T):
+      y[b, t] = 0 if bias is None else bias
+      for w in range(W):
+        y[b, t] += weight[w] * tap(t - (W - 1) + w, t)
+    for w in range(W - 1):
+      after[b, w] = tap(T - (W - 1) + w, T - 1)
+  return y, after
+
+
+def inputs(T, W=4, B=2, seed=0):
+  rng = np.random.default_rng(seed)
+  shapes = (B, T, D), (W, D), (D,), (B, W - 1, D)
+  return [rng.normal(size=s) for s in shapes]
+
+
+@pytest.mark.parametrize("T", [1, 2, 3, 4, 11])
+@pytest.mark.parametrize("packed", [False, True])
+def test_matches_the_loop(T, packed):
+  segment_ids = SEGMENTS[:, :T] if packed else None
+  x, weight, bias, before = inputs(T)
+  got = short_conv(x, weight, bias, before, segment_ids=segment_ids)
+  want = loop(x, weight, bias, before, segment_ids)
+  for g, w in zip(got, want, strict=True):
+    np.testing.assert_allclose(g, w, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("W", [1, 2, 7])
+def test_any_number_of_taps(W):
+  x, weight, _, before = inputs(5, W)
+  got = short_conv(x, weight, None, before, segment_ids=SEGMENTS[:, :5])
+  want = loop(x, weight, None, before, SEGMENTS[:, :5])
+  for g, w in zip(got, want, strict=True):
+    np.testing.assert_allclose(g, w, rtol=1e-12, atol=1e-12)
+
+
+def test_no_state_is_zero_state():
+  x, weight, bias, before = inputs(6)
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    short_conv(x, weight, bias),
+    short_conv(x, weight, bias, 0 * before),
+  )
+
+
+@pytest.mark.parametrize("T", [2, 11, 37])
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_gradient_matches_the_loop(T, packed):
+  """Also the weight's with B > 1 and packing. The loop is linear, so its transpose is exact."""
+  segment_ids = np.tile(SEGMENTS, (1, 4))[:, :T] if packed else None
+  args = inputs(T)
+  dy, dafter = (np.random.default_rng(1).normal(size=args[i].shape) for i in (0, 3))
+
+  def value(conv, *args):
+    y, after = conv(*args)
+    return (y * dy).sum() + (after * dafter).sum()
+
+  got = jax.grad(
+    functools.partial(value, lambda *a: short_conv(*a, segment_ids=segment_ids)),
+    argnums=(0, 1, 2, 3),
+  )(*map(jnp.asarray, args))
+  # Multilinear: the derivative along a unit vector is the difference of two values, exactly.
+  numpy_value = functools.partial(value, lambda *a: loop(*a, segment_ids))
+  base = numpy_value(*args)
+  rng = np.random.default_rng(2)
+  for i, (arg, gradient) in enumerate(zip(args, got, strict=True)):
+    picks = range(arg.size) if arg.size <= 40 else rng.choice(arg.size, 40, replace=False)
+    for at in picks:
+      moved = arg.copy()
+      moved.flat[at] += 1
+      changed = numpy_value(*args[:i], moved, *args[i + 1 :])
+      np.testing.assert_allclose(np.ravel(gradient)[at], changed - base, rtol=1e-9, atol=1e-9)
+
+
+def test_packed_is_separate():
+  """Outputs, and gradients of inputs and weights, of a packed row are its sequences' own."""
+  lengths = (4, 1, 6)
+  x, weight, bias, _ = inputs(sum(lengths), B=1)
+  ids = np.repeat([1, 2, 1], lengths)[None]
+
+  def loss(x, weight, ids):
+    return jnp.sum(jnp.sin(short_conv(x, weight, bias, segment_ids=ids)[0]))
+
+  gradient = jax.grad(loss, argnums=(0, 1))
+  dx, dweight = gradient(x, weight, ids)
+  parts = [gradient(p, weight, None) for p in np.split(x, np.cumsum(lengths)[:-1], axis=1)]
+  np.testing.assert_allclose(dx, np.concatenate([p[0] for p in parts], axis=1), rtol=1e-12)
+  np.testing.assert_allclose(dweight, sum(p[1] for p in parts), rtol=1e-12)
+
+
+def test_another_segment_cannot_poison():
+  x, weight, bias, before = inputs(11)
+  x[0, :4], before[0] = np.nan, np.inf
+  y, after = short_conv(x, weight, bias, before, segment_ids=SEGMENTS)
+  assert np.isfinite(y[0, 4:]).all() and np.isfinite(after).all()
+
+
+@pytest.mark.parametrize("cut", [1, 2, 7])
+def test_prefill_and_steps_continue_each_other(cut):
+  x, weight, bias, before = inputs(11)
+  want, last = short_conv(x, weight, bias, before)
+  y, state = short_conv(x[:, :cut], weight, bias, before)
+  np.testing.assert_allclose(y, want[:, :cut], rtol=1e-12)
+  for t in range(cut, 11):
+    y, state = short_conv_step(x[:, t : t + 1], weight, state, bias)
+    np.testing.assert_allclose(y, want[:, t : t + 1], rtol=1e-12)
+  np.testing.assert_array_equal(state, last)
+
+
+def test_bitwise_causal():
+  x, weight, bias, before = inputs(11)
+  later = x.copy()
+  later[:, 6:] = 1e30
+  a, b = short_conv(x, weight, bias, before)[0], short_conv(later, weight, bias, before)[0]
+  np.testing.assert_array_equal(a[:, :6], b[:, :6])
+
+
+def test_bfloat16():
+  """Rounded once, at the end: within half a bfloat16 ulp (2^-9) of float32, and gradients as well.
+
+  The weight's gradient is float32 all the way; it would lose 1 % here if it were summed in bfloat16.
+  """
+  x, weight, bias, before = (jnp.asarray(a, jnp.float32) for a in inputs(501, B=3))
+  x, before = x.astype(jnp.bfloat16), before.astype(jnp.bfloat16)
+
+  def run(dtype):
+    def loss(x, weight, bias, before):
+      y, after = short_conv(x.astype(dtype), weight, bias, before.astype(dtype))
+      assert y.dtype == after.dtype == dtype
+      return jnp.sum(y.astype(jnp.float32)), y
+
+    (_, y), gradients = jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True)(
+      x.astype(jnp.float32), weight, bias, before.astype(jnp.float32)
+    )
+    return y, gradients
+
+  y, (dx, dweight, dbias, dbefore) = run(jnp.bfloat16)
+  want, (dx32, dweight32, dbias32, dbefore32) = run(jnp.float32)
+  np.testing.assert_allclose(y.astype(jnp.float32), want, rtol=2**-8, atol=0)
+  np.testing.assert_allclose(dx, dx32, rtol=2**-8, atol=0)
+  np.testing.assert_allclose(dbefore, dbefore32, rtol=2**-8, atol=0)
+  assert dweight.dtype == dbias.dtype == jnp.float32
+  scale = jnp.abs(dweight32).max()
+  np.testing.assert_allclose(dweight, dweight32, atol=1e-5 * scale)
+  np.testing.assert_allclose(dbias, dbias32, rtol=1e-6)
+
+
+def test_backward_keeps_inputs_only():
+  x, weight, bias, before = (jnp.asarray(a, jnp.float32) for a in inputs(11))
+  _, vjp = jax.vjp(lambda *a: short_conv(*a), x.astype(jnp.bfloat16), weight, bias, before)
+  kept = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(vjp))
+  inputs_bytes = x.size * 2 + 4 * (weight.size + bias.size) + 2 * before.size
+  assert kept <= inputs_bytes
+
+
+@pytest.mark.parametrize(
+  "name, change",
+  [
+    ("x", dict(x=np.zeros((2, D)))),
+    ("x", dict(x=np.zeros((2, 0, D)))),
+    ("weight", dict(weight=np.zeros((4, D + 1)))),
+    ("weight", dict(weight=np.zeros((0, D)))),
+    ("bias", dict(bias=np.zeros((1, D)))),
+    ("initial_state", dict(initial_state=np.zeros((2, 4, D)))),
+    ("segment_ids", dict(segment_ids=np.zeros((2, 10), int))),
+  ],
+)
+def test_bad_shapes_name_the_argument(name, change):
+  x, weight, bias, before = inputs(11)
+  good = dict(x=x, weight=weight, bias=bias, initial_state=before, segment_ids=SEGMENTS)
+  with pytest.raises(ValueError, match=rf"^{name} must"):
+    short_conv(**good | change)
+
+
+def test_step_takes_one_token_and_its_state():
+  x, weight, bias, before = inputs(2)
+  with pytest.raises(ValueError, match="one token"):
+    short_conv_step(x, weight, before, bias)
+  with pytest.raises(ValueError, match="^state must"):
+    short_conv_step(x[:, :1], weight, before[:, 1:], bias)
