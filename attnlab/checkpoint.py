@@ -1,0 +1,252 @@
+"""Checkpoints: orbax's, written while training goes on, each provably whole or passed over.
+
+A checkpoint holds the model (parameters and constants), the optimiser's state and the data
+iterator's, and beside them the config and one checksum an array. Orbax commits a directory by
+renaming it, so one that a kill cut short never counts; but bits that rot inside a committed one
+load without an error. The checksums tell (sums of the bits as integers, hence independent of
+sharding and of the order of summation), and the checkpoint before is used.
+"""
+
+import contextlib
+import gc
+import json
+import logging as std_logging
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jaxtyping import Bool, PyTree, UInt32
+from ml_collections import ConfigDict
+from orbax.checkpoint.experimental import v1 as ocp
+
+from attnlab.config import flatten, to_json
+from attnlab.errors import UserError
+
+# A run may go on with any change but to these: what is learned from would be another, or the
+# arrays would not fit.
+_FIXED = ("model.", "data.", "seed", "optim.name", "train.batch_size")
+_FREE = ("model.remat",)
+
+
+class NonFiniteError(Exception):
+  """A loss, gradient or parameter that is not finite. The message says where."""
+
+
+class Checkpoints:
+  """The checkpoints of a run, in `directory`/STEP.
+
+  Args:
+    directory: made when the first is saved.
+    keep: how many of the newest to keep.
+  """
+
+  def __init__(self, directory: Path, keep: int = 1):
+    self._directory = Path(directory).resolve()
+    self._damaged: set[int] = set()
+    half_written = sorted(p.name for p in self._directory.glob("*.orbax-checkpoint-tmp*"))
+    for name in half_written:
+      logging.warning("checkpoint %s was left half-written; ignored", self._directory / name)
+    self._manager = ocp.training.Checkpointer(
+      self._directory,
+      preservation_policy=_KeepNewest(keep, self._damaged),
+      cleanup_tmp_directories=bool(half_written),
+    )
+
+  def steps(self) -> list[int]:
+    """Steps of the committed checkpoints, ascending."""
+    return [c.step for c in self._manager.checkpoints]
+
+  def save(self, step: int, state: dict[str, PyTree], data: Any, config: ConfigDict) -> None:
+    """Starts to save, returns when the arrays have been copied off the devices.
+
+    Args:
+      step: updates done.
+      state: {"model": ..., "optimizer": ...}, trees of arrays.
+      data: the data iterator, or anything that orbax can save.
+      config: the run's, stored beside.
+
+    Raises:
+      NonFiniteError: an array is not finite; nothing is written.
+    """
+    sums = {}
+    for name, tree in state.items():
+      checksums, finite = jax.device_get(_inspect(tree))
+      if not finite.all():
+        path = paths(tree)[int(np.argmin(finite))]
+        raise NonFiniteError(f"{name}: {path} is not finite after step {step}")
+      sums[name] = checksums.tolist()
+    self._manager.save_checkpointables_async(
+      step,
+      {**state, "data": data},
+      force=True,
+      overwrite=step in self.steps(),
+      custom_metadata=dict(config=to_json(config), checksums=sums),
+    )
+    self._damaged.discard(step)
+
+  def restore(
+    self, abstract: dict[str, PyTree], data: Any = None, step: int | None = None
+  ) -> tuple[int, dict[str, PyTree]] | None:
+    """The newest whole checkpoint, or the one of `step`.
+
+    Args:
+      abstract: {"model": ...} and what else of a saved state is wanted, as ShapeDtypeStructs with
+        shardings. They may be others than those it was saved with.
+      data: the data iterator to set; None: leave it out.
+      step: None: the newest that is whole. Damaged ones are passed over with a warning.
+
+    Returns:
+      (step, state), or None if there is no checkpoint.
+
+    Raises:
+      UserError: none is whole; none of that step; arrays of another model.
+    """
+    steps = self.steps()
+    if step is not None and step not in steps:
+      raise UserError(f"{self._directory} has no checkpoint {step}; it has {steps or 'none'}")
+    wanted = dict(abstract) if data is None else {**abstract, "data": data}
+    for candidate in [step] if step is not None else reversed(steps):
+      problem = None
+      with _quiet():
+        try:
+          metadata = self._manager.checkpointables_metadata(candidate)
+          other = _other_shape(metadata.metadata["model"], abstract["model"])
+          if not other:
+            state = self._manager.load_checkpointables(candidate, wanted)
+            state = {name: state[name] for name in abstract}
+            problem = _wrong_checksum(state, metadata.custom_metadata["checksums"])
+        except Exception as error:  # Orbax and tensorstore raise a dozen types for broken files.
+          problem, other = f"{type(error).__name__}: {str(error)[:200]}", None
+      if other:
+        raise UserError(f"{self._directory / str(candidate)} is of another model: {other}")
+      if problem is None:
+        return candidate, state
+      self._damaged.add(candidate)
+      logging.warning(
+        "checkpoint %s is damaged (%s); the one before it is used",
+        self._directory / str(candidate),
+        " ".join(problem.split()),
+      )
+    if not steps:
+      return None
+    raise UserError(f"no checkpoint in {self._directory} can be read: all are damaged")
+
+  def wait(self) -> None:
+    """Waits until the last save is committed."""
+    self._manager.wait()
+
+  def close(self) -> None:
+    """Waits for the last save and lets go of the directory."""
+    self._manager.close()
+
+
+def check_same_run(stored: dict[str, Any], config: ConfigDict, where: Path) -> None:
+  """Raises UserError, naming the first key, if a run cannot go on under another config.
+
+  Args:
+    stored: the run's config as `to_json` gave it.
+    config: the config to go on with.
+    where: the run's directory, for the message.
+  """
+  old, new = dict(flatten(stored)), dict(flatten(to_json(config)))
+  for key in sorted(old.keys() | new.keys(), key=lambda k: (not k.startswith("model."), k)):
+    fixed = key.startswith(_FIXED) and key not in _FREE
+    if fixed and old.get(key) != new.get(key):
+      raise UserError(
+        f"{where} holds a run with config.{key} = {old.get(key)!r}, not {new.get(key)!r}:"
+        " go on with its own value, or give another --workdir"
+      )
+
+
+def stored_config(workdir: Path) -> dict[str, Any] | None:
+  """The config of the run in a directory as JSON values; None if there is no run."""
+  path = Path(workdir) / "config.json"
+  if not path.exists():
+    return None
+  try:
+    return json.loads(path.read_text())
+  except (OSError, ValueError) as error:
+    raise UserError(f"{path} is not readable as JSON: {error}") from error
+
+
+def paths(tree: PyTree) -> list[str]:
+  """The dotted path of each array of a tree, in the order of its leaves."""
+  return [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+class _KeepNewest:
+  """Keeps the newest checkpoints, not counting those found damaged, which stay for inspection."""
+
+  def __init__(self, keep: int, damaged: set[int]):
+    self._keep, self._damaged = keep, damaged
+
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+    del context
+    whole = [c.step for c in checkpoints if c.step not in self._damaged]
+    keep = set(sorted(whole)[-self._keep :]) | self._damaged
+    return [c.step in keep for c in checkpoints]
+
+
+@jax.jit
+def _inspect(tree: PyTree) -> tuple[UInt32[jax.Array, "n"], Bool[jax.Array, "n"]]:
+  """A checksum of each array, and whether all of it is finite."""
+
+  def checksum(x):
+    bits = x.astype(jnp.uint32)
+    if jnp.issubdtype(x.dtype, jnp.floating):
+      width = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+      bits = jax.lax.bitcast_convert_type(x, width).astype(jnp.uint32)
+    return jnp.sum(bits, dtype=jnp.uint32)
+
+  leaves = jax.tree.leaves(tree)
+  finite = [jnp.isfinite(x).all() for x in leaves]
+  return jnp.stack([checksum(x) for x in leaves]), jnp.stack(finite)
+
+
+def _wrong_checksum(state: dict[str, PyTree], stored: dict[str, list[int]]) -> str | None:
+  for name, tree in state.items():
+    sums = jax.device_get(_inspect(tree)[0])
+    wrong = np.flatnonzero(sums != np.asarray(stored[name], np.uint32))
+    if wrong.size:
+      return f"the checksum of {name} {paths(tree)[wrong[0]]} is wrong"
+  return None
+
+
+def _other_shape(stored: PyTree, wanted: PyTree) -> str | None:
+  """The first difference between a checkpoint's arrays and those of the model to fill."""
+  shapes = [
+    {_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    for tree in (stored, wanted)
+  ]
+  for path in sorted(shapes[0].keys() | shapes[1].keys()):
+    has, needs = (s.get(path) for s in shapes)
+    if has != needs:
+      return f"its {path} is {has or 'missing'}, the config's is {needs or 'not there'}"
+  return None
+
+
+def _name(path: tuple[Any, ...]) -> str:
+  """a.b.0.c from a tree path, without the last step from an nnx.Variable to its array."""
+  parts = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path]
+  return ".".join(parts[:-1] if parts and parts[-1] == "value" else parts)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """Keeps what orbax and asyncio print about a broken file from burying our one line about it."""
+  hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+  std_logging.disable(std_logging.ERROR)
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore")
+      yield
+      gc.collect()  # Abandoned coroutines complain when they are collected: let them do so here.
+  finally:
+    std_logging.disable(std_logging.NOTSET)
+    sys.unraisablehook = hook

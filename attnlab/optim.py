@@ -1,0 +1,153 @@
+"""Optimisers and learning-rate schedules: optax's own, told which parameter is what.
+
+Every parameter is an `nnx.Param` with two pieces of metadata (`attnlab.nn.param`): `axes`, the
+logical name of each dimension, and `weight_decay`. From these come the weight-decay mask and, for
+Muon, which parameters are matrices. Nothing here knows a parameter's name.
+"""
+
+from collections.abc import Callable
+
+import jax
+import ml_collections
+import optax
+from flax import nnx
+from optax.contrib import MuonDimensionNumbers
+
+from attnlab.errors import UserError, unknown
+
+OPTIMIZERS = ("adamw", "lion", "muon")
+SCHEDULES = ("constant", "cosine", "wsd")
+
+# Moonlight (arXiv:2502.16982, section 2.2): with its update scaled by 0.2 sqrt(max(in, out)),
+# Muon's step has the size of AdamW's, so that one learning rate serves the matrices (Muon) and
+# everything else (AdamW).
+_MUON_RMS = 0.2
+
+
+def schedule(config: ml_collections.ConfigDict, steps: int) -> optax.Schedule:
+  """The learning rate of update number `count` = 0, 1, ..., `steps` - 1.
+
+  All begin with a linear warm-up whose first update already moves: `learning_rate * (count + 1) /
+  warmup_steps`. Then
+  constant: stays. cosine: half a cosine down to `final_fraction * learning_rate` at `steps`.
+  wsd (warm-up, stable, decay; MiniCPM, arXiv:2404.06395): stays, then falls linearly over the last
+  `decay_fraction * steps`.
+
+  Args:
+    config: the config's `optim` section.
+    steps: updates in the whole run.
+  """
+  peak, warmup = config.learning_rate, config.warmup_steps
+  warm = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
+  final = config.final_fraction * peak
+  if config.schedule == "constant":
+    parts, ends = [optax.constant_schedule(peak)], []
+  elif config.schedule == "cosine":
+    parts, ends = (
+      [optax.cosine_decay_schedule(peak, max(steps - warmup, 1), config.final_fraction)],
+      [],
+    )
+  elif config.schedule == "wsd":
+    decay = min(max(round(config.decay_fraction * steps), 1), max(steps - warmup, 1))
+    parts = [optax.constant_schedule(peak), optax.linear_schedule(peak, final, decay)]
+    ends = [steps - decay]
+  else:
+    raise unknown("config.optim.schedule", config.schedule, SCHEDULES)
+  return optax.join_schedules([warm, *parts], [warmup, *ends])
+
+
+def optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTransformation:
+  """The gradient transformation of a config: clipping by the global norm, then the optimiser with
+  decoupled weight decay.
+
+  Args:
+    config: the config's `optim` section.
+    steps: updates in the whole run, for the schedule.
+
+  Returns:
+    A transformation of trees whose parameters are `nnx.Param` nodes.
+  """
+  rate = schedule(config, steps)
+  decay = dict(weight_decay=config.weight_decay, mask=decay_mask)
+  adamw = optax.adamw(rate, b1=config.b1, b2=config.b2, eps=config.eps, **decay)
+  if config.name == "adamw":
+    update = adamw
+  elif config.name == "lion":
+    update = optax.lion(rate, b1=config.b1, b2=config.b2, **decay)
+  elif config.name == "muon":
+    muon = optax.contrib.muon(
+      rate,
+      beta=config.muon_momentum,
+      weight_decay=config.weight_decay,
+      muon_weight_dimension_numbers=matrix_dimensions,
+      consistent_rms=_MUON_RMS,
+    )
+    # The partition is made here, and not left to optax.contrib.muon, because its own AdamW knows no
+    # weight-decay mask.
+    update = optax.partition({"muon": muon, "adamw": adamw}, _muon_or_adamw)
+  else:
+    raise unknown("config.optim.name", config.name, OPTIMIZERS)
+  clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+  return optax.chain(clip, update)
+
+
+def check(config: ml_collections.ConfigDict, steps: int) -> None:
+  """Raises UserError for an `optim` section that cannot work."""
+  if config.name not in OPTIMIZERS:
+    raise unknown("config.optim.name", config.name, OPTIMIZERS)
+  if config.schedule not in SCHEDULES:
+    raise unknown("config.optim.schedule", config.schedule, SCHEDULES)
+  for key in ("learning_rate", "eps"):
+    if not config[key] > 0:
+      raise UserError(f"config.optim.{key} = {config[key]} must be above 0")
+  for key in ("warmup_steps", "weight_decay", "clip_norm"):
+    if config[key] < 0:
+      raise UserError(f"config.optim.{key} = {config[key]} must not be negative")
+  for key in ("b1", "b2", "muon_momentum"):
+    if not 0 <= config[key] < 1:
+      raise UserError(f"config.optim.{key} = {config[key]} must lie in [0, 1)")
+  for key in ("final_fraction", "decay_fraction"):
+    if not 0 <= config[key] <= 1:
+      raise UserError(f"config.optim.{key} = {config[key]} must lie in [0, 1]")
+  if config.warmup_steps > steps:
+    raise UserError(
+      f"config.optim.warmup_steps = {config.warmup_steps} is longer than the run,"
+      f" config.train.steps = {steps}"
+    )
+
+
+def decay_mask(params: nnx.State) -> nnx.State:
+  """True where weight decay applies: one bool in the place of each `nnx.Param`."""
+  return _map_params(lambda p: bool(p.get_metadata("weight_decay")), params)
+
+
+def matrix_dimensions(params: nnx.State) -> nnx.State:
+  """Which parameters Muon orthogonalises, and along which dimensions: `MuonDimensionNumbers` or
+  None for each `nnx.Param`.
+
+  A matrix is a weight that decays, has at least two logical axes, and is neither an embedding or
+  head (a "vocab" axis: their rows are looked up, not multiplied through) nor a short convolution (a
+  "conv" axis). Its last two dimensions are [in, out]; those before them (experts, layers stacked by
+  the scan) are a batch, each its own matrix.
+  """
+
+  def dimensions(p: nnx.Param) -> MuonDimensionNumbers | None:
+    axes = p.get_metadata("axes")
+    matrix = p.get_metadata("weight_decay") and len(axes) >= 2
+    if not matrix or {"vocab", "conv"} & set(axes):
+      return None
+    return MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+
+  return _map_params(dimensions, params)
+
+
+def _muon_or_adamw(params: nnx.State) -> nnx.State:
+  return jax.tree.map(
+    lambda d: "adamw" if d is None else "muon",
+    matrix_dimensions(params),
+    is_leaf=lambda d: d is None or isinstance(d, MuonDimensionNumbers),
+  )
+
+
+def _map_params(fn: Callable[[nnx.Param], object], params: nnx.State) -> nnx.State:
+  return jax.tree.map(fn, params, is_leaf=lambda x: isinstance(x, nnx.Variable))

@@ -1,0 +1,145 @@
+"""Every key of a config with its default, the sizes, and the recipes. Model configs build on it:
+
+    from attnlab.config import parse_arg
+    from configs.base import base, recipe, size
+
+    def get_config(arg: str = ""):
+      arg = parse_arg(arg, size=("tiny", "small", "125m"))
+      config = base()
+      config.model.pattern = "3*kda + 1*softmax"
+      config.update(size(arg.size))
+      return config
+
+The command line then overrides single keys: `--config=configs/kda.py:size=small
+--config.train.steps=500 --config.model.mixers.kda.num_heads=8`.
+"""
+
+from ml_collections import ConfigDict
+
+from attnlab.data import data_config
+from attnlab.errors import unknown
+
+_SEQ_LEN = 512
+
+
+def base() -> ConfigDict:
+  """A complete config: a small KDA + softmax hybrid on bytes of the standard library's sources."""
+  c = ConfigDict()
+  c.seed = 0  # of the initialisation, the order of the data and the samples
+
+  c.model = ConfigDict()
+  c.model.pattern = "3*kda + 1*softmax"  # mixers of one period; repeated to num_layers
+  c.model.num_layers = 4
+  c.model.d_model = 128
+  c.model.vocab_size = 0  # 0: what the tokenizer or the task has
+  c.model.mixers = ConfigDict()  # mixer name -> keys over that mixer's own defaults
+  c.model.mlp = ConfigDict(dict(hidden=384))  # SwiGLU's width
+  c.model.tie_embeddings = True
+  c.model.remat = "none"  # what the backward pass recomputes: attnlab.model lists the policies
+  c.model.dtype = "float32"  # of activations: float32 or bfloat16. Parameters are always float32
+  c.model.norm_eps = 1e-6
+  c.model.z_loss = 0.0  # weight of log(Z)^2, in nats
+
+  c.data = data_config()
+  c.data.seq_len = _SEQ_LEN  # tokens in a row
+
+  c.optim = ConfigDict()
+  c.optim.name = "adamw"  # adamw, lion or muon (matrices; AdamW for the rest)
+  c.optim.learning_rate = 3e-3  # at the peak; one rate for Muon's matrices and its AdamW part
+  c.optim.schedule = "cosine"  # cosine, wsd (warm-up, stable, decay) or constant
+  c.optim.warmup_steps = 50
+  c.optim.final_fraction = 0.1  # of learning_rate, at the end of cosine and wsd
+  c.optim.decay_fraction = 0.2  # of train.steps, wsd's last part
+  c.optim.weight_decay = 0.1  # times the learning rate; never on gates, norms, biases
+  c.optim.clip_norm = 1.0  # global gradient norm; 0: no clipping
+  c.optim.b1 = 0.9  # AdamW's and Lion's
+  c.optim.b2 = 0.95  # (Lion wants 0.99)
+  c.optim.eps = 1e-8  # AdamW's
+  c.optim.muon_momentum = 0.95
+
+  c.train = ConfigDict()
+  c.train.steps = 400  # optimiser updates
+  c.train.batch_size = 8  # rows an update, over all processes and microbatches
+  c.train.grad_accum = 1  # microbatches an update
+  c.train.log_every = 10  # updates; 0: never, as for the three below
+  c.train.eval_every = 100  # and at the end
+  c.train.eval_batches = 16  # microbatches of the validation split; 0: no evaluation
+  c.train.checkpoint_every = 100  # and at the end
+  c.train.keep_checkpoints = 2  # the newest ones
+  c.train.sample_every = 200  # and at the end, for text data
+  c.train.sample_prompts = ("def ", "import ")
+  c.train.sample_tokens = 128  # generated after each prompt
+  c.train.sample_temperature = 0.8  # of one of the two samples a prompt; the other is greedy
+
+  c.mesh = ConfigDict()  # devices along each axis
+  c.mesh.replica = 1  # whole copies of the model
+  c.mesh.data = -1  # data parallel, parameters sharded (FSDP); -1: all devices that are left
+  c.mesh.model = 1  # heads, MLP width, experts and vocabulary
+  return c
+
+
+# d_model, num_layers, MLP width and peak learning rate. tiny is for tests, small for a laptop; the
+# rest are the usual rungs of the papers (125m: GPT-3's table 2.1, arXiv:2005.14165, and on), with
+# SwiGLU's 8/3 width rounded to 128.
+_SIZES = {
+  "tiny": (64, 4, 192, 3e-3),
+  "small": (256, 8, 768, 2e-3),
+  "125m": (768, 12, 2048, 6e-4),
+  "350m": (1024, 24, 2816, 3e-4),
+  "760m": (1536, 24, 4096, 2.5e-4),
+  "1.3b": (2048, 24, 5504, 2e-4),
+  "2.7b": (2560, 32, 6912, 1.6e-4),
+}
+SIZES = tuple(_SIZES)
+
+
+def size(name: str) -> ConfigDict:
+  """The keys that set a model's size, to `config.update(...)` with.
+
+  Args:
+    name: one of SIZES.
+  """
+  if name not in _SIZES:
+    raise unknown("size", name, _SIZES)
+  d_model, num_layers, hidden, learning_rate = _SIZES[name]
+  return ConfigDict(
+    dict(
+      model=dict(d_model=d_model, num_layers=num_layers, mlp=dict(hidden=hidden)),
+      optim=dict(learning_rate=learning_rate),
+    )
+  )
+
+
+_RECIPES = {
+  # One pass on a laptop's two cores, in minutes.
+  "laptop": dict(train=dict(steps=400, batch_size=8), data=dict(seq_len=512)),
+  # Half a million tokens an update, 10 billion in all, at length 4096: what comparisons of 125m to
+  # 1.3b models are usually made with.
+  "pretrain": dict(
+    model=dict(dtype="bfloat16", remat="full", z_loss=1e-4),
+    optim=dict(warmup_steps=1000, final_fraction=0.1),
+    data=dict(seq_len=4096),
+    train=dict(
+      steps=20_000,
+      batch_size=128,
+      log_every=20,
+      eval_every=1000,
+      eval_batches=64,
+      checkpoint_every=1000,
+      keep_checkpoints=3,
+      sample_every=5000,
+    ),
+  ),
+}
+RECIPES = tuple(_RECIPES)
+
+
+def recipe(name: str) -> ConfigDict:
+  """The keys of a training recipe, to `config.update(...)` with.
+
+  Args:
+    name: one of RECIPES.
+  """
+  if name not in _RECIPES:
+    raise unknown("recipe", name, _RECIPES)
+  return ConfigDict(_RECIPES[name])
