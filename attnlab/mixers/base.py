@@ -1,0 +1,178 @@
+"""What every sequence mixer is, and how mixers are found by name.
+
+A mixer is one file in this directory with a class under ``@register``. Nothing else needs to know of it: patterns in
+configs, the contract tests, the README's table and the experiments all ask the registry.
+"""
+
+import dataclasses
+import difflib
+import functools
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from attnlab.errors import UserError, unknown
+
+Cache = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+  """Where in the model a mixer stands.
+
+  Attributes:
+    d_model: width of the residual stream.
+    index: the layer's number from 0; a traced integer where layers are built by vmap.
+    count: how many layers the model has.
+    norm_eps: of the norms inside the mixer.
+  """
+
+  d_model: int
+  index: int | Array = 0
+  count: int = 1
+  norm_eps: float = 1e-6
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+  """What all layers of one call share.
+
+  Attributes:
+    positions: of each token in its document, from 0.
+    segment_ids: documents packed in a row; nothing passes from one to another. None: one document a row. With a cache,
+      id 0 marks padding on the left of a prompt.
+    shared: what earlier layers left for later ones (``Mixer.shared``), by name.
+  """
+
+  positions: Int[Array, "B T"]
+  segment_ids: Int[Array, "B T"] | None = None
+  shared: dict[str, Array] = dataclasses.field(default_factory=dict)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MixerOutput:
+  """What a mixer returns.
+
+  Attributes:
+    y: the mixed tokens.
+    cache: after these tokens; None where there was none.
+    aux: scalars by name, averaged over layers for the log; those whose name ends in "_loss" are added to the loss.
+    shared: what is left to later layers.
+  """
+
+  y: Float[Array, "B T D"]
+  cache: Cache | None = None
+  aux: dict[str, Array] = dataclasses.field(default_factory=dict)
+  shared: dict[str, Array] = dataclasses.field(default_factory=dict)
+
+
+class Mixer(nnx.Module):
+  """A layer that moves information between tokens.
+
+  Subclasses have a frozen dataclass ``Config`` whose fields are what a config may set, and a constructor
+  ``(config, layer, key)``.
+  """
+
+  # Filled in by @register.
+  name: ClassVar[str]
+  family: ClassVar[str]
+  paper: ClassVar[str]
+  title: ClassVar[str]
+  variants: ClassVar[Mapping[str, Mapping[str, Any]]]
+
+  @dataclasses.dataclass(frozen=True, kw_only=True)
+  class Config:
+    pass
+
+  def init_cache(self, batch: int, max_len: int, dtype: jnp.dtype = jnp.float32) -> Cache:
+    """An empty cache for ``batch`` sequences of up to ``max_len`` tokens, activations in ``dtype``."""
+    raise NotImplementedError
+
+  def __call__(
+    self, x: Float[Array, "B T D"], ctx: Context, cache: Cache | None = None
+  ) -> MixerOutput:
+    """Mixes tokens. Without a cache: training. With one: the tokens continue it (prefill, or T == 1: decode)."""
+    raise NotImplementedError
+
+  @classmethod
+  def shared(cls, config: Any, d_model: int) -> dict[str, tuple[int, ...]]:
+    """Name -> shape after [B, T] of arrays that layers of this kind hand on to later ones; zeros before the first."""
+    del config, d_model
+    return {}
+
+
+_REGISTRY: dict[str, type[Mixer]] = {}
+
+
+def register(
+  name: str,
+  *,
+  family: str,
+  paper: str,
+  title: str,
+  variants: Mapping[str, Mapping[str, Any]] | None = None,
+):
+  """Makes a mixer known under a name.
+
+  Args:
+    name: as patterns in configs write it.
+    family: "softmax", "linear" or "sparse".
+    paper: "arXiv:NNNN.NNNNN".
+    title: the mechanism in a few words, for tables.
+    variants: further settings of ``Config`` that the contract tests cover, by name.
+  """
+
+  def add(cls):
+    if name in _REGISTRY and _REGISTRY[name].__module__ != cls.__module__:
+      raise ValueError(
+        f"two mixers are called {name!r}: {_REGISTRY[name].__module__}, {cls.__module__}"
+      )
+    cls.name, cls.family, cls.paper, cls.title = name, family, paper, title
+    cls.variants = dict(variants or {})
+    _REGISTRY[name] = cls
+    return cls
+
+  return add
+
+
+@functools.cache
+def _discover() -> None:
+  import attnlab.mixers as package
+
+  for module in pkgutil.iter_modules(package.__path__):
+    importlib.import_module(f"attnlab.mixers.{module.name}")
+
+
+def mixers() -> dict[str, type[Mixer]]:
+  """All mixers by name, sorted."""
+  _discover()
+  return dict(sorted(_REGISTRY.items()))
+
+
+def mixer(name: str) -> type[Mixer]:
+  """The mixer of a name; UserError with the known ones otherwise."""
+  known = mixers()
+  if name not in known:
+    raise unknown("mixer", name, known)
+  return known[name]
+
+
+def configure(cls: type[Mixer], settings: Mapping[str, Any]) -> Any:
+  """``cls.Config`` from settings; UserError on a field that it does not have."""
+  fields = [f.name for f in dataclasses.fields(cls.Config)]
+  for key in settings:
+    if key not in fields:
+      near = difflib.get_close_matches(key, fields, 1, 0.5)
+      hint = f"did you mean {near[0]!r}? " if near else ""
+      raise UserError(
+        f"mixer {cls.name!r} has no setting {key!r}: {hint}it has {', '.join(fields)}"
+      )
+  return cls.Config(**settings)

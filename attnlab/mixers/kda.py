@@ -1,0 +1,78 @@
+"""Kimi Delta Attention (arXiv:2510.26692)."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from attnlab import sharding
+from attnlab.mixers.base import Layer, register
+from attnlab.mixers.gates import inverse_softplus_step, log_uniform_rate, softplus_decay, step_size
+from attnlab.mixers.linear import LinearMixer
+from attnlab.nn import Linear, LowRank, param
+from pallas_kernels import kda
+
+
+@register(
+  "kda",
+  family="linear",
+  paper="arXiv:2510.26692",
+  title="delta rule, decay a channel",
+  variants={
+    "safe_gate": dict(decay_gate="safe"),
+    "negative": dict(negative_eigenvalues=True),
+  },
+)
+class KDA(LinearMixer):
+  """Gated DeltaNet with a decay rate for each channel of the key; low-rank gates; sigmoid at the output."""
+
+  core = staticmethod(kda)
+  gate_activation = staticmethod(jax.nn.sigmoid)
+
+  @dataclasses.dataclass(frozen=True, kw_only=True)
+  class Config(LinearMixer.Config):
+    """Attributes:
+    decay_gate: "softplus", ``-exp(A_log) softplus(f + dt_bias)``, or "safe", which is bounded,
+      ``lower_bound sigmoid(exp(A_log) (f + dt_bias))``. Different parameterisations: a trained model has one of them.
+    lower_bound: the most negative log decay of the safe gate.
+    negative_eigenvalues: beta in (0, 2) instead of (0, 1).
+    """
+
+    decay_gate: Literal["softplus", "safe"] = "softplus"
+    lower_bound: float = -5.0
+    negative_eigenvalues: bool = False
+
+  def __init__(self, config: Config, layer: Layer, key):
+    super().__init__(config, layer, key)
+    D, keys = layer.d_model, jax.random.split(jax.random.fold_in(key, 1), 4)
+    safe = config.decay_gate == "safe"
+    rate = jax.nn.initializers.zeros if safe else log_uniform_rate(1, 16)
+    self.f_proj = LowRank(keys[0], D, self.V, self.Hv * self.K)
+    self.b_proj = Linear(keys[1], D, self.Hv)
+    self.A_log = param(keys[2], rate, (self.Hv,), ("heads",))
+    shape, axes = (self.Hv, self.K), ("heads", None)
+    self.dt_bias = param(keys[3], inverse_softplus_step(), shape, axes, weight_decay=False)
+
+  def make_gate(self, d_model, key):
+    return LowRank(key, d_model, self.V, self.Hv * self.V, bias=jax.nn.initializers.zeros)
+
+  def signals(self, x, recent, ctx):
+    q, k, v = self.qkv(x, recent)
+    f = sharding.split(self.f_proj(x), self.Hv, self.K)
+    A_log = sharding.put(self.A_log[...], "heads")[:, None]
+    dt_bias = sharding.put(self.dt_bias[...], "heads", None)
+    if self.config.decay_gate == "safe":
+      gate = jax.nn.sigmoid(jnp.exp(A_log) * (f.astype(jnp.float32) + dt_bias))
+      g = self.config.lower_bound * gate
+    else:
+      g = softplus_decay(f, A_log, dt_bias)
+    beta = step_size(self.b_proj(x), self.config.negative_eigenvalues)
+    return dict(q=q, k=k, v=v, g=g, beta=beta)
+
+  @staticmethod
+  def equation(S, q, k, v, g, beta):
+    """Eq. 1: S_t = (I - beta_t k_t k_t^T) Diag(alpha_t) S_{t-1} + beta_t k_t v_t^T, o_t = S_t^T q_t."""
+    I = jnp.eye(k.shape[0])
+    S = (I - beta * jnp.outer(k, k)) @ jnp.diag(jnp.exp(g)) @ S + beta * jnp.outer(k, v)
+    return S, S.T @ (q * k.shape[0] ** -0.5)

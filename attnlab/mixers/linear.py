@@ -1,0 +1,185 @@
+"""What linear mixers share: projections, short convolutions, the recurrence, then norm, output gate and projection.
+
+A mechanism is a subclass with three things: ``signals`` (its gates, as arguments by name), ``core`` (the function of
+those arguments: one of pallas_kernels, or its own mapping onto ``linear_recurrence``), and ``equation`` (its paper's
+update of one token and one head, literally; the contract tests hold ``core`` to it).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from attnlab import sharding
+from attnlab.mixers.base import Cache, Context, Layer, Mixer, MixerOutput
+from attnlab.nn import Linear, RMSNorm, ShortConv, TokenShift, l2norm
+
+Signals = dict[str, Array]
+
+
+class Recent:
+  """The convolutions and shifts of one call: applies them by name and collects their new states."""
+
+  def __init__(self, mixer: Mixer, ctx: Context, cache: Cache | None):
+    self._mixer, self._segment_ids = mixer, ctx.segment_ids
+    self._states = cache or {}
+    self.states: Cache = {}
+
+  def __call__(self, name: str, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """``getattr(mixer, name)`` over time on x."""
+    layer = getattr(self._mixer, name)
+    y, self.states[name] = layer(x, self._states.get(name), self._segment_ids)
+    return y
+
+
+class LinearMixer(Mixer):
+  """Base of the linear mixers. By default q and k are ``l2norm(silu(conv(W x)))`` and v is ``silu(conv(W x))``."""
+
+  core: ClassVar[Callable[..., tuple[Array, Any]]]
+
+  @dataclasses.dataclass(frozen=True, kw_only=True)
+  class Config(Mixer.Config):
+    """Shapes of a linear mixer.
+
+    Attributes:
+      num_heads: heads of q and k; None: as many as make ``expand_k * d_model`` channels.
+      head_dim: channels of a q and k head; None: ``expand_k * d_model / num_heads``.
+      num_value_heads: heads of v, a multiple of num_heads; None: num_heads.
+      value_dim: channels of a v head; None: ``expand_v / expand_k * head_dim``.
+      expand_k, expand_v: width of all heads over d_model.
+      conv_size: taps of the short convolution on q, k and v; 0: none.
+    """
+
+    num_heads: int | None = None
+    head_dim: int | None = 128
+    num_value_heads: int | None = None
+    value_dim: int | None = None
+    expand_k: float = 1.0
+    expand_v: float = 1.0
+    conv_size: int = 4
+
+  # Of the default projections and output; a mechanism overrides what differs.
+  qkv_activation: ClassVar[Callable[[Array], Array] | None] = staticmethod(jax.nn.silu)
+  qk_norm: ClassVar[Callable[[Array], Array] | None] = staticmethod(l2norm)
+  gate_activation: ClassVar[Callable[[Array], Array] | None] = staticmethod(jax.nn.silu)
+
+  def __init__(self, config: Config, layer: Layer, key: Array):
+    c, D = config, layer.d_model
+    self.config = config
+    if c.num_heads is None and c.head_dim is None:
+      raise ValueError(f"mixer {self.name!r}: set num_heads or head_dim")
+    self.H = c.num_heads or max(1, round(c.expand_k * D / c.head_dim))
+    self.K = c.head_dim or round(c.expand_k * D / self.H)
+    self.Hv = c.num_value_heads or self.H
+    self.V = c.value_dim or round(self.K * c.expand_v / c.expand_k)
+    if self.Hv % self.H:
+      raise ValueError(
+        f"mixer {self.name!r}: num_value_heads={self.Hv} is not a multiple of num_heads={self.H}"
+      )
+    keys = jax.random.split(key, 8)
+    self.make_projections(layer, keys)
+    self.out_norm = RMSNorm(self.V, layer.norm_eps)
+    self.gate_proj = self.make_gate(D, keys[6])
+    self.out_proj = Linear(keys[7], self.Hv * self.V, D, ("heads", "embed"))
+
+  def make_projections(self, layer: Layer, keys: Array) -> None:
+    """q, k and v, and their convolutions."""
+    D, size = layer.d_model, self.config.conv_size
+    self.q_proj = Linear(keys[0], D, self.H * self.K)
+    self.k_proj = Linear(keys[1], D, self.H * self.K)
+    self.v_proj = Linear(keys[2], D, self.Hv * self.V)
+    if size:
+      self.q_conv = ShortConv(keys[3], self.H * self.K, size)
+      self.k_conv = ShortConv(keys[4], self.H * self.K, size)
+      self.v_conv = ShortConv(keys[5], self.Hv * self.V, size)
+
+  def make_gate(self, d_model: int, key: Array):
+    """The projection of the output gate; None without a gate."""
+    if self.gate_activation is None:
+      return None
+    return Linear(key, d_model, self.Hv * self.V)
+
+  def qkv(self, x: Float[Array, "B T D"], recent: Recent) -> tuple[Array, Array, Array]:
+    """q, k [B, T, H, K] and v [B, T, Hv, V] from the residual stream."""
+
+    def project(name: str, heads: int, dim: int):
+      y = getattr(self, f"{name}_proj")(x)
+      if self.config.conv_size:
+        y = recent(f"{name}_conv", y)
+      if self.qkv_activation is not None:
+        y = self.qkv_activation(y)
+      return sharding.split(y, heads, dim)
+
+    q, k = project("q", self.H, self.K), project("k", self.H, self.K)
+    if self.qk_norm is not None:
+      q, k = self.qk_norm(q), self.qk_norm(k)
+    return q, k, project("v", self.Hv, self.V)
+
+  def signals(self, x: Float[Array, "B T D"], recent: Recent, ctx: Context) -> Signals:
+    """The arguments of ``core`` by name: [B, T, heads, ...], or [heads, ...] where constant over tokens."""
+    raise NotImplementedError
+
+  @staticmethod
+  def equation(S: Any, **token: Array) -> tuple[Any, Array]:
+    """One token of one head as the paper writes it: the state (as ``init_state`` without [B, H]) and signals without
+    [B, T, H], to the new state and the output."""
+    raise NotImplementedError
+
+  def output(self, o: Float[Array, "B T Hv V"], x: Float[Array, "B T D"], signals: Signals):
+    """What leaves the layer: by default ``W_o (norm(o) * act(W_g x))``, the norm over each head."""
+    del signals
+    o = self.out_norm(o)
+    if self.gate_proj is not None:
+      gate = self.gate_activation(self.gate_proj(x).astype(jnp.float32))
+      o = (o * sharding.split(gate, *o.shape[2:])).astype(x.dtype)
+    return self.out_proj(sharding.merge(o, 2))
+
+  def init_state(self, batch: int) -> Any:
+    """The state before the first token, every array [B, H, ...]."""
+    return jnp.zeros((batch, self.Hv, self.K, self.V), jnp.float32)
+
+  def init_cache(self, batch: int, max_len: int, dtype: jnp.dtype = jnp.float32) -> Cache:
+    del max_len
+    recent = {
+      name: jnp.zeros((batch, layer.width - 1, layer.channels), dtype)
+      for name, layer in vars(self).items()
+      if isinstance(layer, ShortConv | TokenShift)
+    }
+    return recent | {"state": self.init_state(batch)}
+
+  def __call__(
+    self, x: Float[Array, "B T D"], ctx: Context, cache: Cache | None = None
+  ) -> MixerOutput:
+    recent = Recent(self, ctx, cache)
+    signals = self.signals(x, recent, ctx)
+    o, state = self.run(signals, ctx, cache and cache["state"])
+    y = self.output(o, x, signals)
+    return MixerOutput(y, None if cache is None else recent.states | {"state": state})
+
+  def run(self, signals: Signals, ctx: Context, state: Any) -> tuple[Array, Any]:
+    """``core`` on each device's own sequences and heads."""
+
+    def axes(x):
+      by_token = x.ndim >= 3 and x.shape[:2] == ctx.positions.shape
+      lead = ("batch", None, "heads") if by_token else ("heads",)
+      return lead + (None,) * (x.ndim - len(lead))
+
+    def core(signals, segment_ids, state):
+      return type(self).core(
+        **signals,
+        segment_ids=segment_ids,
+        initial_state=state,
+        return_state=state is not None,
+      )
+
+    state_axes = jax.tree.map(lambda s: ("batch", "heads") + (None,) * (s.ndim - 2), state)
+    ids = None if ctx.segment_ids is None else ("batch", None)
+    out = ("batch", None, "heads") + (None,) * self.output_rank
+    run = sharding.local(core, (jax.tree.map(axes, signals), ids, state_axes), (out, state_axes))
+    return run(signals, ctx.segment_ids, state)
+
+  # Axes of an output after [B, T, H].
+  output_rank: ClassVar[int] = 1

@@ -1,0 +1,214 @@
+"""Layers. The dtype policy: parameters are float32, activations have a dtype, and a layer computes in its input's.
+
+Norms, gates and everything that feeds an exponent compute in float32 whatever the activations are.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from attnlab import sharding
+from pallas_kernels.short_conv import short_conv
+
+Init = Callable[..., Array]
+
+
+class Constant(nnx.Variable):
+  """An array that belongs to a model and is not trained."""
+
+
+def param(
+  key: Array,
+  init: Init,
+  shape: Sequence[int],
+  axes: Sequence[str | None],
+  weight_decay: bool | None = None,
+) -> nnx.Param:
+  """A float32 parameter.
+
+  Args:
+    key: a PRNG key.
+    init: ``init(key, shape, dtype)``, as in jax.nn.initializers.
+    shape, axes: the size and the logical axis (attnlab.sharding.TABLE) of each dimension.
+    weight_decay: whether the optimizer decays it; by default matrices and larger only.
+  """
+  decay = len(shape) >= 2 if weight_decay is None else weight_decay
+  assert len(shape) == len(axes), (shape, axes)
+  return nnx.Param(init(key, tuple(shape), jnp.float32), axes=tuple(axes), weight_decay=decay)
+
+
+def fan_in(scale: float = 1.0) -> Init:
+  """Truncated normal of variance ``scale^2 / inputs``."""
+  return jax.nn.initializers.variance_scaling(scale**2, "fan_in", "truncated_normal")
+
+
+class Linear(nnx.Module):
+  """``x @ kernel + bias``, kernel [inputs, outputs].
+
+  Args:
+    inputs, outputs: sizes.
+    axes: logical axes of the kernel. ("embed", "heads") splits its columns over devices, ("heads", "embed") its rows.
+    bias: an initializer of the bias, or None.
+  """
+
+  def __init__(
+    self,
+    key: Array,
+    inputs: int,
+    outputs: int,
+    axes: tuple[str | None, str | None] = ("embed", "heads"),
+    bias: Init | None = None,
+    init: Init | None = None,
+  ):
+    self.kernel = param(key, init or fan_in(), (inputs, outputs), axes)
+    key = jax.random.fold_in(key, 1)
+    self.bias = None if bias is None else param(key, bias, (outputs,), (axes[1],))
+
+  def __call__(self, x: Float[Array, "B ... inputs"]) -> Float[Array, "B ... outputs"]:
+    axes = self.kernel.get_metadata()["axes"]
+    y = sharding.matmul(x, self.kernel[...].astype(x.dtype), axes)
+    if self.bias is not None:
+      y = y + sharding.put(self.bias[...].astype(x.dtype), axes[1])
+    return y
+
+
+class LowRank(nnx.Module):
+  """Two projections with few channels between them, as gates have; the first is not split over devices."""
+
+  def __init__(
+    self,
+    key: Array,
+    inputs: int,
+    rank: int,
+    outputs: int,
+    bias: Init | None = None,
+    init_up: Init | None = None,
+    activation: Callable[[Array], Array] = lambda x: x,
+  ):
+    down, up = jax.random.split(key)
+    self.down = Linear(down, inputs, rank, ("embed", None))
+    self.up = Linear(up, rank, outputs, (None, "heads"), bias=bias, init=init_up)
+    self.activation = activation
+
+  def __call__(self, x: Float[Array, "B ... inputs"]) -> Float[Array, "B ... outputs"]:
+    return self.up(self.activation(self.down(x)))
+
+
+class RMSNorm(nnx.Module):
+  """``x / rms(x) * scale`` over the last axis, in float32 (arXiv:1910.07467).
+
+  Args:
+    size: of the last axis.
+    axis: its logical axis, None where it is not split.
+    scale: whether there is a learned scale.
+  """
+
+  def __init__(self, size: int, eps: float = 1e-6, axis: str | None = None, scale: bool = True):
+    self.eps = eps
+    ones = jax.nn.initializers.ones
+    self.scale = param(jax.random.key(0), ones, (size,), (axis,)) if scale else None
+
+  def __call__(self, x: Float[Array, "... size"]) -> Float[Array, "... size"]:
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+    if self.scale is not None:
+      y = y * sharding.put(self.scale[...], *self.scale.get_metadata()["axes"])
+    return y.astype(x.dtype)
+
+
+def l2norm(x: Float[Array, "... D"], eps: float = 1e-6) -> Float[Array, "... D"]:
+  """``x / |x|`` over the last axis, in float32."""
+  y = x.astype(jnp.float32)
+  return (y * jax.lax.rsqrt(jnp.sum(y * y, axis=-1, keepdims=True) + eps)).astype(x.dtype)
+
+
+class ShortConv(nnx.Module):
+  """Causal depthwise convolution over time, ``width`` taps a channel; the last tap is the token itself."""
+
+  def __init__(self, key: Array, channels: int, width: int, axis: str | None = "heads"):
+    self.axis = axis
+    self.width, self.channels = width, channels
+    self.weight = param(key, _uniform_taps, (width, channels), (None, axis), weight_decay=False)
+
+  def __call__(
+    self,
+    x: Float[Array, "B T D"],
+    state: Float[Array, "B W-1 D"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+  ) -> tuple[Float[Array, "B T D"], Float[Array, "B W-1 D"]]:
+    """The convolved tokens, and the last inputs: the state with which the next tokens continue."""
+    rows = ("batch", None, self.axis)
+    run = sharding.local(
+      lambda x, w, s, ids: short_conv(x, w, initial_state=s, segment_ids=ids),
+      (
+        rows,
+        (None, self.axis),
+        None if state is None else rows,
+        None if segment_ids is None else ("batch", None),
+      ),
+      (rows, rows),
+    )
+    return run(x, self.weight[...].astype(x.dtype), state, segment_ids)
+
+
+class TokenShift(nnx.Module):
+  """The token before each token, zero at a document's first."""
+
+  width = 2
+
+  def __init__(self, channels: int):
+    self.channels = channels
+
+  def __call__(
+    self,
+    x: Float[Array, "B T D"],
+    state: Float[Array, "B 1 D"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+  ) -> tuple[Float[Array, "B T D"], Float[Array, "B 1 D"]]:
+    """The shifted tokens, and the last one for the call after this."""
+    first = jnp.zeros_like(x[:, :1]) if state is None else state.astype(x.dtype)
+    before = jnp.concatenate([first, x[:, :-1]], axis=1)
+    if segment_ids is not None:
+      ids = jnp.concatenate([segment_ids[:, :1], segment_ids[:, :-1]], axis=1)
+      before = jnp.where((ids == segment_ids)[..., None], before, 0)
+    return before, x[:, -1:]
+
+
+def _uniform_taps(key: Array, shape: tuple[int, ...], dtype) -> Array:
+  bound = 1 / math.sqrt(shape[0])  # PyTorch's initialisation of a depthwise convolution
+  return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def rope(
+  x: Float[Array, "B T H D"],
+  positions: Int[Array, "B T"],
+  theta: float = 10000.0,
+  fraction: float = 1.0,
+) -> Float[Array, "B T H D"]:
+  """Rotary position embedding (arXiv:2104.09864) of the first ``fraction`` of the channels; halves are paired."""
+  size = int(x.shape[-1] * fraction) // 2 * 2
+  if size == 0:
+    return x
+  frequency = theta ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
+  angle = positions[..., None, None].astype(jnp.float32) * frequency
+  cos, sin = jnp.cos(angle), jnp.sin(angle)
+  first, second = jnp.split(x[..., :size].astype(jnp.float32), 2, axis=-1)
+  rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+  return jnp.concatenate([rotated.astype(x.dtype), x[..., size:]], axis=-1)
+
+
+class SwiGLU(nnx.Module):
+  """``W_down (silu(W_gate x) * W_up x)`` (arXiv:2002.05202)."""
+
+  def __init__(self, key: Array, d_model: int, hidden: int):
+    gate, up, down = jax.random.split(key, 3)
+    self.gate = Linear(gate, d_model, hidden, ("embed", "mlp"))
+    self.up = Linear(up, d_model, hidden, ("embed", "mlp"))
+    self.down = Linear(down, hidden, d_model, ("mlp", "embed"))
+
+  def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    return self.down(jax.nn.silu(self.gate(x)) * self.up(x))

@@ -1,0 +1,165 @@
+"""All that the project knows about devices: the mesh, one table of logical axes, and ``local()`` around kernels.
+
+Arrays carry logical axis names; ``TABLE`` says which mesh axes each is split over, where it is stored and where it is
+computed with. Parameters are stored split over ``data`` (FSDP) and gathered at their use; heads, MLP columns and
+experts are split over ``model``. The mesh is Explicit: every array's type says how it is split, and a mismatch is an
+error while tracing. Without a mesh (``jax.set_mesh`` not called) every function here does nothing.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from attnlab.errors import UserError
+
+AXES = ("replica", "data", "model")
+
+# logical axis -> (mesh axes in storage, mesh axes in computation)
+TABLE: dict[str | None, tuple[tuple[str, ...], tuple[str, ...]]] = {
+  "batch": (("replica", "data"), ("replica", "data")),
+  "tokens": (AXES, AXES),  # batch and time in one axis, for what treats tokens one by one
+  "embed": (("data",), ()),
+  "heads": (("model",), ("model",)),
+  "mlp": (("model",), ("model",)),
+  "experts": (("model",), ("model",)),
+  "vocab": (("model",), ()),
+  None: ((), ()),
+}
+
+
+def make_mesh(config, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+  """The mesh of ``config.mesh`` (replica, data, model; one of them may be -1: what is left).
+
+  Raises:
+    UserError: the sizes do not multiply to the number of devices.
+  """
+  devices = jax.devices() if devices is None else list(devices)
+  sizes = [int(config[name]) for name in AXES]
+  free = sizes.count(-1)
+  known = math.prod(s for s in sizes if s != -1)
+  text = ", ".join(f"mesh.{n}={s}" for n, s in zip(AXES, sizes, strict=True))
+  if free > 1 or any(s == 0 or s < -1 for s in sizes):
+    raise UserError(f"{text}: sizes must be positive, and at most one may be -1 (what is left)")
+  if free:
+    sizes[sizes.index(-1)] = max(len(devices) // known, 1)
+  if math.prod(sizes) != len(devices):
+    raise UserError(f"{text} does not fit the {len(devices)} devices there are")
+  return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices)
+
+
+def _mesh():
+  mesh = jax.sharding.get_abstract_mesh()
+  return None if mesh.empty or mesh.are_all_axes_manual else mesh
+
+
+def _spec(shape: Sequence[int], axes: Sequence[str | None], mesh, column: int) -> PartitionSpec:
+  """Where an array of these logical axes lies; a dimension that does not divide is not split."""
+  parts = []
+  for size, axis in zip(shape, axes, strict=True):
+    names = TABLE[axis][column]
+    divides = names and size % math.prod(mesh.shape[n] for n in names) == 0
+    parts.append((names if len(names) > 1 else names[0]) if divides else None)
+  return PartitionSpec(*parts)
+
+
+def _stacked(axes: Sequence[str | None], ndim: int) -> tuple[str | None, ...]:
+  """Axes of a parameter that may be stacked over layers: leading axes are not split."""
+  return (None,) * (ndim - len(axes)) + tuple(axes)
+
+
+def shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+  """The stored sharding of every leaf of a tree: parameters by their ``axes``, anything else whole on each device."""
+
+  def one(x):
+    if isinstance(x, nnx.Variable):
+      value = x[...]
+      axes = _stacked(x.get_metadata().get("axes", ()), value.ndim)
+      return x.replace(NamedSharding(mesh, _spec(value.shape, axes, mesh, 0)))
+    return NamedSharding(mesh, PartitionSpec())
+
+  return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
+  """The sharding of an array whose first axis is the batch."""
+  return NamedSharding(mesh, PartitionSpec(TABLE["batch"][0]))
+
+
+def put(x: jax.Array, *axes: str | None) -> jax.Array:
+  """``x`` where arrays of these logical axes are computed with (gathers what is only stored in parts)."""
+  mesh = _mesh()
+  return x if mesh is None else jax.sharding.reshard(x, _spec(x.shape, axes, mesh, 1))
+
+
+def matmul(x: jax.Array, kernel: jax.Array, axes: tuple[str | None, str | None]) -> jax.Array:
+  """``x [batch, ..., in] @ kernel [in, out]`` for a kernel of these logical axes."""
+  mesh = _mesh()
+  if mesh is None:
+    return x @ kernel
+  kernel = put(kernel, *axes)
+  names = ("batch",) + (None,) * (x.ndim - 2)
+  x = put(x, *names, axes[0] if TABLE[axes[0]][1] else None)
+  shape = (*x.shape[:-1], kernel.shape[1])
+  return jnp.matmul(x, kernel, out_sharding=_spec(shape, (*names, axes[1]), mesh, 1))
+
+
+def split(x: jax.Array, *shape: int, axis: str = "heads") -> jax.Array:
+  """Splits the last axis of x into ``shape``, the first of which is the logical ``axis``."""
+  mesh = _mesh()
+  shape = (*x.shape[:-1], *shape)
+  if mesh is None:
+    return x.reshape(shape)
+  names = ("batch",) + (None,) * (x.ndim - 2) + (axis,) + (None,) * (len(shape) - x.ndim)
+  whole = shape[x.ndim - 1] % _size(axis, mesh) != 0
+  x = put(x, *names[: x.ndim - 1], None if whole else axis)
+  return jax.lax.reshape(x, shape, out_sharding=_spec(shape, names, mesh, 1))
+
+
+def merge(x: jax.Array, count: int, axis: str = "heads") -> jax.Array:
+  """Joins the last ``count`` axes of x, the first of which is the logical ``axis``."""
+  mesh = _mesh()
+  shape = (*x.shape[:-count], math.prod(x.shape[-count:]))
+  if mesh is None:
+    return x.reshape(shape)
+  names = ("batch",) + (None,) * (len(shape) - 2) + (axis,)
+  fits = x.shape[-count] % _size(axis, mesh) == 0
+  spec = _spec(shape, names if fits else (*names[:-1], None), mesh, 1)
+  return jax.lax.reshape(x, shape, out_sharding=spec)
+
+
+def _size(axis: str, mesh) -> int:
+  return math.prod(mesh.shape[n] for n in TABLE[axis][1])
+
+
+def local(fn: Callable, in_axes: Any, out_axes: Any) -> Callable:
+  """``fn`` on each device's own part of its arguments: what kernels run in.
+
+  Args:
+    fn: a function of arrays whose batch rows and heads do not interact.
+    in_axes: for each argument a tree, of the argument's structure, with a tuple of logical axes at each array.
+    out_axes: the same for the result; each output's split dimensions must divide.
+  """
+  mesh = _mesh()
+  if mesh is None:
+    return fn
+
+  def is_axes(x):
+    return isinstance(x, tuple) and all(a is None or isinstance(a, str) for a in x)
+
+  def run(*args):
+    specs = jax.tree.map(
+      lambda axes, x: _spec(x.shape, axes, mesh, 1), in_axes, args, is_leaf=is_axes
+    )
+    args = jax.tree.map(jax.sharding.reshard, args, specs)
+    outs = jax.eval_shape(fn, *args)
+    out_specs = jax.tree.map(
+      lambda axes, x: _spec(x.shape, axes, mesh, 1), out_axes, outs, is_leaf=is_axes
+    )
+    return jax.shard_map(fn, in_specs=specs, out_specs=out_specs, check_vma=False)(*args)
+
+  return run
