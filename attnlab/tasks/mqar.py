@@ -1,0 +1,68 @@
+"""Multi-query associative recall of "Zoology" (Arora et al. 2023, arXiv:2312.04927)."""
+
+import dataclasses
+
+import numpy as np
+
+from attnlab.errors import UserError
+from attnlab.tasks.base import Example, Task, register
+
+
+@register("mqar")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MQAR(Task):
+  """`k1 v1 k2 v2 ...`, then each key once more, where its value is to be predicted.
+
+  Keys are different ids of 1 .. vocab_size/2 - 1, values different ids of vocab_size/2 ..
+  vocab_size - 1. A key is
+  asked for at 2g positions after the pairs, the g drawn without replacement with probability
+  proportional to (g + 1)^(power_a - 1). Its value is the target there, at the key itself, and does
+  not follow in the input. All other targets have weight 0.
+
+  The paper's Figure 2: vocab_size 8192; (seq_len, num_kv_pairs) of (64, 4), (128, 8), (256, 16),
+  (512, 64); 100 000 training and 3 000 test examples; random_non_queries False.
+
+  Attributes:
+    vocab_size: ids, half of them keys and half values.
+    num_kv_pairs: pairs, each asked for once.
+    power_a: exponent of the gaps; 1: uniform.
+    random_non_queries: fill the positions between queries with random ids of the whole vocabulary
+      instead of 0, as the published generator does by default.
+  """
+
+  vocab_size: int = 8192
+  num_kv_pairs: int = 8
+  power_a: float = 0.01
+  random_non_queries: bool = True
+
+  def check(self, seq_len: int) -> None:
+    pairs = self.num_kv_pairs
+    if pairs < 1 or self.vocab_size // 2 - 1 < pairs:
+      raise UserError(
+        f"mqar: num_kv_pairs={pairs} must lie between 1 and the {self.vocab_size // 2 - 1} keys of "
+        f"vocab_size={self.vocab_size}"
+      )
+    if seq_len % 2 or 4 * pairs > seq_len:
+      raise UserError(
+        f"mqar: data.seq_len={seq_len} must be even and at least 4 * num_kv_pairs = {4 * pairs}"
+      )
+
+  def example(self, rng: np.random.Generator, seq_len: int) -> Example:
+    pairs, half = self.num_kv_pairs, self.vocab_size // 2
+    keys = 1 + rng.choice(half - 1, pairs, replace=False)
+    values = half + rng.choice(self.vocab_size - half, pairs, replace=False)
+    context = 2 * pairs
+    space = (seq_len - context) // 2
+    law = np.arange(1, space + 1, dtype=np.float64) ** (self.power_a - 1)
+    queries = context + 2 * rng.choice(space, pairs, replace=False, p=law / law.sum())
+
+    inputs = np.zeros(seq_len, np.int32)
+    inputs[0:context:2], inputs[1:context:2] = keys, values
+    inputs[queries] = keys
+    if self.random_non_queries:
+      free = inputs == 0
+      inputs[free] = rng.integers(self.vocab_size, size=int(free.sum()), dtype=np.int32)
+    targets = np.zeros(seq_len, np.int32)
+    weights = np.zeros(seq_len, np.float32)
+    targets[queries], weights[queries] = values, 1.0
+    return Example(inputs, targets, weights)
