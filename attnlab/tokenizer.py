@@ -100,17 +100,19 @@ class JsonTokenizer:
       import tokenizers
     except ImportError as error:
       raise UserError(
-        f"data.tokenizer={path!r} needs the tokenizers library: pip install tokenizers"
+        f"config.data.tokenizer={path!r} needs the tokenizers library: pip install tokenizers"
       ) from error
     if not Path(path).is_file():
-      raise UserError(f"data.tokenizer={path!r}: no such file (give 'bytes' or a tokenizer.json)")
+      raise UserError(
+        f"config.data.tokenizer={path!r}: no such file (give 'bytes' or a tokenizer.json)"
+      )
     self.path = path
     try:
       self._tokenizer = tokenizers.Tokenizer.from_file(path)
     except (
       Exception
     ) as error:  # The library raises bare Exception for whatever is wrong with a file.
-      raise UserError(f"data.tokenizer={path!r} is not a tokenizer.json: {error}") from error
+      raise UserError(f"config.data.tokenizer={path!r} is not a tokenizer.json: {error}") from error
     self._tokenizer.no_truncation()
     self._tokenizer.no_padding()
     self._tokenizer.encode_special_tokens = True
@@ -118,7 +120,7 @@ class JsonTokenizer:
     self._size = 1 + max(self._vocab.values(), default=0)
     self.vocab_size = round_vocab(self._size)
     if eos_id >= self._size:
-      raise UserError(f"data.eos_id={eos_id} is not below the {self._size} ids of {path!r}")
+      raise UserError(f"config.data.eos_id={eos_id} is not below the {self._size} ids of {path!r}")
     if eos_id >= 0:
       self.eos_id = self.bos_id = eos_id
     else:
@@ -127,8 +129,8 @@ class JsonTokenizer:
       if self.eos_id is None:
         specials = [t.content for t in self._tokenizer.get_added_tokens_decoder().values()]
         raise UserError(
-          f"data.tokenizer={path!r} does not say which token ends a text: set data.eos_id "
-          f"(its special tokens: {', '.join(map(repr, specials[:20])) or 'none'})"
+          f"config.data.tokenizer={path!r} does not say which token ends a text: set "
+          f"config.data.eos_id (its special tokens: {', '.join(map(repr, specials[:20])) or 'none'})"
         )
       bos_id = self._special("bos_token", named, _BOS_NAMES)
       self.bos_id = self.eos_id if bos_id is None else bos_id
@@ -221,18 +223,20 @@ def load(name: str, eos_id: int = -1, vocab_size: int = 0) -> Tokenizer:
   if name == "ids":
     if not 0 <= eos_id < vocab_size:
       raise UserError(
-        "data.tokenizer='ids' needs data.vocab_size and data.eos_id, the id between documents, "
-        f"below it; they are {vocab_size} and {eos_id}"
+        "config.data.tokenizer='ids' needs config.data.vocab_size and config.data.eos_id, "
+        f"the id between documents, below it; they are {vocab_size} and {eos_id}"
       )
     return IdTokenizer(vocab_size, eos_id)
   if vocab_size:
-    raise UserError(f"data.vocab_size is for data.tokenizer='ids'; {name!r} has its own")
+    raise UserError(
+      f"config.data.vocab_size is for config.data.tokenizer='ids'; {name!r} has its own"
+    )
   if name != "bytes":
     return JsonTokenizer(name, eos_id)
   tokenizer = ByteTokenizer()
   if eos_id >= tokenizer.vocab_size:
     raise UserError(
-      f"data.eos_id={eos_id} is not below the byte tokenizer's {tokenizer.vocab_size}"
+      f"config.data.eos_id={eos_id} is not below the byte tokenizer's {tokenizer.vocab_size}"
     )
   if eos_id >= 0:
     tokenizer.bos_id = tokenizer.eos_id = eos_id

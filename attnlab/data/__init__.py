@@ -5,15 +5,8 @@ documents become rows: packing.py.
 """
 
 from attnlab.data.packing import Batch
-from attnlab.data.pipeline import (
-  BatchIterator,
-  data_config,
-  make_iterator,
-  open_source,
-  record_name,
-  tokenizer,
-  vocab_size,
-)
+from attnlab.data.pipeline import BatchIterator, make_iterator
+from attnlab.data.sources import data_config, open_source, record_name, tokenizer, vocab_size
 
 __all__ = [
   "Batch",

@@ -121,7 +121,7 @@ def in_validation(
   if hashes.size < 2:
     raise UserError(
       f"{key} holds {hashes.size} document(s), too few to keep some for validation: "
-      "set data.validation"
+      "set config.data.validation"
     )
   mask = hashes < np.uint64(fraction * 2**64)
   if not mask.any():
@@ -149,4 +149,4 @@ def distinct(train: Sequence[File], validation: Sequence[File]) -> None:
   """Raises UserError if a file is in both lists."""
   both = {f.path.resolve() for f in train} & {f.path.resolve() for f in validation}
   if both:
-    raise UserError(f"{min(both)} is in both data.train and data.validation")
+    raise UserError(f"{min(both)} is in both config.data.train and config.data.validation")

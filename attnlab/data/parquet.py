@@ -41,10 +41,12 @@ class Parquet(TextSource):
       opened = _open(file)
       schema = opened.schema_arrow
       if key not in schema.names:
-        raise UserError(f"{file.path} has no column {key!r} (data.text_key); it has {schema.names}")
+        raise UserError(
+          f"{file.path} has no column {key!r} (config.data.text_key); it has {schema.names}"
+        )
       kind = str(schema.field(key).type)
       if kind not in ("string", "large_string", "string_view"):
-        raise UserError(f"{file.path}: column {key!r} (data.text_key) is {kind}, not string")
+        raise UserError(f"{file.path}: column {key!r} (config.data.text_key) is {kind}, not string")
       for j in range(opened.num_row_groups):
         groups.append((i, j, opened.metadata.row_group(j).num_rows))
     # Columns: file, row group in it, rows.

@@ -47,7 +47,9 @@ def stdlib_files() -> list[File]:
   if root.is_dir():
     files = files_lib.find(str(root), "the standard library", _STDLIB_EXCLUDED)
   if not files:
-    raise UserError(f"data.train is empty and {root} holds no Python sources: set data.train")
+    raise UserError(
+      f"config.data.train is empty and {root} holds no Python sources: set config.data.train"
+    )
   return files
 
 
@@ -218,10 +220,10 @@ def _text_of(data: bytes, key: str, where: str) -> str:
   if not isinstance(record, dict):
     raise UserError(f"{where} is not a JSON object but a {type(record).__name__}")
   if key not in record:
-    raise UserError(f"{where} has no field {key!r} (data.text_key); it has {sorted(record)}")
+    raise UserError(f"{where} has no field {key!r} (config.data.text_key); it has {sorted(record)}")
   if not isinstance(record[key], str):
     raise UserError(
-      f"{where}: field {key!r} (data.text_key) is a {type(record[key]).__name__}, not a text"
+      f"{where}: field {key!r} (config.data.text_key) is a {type(record[key]).__name__}, not a text"
     )
   return record[key]
 

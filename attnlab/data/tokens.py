@@ -33,7 +33,8 @@ def check_ids(ids: np.ndarray, vocab_size: int, where: str, offset: int = 0) -> 
     bad = int(np.flatnonzero((ids >= vocab_size) | (ids < 0))[0])
     raise UserError(
       f"{where}: token id {int(ids[bad])} at position {offset + bad} is outside the vocabulary of "
-      f"{vocab_size}: set data.tokenizer (or data.vocab_size) to what the shards were made with"
+      f"{vocab_size}: set config.data.tokenizer (or config.data.vocab_size) to what the shards "
+      "were made with"
     )
 
 
@@ -74,7 +75,7 @@ class FlatShards(Source):
     fraction: float = 0.0,
   ):
     if dtype not in ("uint16", "uint32"):
-      raise UserError(f"data.token_dtype={dtype!r}: uint16 or uint32")
+      raise UserError(f"config.data.token_dtype={dtype!r}: uint16 or uint32")
     self._files, self._dtype, self._vocab_size = files, dtype, vocab_size
     self.start_id = eos_id
     self._maps: dict[int, np.ndarray] = {}
@@ -161,8 +162,8 @@ def _cut(array: np.ndarray, eos_id: int, fraction: float, file: File) -> int:
   found = np.flatnonzero(array[:at] == eos_id)
   if not found.size:
     raise UserError(
-      f"{file.path} has no separator {eos_id} (data.eos_id) to cut it into train and validation "
-      "at: set data.validation"
+      f"{file.path} has no separator {eos_id} (config.data.eos_id) to cut it into train and "
+      "validation at: set config.data.validation"
     )
   return int(found[-1]) + 1
 
@@ -183,7 +184,7 @@ class ArrayRecords(Source):
 
   def __init__(self, files: Sequence[File], kind: str, tokenizer: Tokenizer, vocab_size: int):
     if kind not in ("text", "tokens"):
-      raise UserError(f"data.record={kind!r}: text or tokens")
+      raise UserError(f"config.data.record={kind!r}: text or tokens")
     self._files, self._kind, self._tokenizer = files, kind, tokenizer
     self._vocab_size, self.start_id = vocab_size, tokenizer.bos_id
     self.rows_per_file = []
@@ -199,7 +200,7 @@ class ArrayRecords(Source):
     self._rows = np.arange(self._ends[-1])
     if not len(self._rows):
       raise UserError(f"all of {len(files)} shard(s), {files[0].path} first, are empty")
-    for row in self._ends - 1:  # One record a file shows a wrong data.record.
+    for row in self._ends - 1:  # One record a file shows a wrong config.data.record.
       self._pairs_of(int(row))
 
   def keep(self, mask: np.ndarray) -> None:
@@ -217,7 +218,8 @@ class ArrayRecords(Source):
       return shifted(tok.encode(decode(data, self._name_of(row))), tok.bos_id, tok.eos_id)
     if len(data) % 4:
       raise UserError(
-        f"{self._name_of(row)} has {len(data)} bytes, not whole int32 tokens (data.record='tokens')"
+        f"{self._name_of(row)} has {len(data)} bytes, not whole int32 tokens "
+        "(config.data.record='tokens')"
       )
     ids = np.frombuffer(data, "<i4")
     check_ids(ids, self._vocab_size, self._name_of(row))

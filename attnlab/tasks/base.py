@@ -81,26 +81,26 @@ def make(name: str, args: Mapping[str, Any]) -> Task:
     UserError: unknown name or argument, or an argument of another type than its default.
   """
   if name not in _TASKS:
-    raise errors.unknown("task (data.task)", name, _TASKS)
+    raise errors.unknown("task (config.data.task)", name, _TASKS)
   cls = _TASKS[name]
   fields = {f.name: f for f in dataclasses.fields(cls)}
   values = {}
   for key, value in args.items():
     if key not in fields:
-      raise errors.unknown(f"key in data.task_args of task {name!r},", key, fields)
+      raise errors.unknown(f"key in config.data.task_args of task {name!r},", key, fields)
     default = fields[key].default
     if isinstance(default, float) and type(value) is int:
       value = float(value)
     if default is not dataclasses.MISSING and type(value) is not type(default):
       raise UserError(
-        f"data.task_args.{key}={value!r}: task {name!r} takes a {type(default).__name__}, "
+        f"config.data.task_args.{key}={value!r}: task {name!r} takes a {type(default).__name__}, "
         f"such as {default!r}"
       )
     values[key] = value
   task = cls(**values)
   for key in ("train_examples", "validation_examples"):
     if getattr(task, key) < 1:
-      raise UserError(f"data.task_args.{key}={getattr(task, key)}: at least 1")
+      raise UserError(f"config.data.task_args.{key}={getattr(task, key)}: at least 1")
   return task
 
 

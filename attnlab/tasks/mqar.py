@@ -44,7 +44,8 @@ class MQAR(Task):
       )
     if seq_len % 2 or 4 * pairs > seq_len:
       raise UserError(
-        f"mqar: data.seq_len={seq_len} must be even and at least 4 * num_kv_pairs = {4 * pairs}"
+        f"mqar: config.data.seq_len={seq_len} must be even and at least 4 * num_kv_pairs "
+        f"= {4 * pairs}"
       )
 
   def example(self, rng: np.random.Generator, seq_len: int) -> Example:
