@@ -6,6 +6,7 @@ from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 
 from attnlab.data import packing
 from attnlab.data.parquet import ShuffleBlocks
@@ -151,6 +152,8 @@ def make_iterator(
     batches = batches.map(packing.ToBatch(source.start_id))
   batches = batches.map(packing.MarkPadding())
   if train and config.workers:
+    if not flags.FLAGS.is_parsed():  # In a notebook; grain reads its own flags here.
+      flags.FLAGS.mark_as_parsed()
     options = grain.MultiprocessingOptions(config.workers, per_worker_buffer_size=2)
     batches = batches.mp_prefetch(options)
   else:
