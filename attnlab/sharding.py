@@ -77,7 +77,7 @@ def shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:
 
   def one(x):
     if isinstance(x, nnx.Variable):
-      value = x[...]
+      value = x.get_value()
       axes = _stacked(x.get_metadata().get("axes", ()), value.ndim)
       return x.replace(NamedSharding(mesh, _spec(value.shape, axes, mesh, 0)))
     return NamedSharding(mesh, PartitionSpec())
@@ -155,11 +155,49 @@ def local(fn: Callable, in_axes: Any, out_axes: Any) -> Callable:
     specs = jax.tree.map(
       lambda axes, x: _spec(x.shape, axes, mesh, 1), in_axes, args, is_leaf=is_axes
     )
-    args = jax.tree.map(jax.sharding.reshard, args, specs)
-    outs = jax.eval_shape(fn, *args)
+    whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
+    outs = jax.eval_shape(fn, *whole)
     out_specs = jax.tree.map(
       lambda axes, x: _spec(x.shape, axes, mesh, 1), out_axes, outs, is_leaf=is_axes
     )
+    args = jax.tree.map(jax.sharding.reshard, args, specs)
     return jax.shard_map(fn, in_specs=specs, out_specs=out_specs, check_vma=False)(*args)
 
   return run
+
+
+def flatten_tokens(x: jax.Array) -> jax.Array:
+  """[B, T, ...] -> [B T, ...], still split over the batch's devices."""
+  mesh = _mesh()
+  shape = (x.shape[0] * x.shape[1], *x.shape[2:])
+  if mesh is None:
+    return x.reshape(shape)
+  x = put(x, "batch", *(None,) * (x.ndim - 1))
+  spec = _spec(x.shape, ("batch",) + (None,) * (x.ndim - 1), mesh, 1)
+  return jax.lax.reshape(x, shape, out_sharding=PartitionSpec(spec[0]))
+
+
+def unflatten_tokens(x: jax.Array, B: int, T: int) -> jax.Array:
+  """[B T, ...] -> [B, T, ...], split over the batch's devices."""
+  mesh = _mesh()
+  shape = (B, T, *x.shape[1:])
+  if mesh is None:
+    return x.reshape(shape)
+  spec = _spec(shape, ("batch",) + (None,) * (len(shape) - 1), mesh, 1)
+  x = jax.sharding.reshard(x, PartitionSpec(spec[0]))
+  return jax.lax.reshape(x, shape, out_sharding=spec)
+
+
+def look_up(table: jax.Array, ids: jax.Array) -> jax.Array:
+  """Rows of ``table`` [V, D] by ids [B, T]: [B, T, D], split over the batch's devices."""
+  mesh = _mesh()
+  if mesh is None:
+    return table[ids]
+  ids = put(ids, "batch", None)
+  spec = _spec((*ids.shape, table.shape[1]), ("batch", None, None), mesh, 1)
+  return put(table, None, None).at[ids].get(out_sharding=spec)
+
+
+def zeros(shape: Sequence[int], dtype) -> jax.Array:
+  """Zeros [B, T, ...], split over the batch's devices."""
+  return put(jnp.zeros(shape, dtype), "batch", *(None,) * (len(shape) - 1))

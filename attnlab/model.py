@@ -1,0 +1,281 @@
+"""The language model: embed -> scan over superblocks -> norm -> logits; training, prefill and decoding.
+
+A superblock is one period of the layer pattern, so that a hybrid is one scan too. Layers that do not fill a period, and
+leading layers with a dense MLP before a mixture of experts, stand outside it. Modules are pytrees: plain jax.jit,
+jax.grad, jax.lax.scan and jax.checkpoint apply.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from attnlab import sharding
+from attnlab.errors import UserError, unknown
+from attnlab.losses import cross_entropy
+from attnlab.mixers import Context, Layer, configure, mixer
+from attnlab.moe import MoE
+from attnlab.nn import RMSNorm, SwiGLU, param
+from attnlab.pattern import LayerSpec, parse_pattern
+
+Cache = dict[str, Any]
+
+# What the backward pass keeps of a layer; the rest it computes again.
+REMAT = {
+  "none": None,
+  "full": jax.checkpoint_policies.nothing_saveable,
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Block(nnx.Module):
+  """One layer: ``x += mixer(norm(x)); x += mlp(norm(x))``."""
+
+  def __init__(self, config, spec: LayerSpec, layer: Layer, dense: bool, key: Array):
+    mix, mlp = jax.random.split(key)
+    cls = mixer(spec.mixer)
+    self.mixer_norm = RMSNorm(layer.d_model, layer.norm_eps)
+    self.mixer = cls(mixer_config(config, spec), layer, mix)
+    m = config.mlp
+    self.mlp_norm = RMSNorm(layer.d_model, layer.norm_eps) if m.hidden else None
+    if not m.hidden:
+      self.mlp = None  # mixers alone, as in synthetic benchmarks
+    elif dense or not m.experts:
+      self.mlp = SwiGLU(mlp, layer.d_model, m.hidden)
+    else:
+      self.mlp = MoE(
+        mlp,
+        layer.d_model,
+        m.expert_hidden,
+        experts=m.experts,
+        top_k=m.top_k,
+        shared=m.shared_experts,
+        router=m.router,
+      )
+
+  def __call__(self, x: Float[Array, "B T D"], ctx: Context, cache: Cache | None):
+    out = self.mixer(self.mixer_norm(x), ctx, cache)
+    x = x + out.y
+    aux = dict(out.aux)
+    if self.mlp is not None:
+      y = self.mlp(self.mlp_norm(x))
+      if isinstance(self.mlp, MoE):
+        y, router = y
+        aux |= router
+      x = x + y
+    return x, out.cache, aux, ctx.shared | out.shared
+
+
+class Superblock(nnx.Module):
+  """One period of the pattern."""
+
+  def __init__(self, config, specs: tuple[LayerSpec, ...], layer: Layer, key: Array):
+    keys = jax.random.split(key, len(specs))
+    self.layers = nnx.List(
+      Block(config, spec, dataclasses.replace(layer, index=layer.index + i), False, k)
+      for i, (spec, k) in enumerate(zip(specs, keys, strict=True))
+    )
+
+
+def mixer_config(config, spec: LayerSpec) -> Any:
+  """The settings of a mixer: its defaults, the config's, the layer's own."""
+  settings = dict(config.mixers.get(spec.mixer, {})) | dict(spec.settings)
+  return configure(mixer(spec.mixer), settings)
+
+
+class Model(nnx.Module):
+  """A decoder of tokens.
+
+  Args:
+    config: the ``model`` section of a config, vocab_size resolved (configs/base.py documents it).
+    key: a PRNG key.
+  """
+
+  def __init__(self, config, key: Array):
+    specs = parse_pattern(config.pattern)
+    L, D, P = config.num_layers, config.d_model, len(specs)
+    if config.vocab_size < 1:
+      raise UserError(f"config.model.vocab_size = {config.vocab_size} must be at least 1")
+    if config.remat not in REMAT:
+      raise unknown("config.model.remat", config.remat, REMAT)
+    self.dtype = jnp.dtype(config.dtype).name
+    self.remat, self.z_loss, self.d_model = config.remat, config.z_loss, D
+    self.shared = tuple(sorted(_shared(config, specs).items()))
+    keys = jax.random.split(key, 5)
+    init = jax.nn.initializers.normal(D**-0.5)
+    vocabulary = ((config.vocab_size, D), ("vocab", "embed"))
+    self.embedding = param(keys[0], init, *vocabulary, weight_decay=False)
+    tied = config.tie_embeddings
+    self.head = None if tied else param(keys[1], init, *vocabulary, weight_decay=False)
+    self.norm = RMSNorm(D, config.norm_eps)
+
+    lead = min(config.mlp.dense_layers, L) if config.mlp.experts else 0
+    periods = (L - lead) // P
+    after = lead + periods * P
+    layer = Layer(D, 0, L, config.norm_eps)
+
+    def block(i, key, dense):
+      return Block(config, specs[i % P], dataclasses.replace(layer, index=i), dense, key)
+
+    def outside(key, indices, dense):
+      return nnx.List(block(i, jax.random.fold_in(key, i), dense) for i in indices)
+
+    self.lead = outside(keys[2], range(lead), True)
+    self.tail = outside(keys[3], range(after, L), False)
+    turned = specs[lead % P :] + specs[: lead % P]  # the period as it goes on after the lead
+    starts = lead + P * jnp.arange(periods)
+    stack = jax.vmap(lambda i, k: Superblock(config, turned, dataclasses.replace(layer, index=i), k))
+    self.blocks = stack(starts, jax.random.split(keys[4], periods)) if periods else None
+
+  # The three ways through the layers.
+
+  def loss(self, batch: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+    """The training loss of a batch (attnlab.data): weighted mean of nll, plus z-loss and the layers' own losses.
+
+    Returns:
+      The loss, and metrics: nll (nats), accuracy, both means by weight; weight; the layers' scalars.
+    """
+    ctx = Context(batch["positions"], batch["segment_ids"])
+    x, _, aux = self._layers(self._embed(batch["inputs"]), ctx, None)
+    nll, lse, correct = cross_entropy(x, self._head(), batch["targets"])
+    w = batch["weights"]
+    weight = w.sum()
+    mean = lambda y: (w * y).sum() / jnp.maximum(weight, 1e-9)  # noqa: E731
+    metrics = {"nll": mean(nll), "accuracy": mean(correct), "weight": weight} | aux
+    loss = metrics["nll"] + sum(v for k, v in aux.items() if k.endswith("_loss"))
+    if self.z_loss:
+      loss += self.z_loss * mean(lse**2)
+    return loss, metrics
+
+  def token_nll(self, batch: dict[str, Array]) -> Float[Array, "B T"]:
+    """The loss of each target in nats, whatever its weight."""
+    ctx = Context(batch["positions"], batch["segment_ids"])
+    x, _, _ = self._layers(self._embed(batch["inputs"]), ctx, None)
+    return cross_entropy(x, self._head(), batch["targets"])[0]
+
+  def forward(
+    self,
+    inputs: Int[Array, "B T"],
+    positions: Int[Array, "B T"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+  ) -> Float[Array, "B T V"]:
+    """Logits of every token, float32."""
+    if positions is None:
+      positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape)
+    x, _, _ = self._layers(self._embed(inputs), Context(positions, segment_ids), None)
+    return self._logits(x)
+
+  def prefill(
+    self, tokens: Int[Array, "B T"], cache: Cache, segment_ids: Int[Array, "B T"] | None = None
+  ) -> tuple[Float[Array, "B V"], Cache]:
+    """Reads prompts into a cache.
+
+    Args:
+      tokens: the prompts, or their continuation; shorter ones are padded on the left.
+      cache: of ``init_cache`` or of an earlier call.
+      segment_ids: 0 on padding, 1 on the prompt; None: no padding.
+
+    Returns:
+      Logits of the last token, and the cache.
+    """
+    if segment_ids is None:
+      segment_ids = jnp.ones_like(tokens)
+    real = (segment_ids > 0).astype(jnp.int32)
+    positions = jnp.maximum(cache["position"][:, None] + jnp.cumsum(real, axis=1) - 1, 0)
+    layers = {k: v for k, v in cache.items() if k != "position"}
+    ctx = Context(positions, segment_ids)
+    x, layers, _ = self._layers(self._embed(tokens), ctx, layers)
+    position = cache["position"] + real.sum(axis=1)
+    return self._logits(x[:, -1:])[:, 0], layers | {"position": position}
+
+  def decode_step(
+    self, tokens: Int[Array, " B"], cache: Cache
+  ) -> tuple[Float[Array, "B V"], Cache]:
+    """One more token of every sequence: its logits and the cache after it."""
+    return self.prefill(tokens[:, None], cache)
+
+  def init_cache(self, batch: int, max_len: int) -> Cache:
+    """Empty caches of all layers, for sequences of up to ``max_len`` tokens; jax.eval_shape of it is their spec."""
+
+    def new(blocks):
+      return [b.mixer.init_cache(batch, max_len, jnp.dtype(self.dtype)) for b in blocks]
+
+    cache: Cache = {"position": jnp.zeros(batch, jnp.int32)}
+    cache["lead"] = new(self.lead)
+    cache["tail"] = new(self.tail)
+    if self.blocks is not None:
+      cache["blocks"] = jax.vmap(lambda superblock: new(superblock.layers))(self.blocks)
+    return cache
+
+  # What they share.
+
+  def _embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    # Unit variance at the start, whether or not the same rows make the logits.
+    table = self.embedding[...] * self.d_model**0.5
+    return sharding.look_up(table.astype(self.dtype), tokens)
+
+  def _head(self) -> Float[Array, "V D"]:
+    return (self.embedding if self.head is None else self.head)[...]
+
+  def _logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    head = sharding.put(self._head(), None, None).astype(x.dtype)
+    return jnp.einsum("btd,vd->btv", x, head, preferred_element_type=jnp.float32)
+
+  def _layers(self, x: Array, ctx: Context, cache: Cache | None):
+    """All layers and the last norm: x, the new cache, and the mean over layers of each auxiliary scalar."""
+    shapes = {k: (*x.shape[:2], *shape) for k, shape in self.shared}
+    shared = {k: sharding.zeros(shape, x.dtype) for k, shape in shapes.items()}
+    collected: dict[str, list[Array]] = {}
+
+    def apply(block: Block, x, shared, cache):
+      ctx_here = dataclasses.replace(ctx, shared=shared)
+      run = lambda block, x, ctx, cache: block(x, ctx, cache)  # noqa: E731
+      if cache is None and REMAT[self.remat] is not None:
+        run = jax.checkpoint(run, policy=REMAT[self.remat])
+      return run(block, x, ctx_here, cache)
+
+    def through(blocks, x, shared, caches):
+      """Some layers in turn."""
+      new, scalars = [], {}
+      for i, block in enumerate(blocks):
+        x, c, aux, shared = apply(block, x, shared, caches and caches[i])
+        new.append(c)
+        for k, v in aux.items():
+          scalars.setdefault(k, []).append(v)
+      return x, shared, (None if caches is None else new), scalars
+
+    def collect(scalars):
+      for k, v in scalars.items():
+        collected.setdefault(k, []).extend(jnp.ravel(a) for a in v)
+
+    new: Cache = {}
+    x, shared, new["lead"], scalars = through(self.lead, x, shared, cache and cache["lead"])
+    collect(scalars)
+    if self.blocks is not None:
+
+      def body(carry, xs):
+        superblock, caches = xs
+        x, shared, caches, scalars = through(superblock.layers, *carry, caches)
+        return (x, shared), (caches, scalars)
+
+      xs = (self.blocks, None if cache is None else cache["blocks"])
+      (x, shared), (new["blocks"], scalars) = jax.lax.scan(body, (x, shared), xs)
+      collect(scalars)
+    x, shared, new["tail"], scalars = through(self.tail, x, shared, cache and cache["tail"])
+    collect(scalars)
+    aux = {k: jnp.concatenate(v).mean() for k, v in collected.items()}
+    return self.norm(x), (None if cache is None else new), aux
+
+
+def _shared(config, specs: tuple[LayerSpec, ...]) -> dict[str, tuple[int, ...]]:
+  """What layers of the pattern hand on to later ones: name -> shape after [B, T]."""
+  out: dict[str, tuple[int, ...]] = {}
+  for spec in specs:
+    cls = mixer(spec.mixer)
+    for name, shape in cls.shared(mixer_config(config, spec), config.d_model).items():
+      if out.setdefault(name, shape) != shape:
+        raise UserError(f"layers of pattern {config.pattern!r} disagree on the shape of {name!r}")
+  return out

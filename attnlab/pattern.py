@@ -1,0 +1,62 @@
+"""Layer patterns as text: which mixer stands where.
+
+"kda kda kda mla"                        four layers, repeated over the model
+"3*gdn + 1*softmax"                      counts; "+" is only for the eye
+"3*swa(window=128) + softmax(rope_fraction=0.0)"     settings of single layers, over the config's
+"""
+
+import ast
+import dataclasses
+import re
+from typing import Any
+
+from attnlab.errors import UserError
+
+_ITEM = re.compile(
+  r"\s*(?:(\d+)\s*\*\s*)?([A-Za-z_]\w*)\s*(?:\(([^()]*)\))?\s*(?:\+|(?=\s|$|[A-Za-z_\d]))"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSpec:
+  """One layer of a pattern: a mixer's name, and settings that hold for this layer only."""
+
+  mixer: str
+  settings: tuple[tuple[str, Any], ...] = ()
+
+
+def parse_pattern(text: str) -> tuple[LayerSpec, ...]:
+  """The layers of one period.
+
+  Raises:
+    UserError: text that is no pattern. Names are not looked up here.
+  """
+  layers: list[LayerSpec] = []
+  at = 0
+  while text[at:].strip():
+    item = _ITEM.match(text, at)
+    if not item or item.end() == at:
+      raise UserError(
+        f"pattern {text!r}: cannot read {text[at:].strip()!r};"
+        ' write it like "3*kda + 1*softmax(rope_fraction=0.0)"'
+      )
+    count, name, settings = item.groups()
+    layers += [LayerSpec(name, _settings(text, settings or ""))] * int(count or 1)
+    at = item.end()
+  if not layers:
+    raise UserError(f"pattern {text!r} names no layer")
+  return tuple(layers)
+
+
+def _settings(pattern: str, text: str) -> tuple[tuple[str, Any], ...]:
+  """The settings in parentheses; a value that is no Python literal is a string."""
+  out = []
+  for part in filter(str.strip, text.split(",")):
+    key, equals, value = (p.strip() for p in part.partition("="))
+    if not equals or not key.isidentifier() or not value:
+      raise UserError(f"pattern {pattern!r}: {part.strip()!r} is not of the form setting=value")
+    try:
+      out.append((key, ast.literal_eval(value)))
+    except (ValueError, SyntaxError):
+      out.append((key, value))
+  return tuple(out)
