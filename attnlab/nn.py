@@ -3,6 +3,7 @@
 Norms, gates and everything that feeds an exponent compute in float32 whatever the activations are.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -86,11 +87,12 @@ class LowRank(nnx.Module):
     rank: int,
     outputs: int,
     bias: Init | None = None,
+    init_down: Init | None = None,
     init_up: Init | None = None,
     activation: Callable[[Array], Array] = lambda x: x,
   ):
     down, up = jax.random.split(key)
-    self.down = Linear(down, inputs, rank, ("embed", None))
+    self.down = Linear(down, inputs, rank, ("embed", None), init=init_down)
     self.up = Linear(up, rank, outputs, (None, "heads"), bias=bias, init=init_up)
     self.activation = activation
 
@@ -120,6 +122,43 @@ class RMSNorm(nnx.Module):
     return y.astype(x.dtype)
 
 
+class HeadNorm(nnx.Module):
+  """Normalises [B, T, heads, size] within groups of heads, in float32, with a scale for each channel of each head.
+
+  Args:
+    groups: how many groups of heads have a norm of their own; 1: one norm over all channels.
+    center: LayerNorm, with a mean and a bias, instead of RMSNorm. Only with a group for each head, where it is
+      the GroupNorm of RWKV.
+  """
+
+  def __init__(
+    self, heads: int, size: int, groups: int | None = None, eps: float = 1e-6, center: bool = False
+  ):
+    self.heads, self.groups, self.eps = heads, groups or heads, eps
+    if heads % self.groups or (center and self.groups != heads):
+      raise ValueError(f"cannot normalise {heads} heads in {groups} groups (center={center})")
+    ones, zeros = jax.nn.initializers.ones, jax.nn.initializers.zeros
+    shape, axes, key = (heads, size), ("heads", None), jax.random.key(0)
+    self.scale = param(key, ones, shape, axes, weight_decay=False)
+    self.bias = param(key, zeros, shape, axes, weight_decay=False) if center else None
+
+  def __call__(self, x: Float[Array, "B T heads size"]) -> Float[Array, "B T heads size"]:
+    y = x.astype(jnp.float32)
+    if self.bias is not None:
+      y = y - jnp.mean(y, axis=-1, keepdims=True)
+    square = jnp.mean(y * y, axis=-1)
+    if self.groups != self.heads:  # heads may lie on several devices: their means are few
+      square = sharding.put(square, "batch", None, None)
+      each = square.reshape(*square.shape[:2], self.groups, -1)
+      square = jnp.broadcast_to(jnp.mean(each, axis=-1, keepdims=True), each.shape)
+      square = sharding.put(square.reshape(x.shape[:3]), "batch", None, "heads")
+    y = y * jax.lax.rsqrt(square + self.eps)[..., None]
+    y = y * sharding.put(self.scale[...], "heads", None)
+    if self.bias is not None:
+      y = y + sharding.put(self.bias[...], "heads", None)
+    return y.astype(x.dtype)
+
+
 def l2norm(x: Float[Array, "... D"], eps: float = 1e-6) -> Float[Array, "... D"]:
   """``x / |x|`` over the last axis, in float32."""
   y = x.astype(jnp.float32)
@@ -129,10 +168,16 @@ def l2norm(x: Float[Array, "... D"], eps: float = 1e-6) -> Float[Array, "... D"]
 class ShortConv(nnx.Module):
   """Causal depthwise convolution over time, ``width`` taps a channel; the last tap is the token itself."""
 
-  def __init__(self, key: Array, channels: int, width: int, axis: str | None = "heads"):
+  def __init__(
+    self, key: Array, channels: int, width: int, axis: str | None = "heads", bias: bool = False
+  ):
     self.axis = axis
     self.width, self.channels = width, channels
-    self.weight = param(key, _uniform_taps, (width, channels), (None, axis), weight_decay=False)
+    bound = 1 / math.sqrt(width)  # PyTorch's initialisation of a depthwise convolution
+    init = functools.partial(_uniform, bound)
+    self.weight = param(key, init, (width, channels), (None, axis), weight_decay=False)
+    key = jax.random.fold_in(key, 1)
+    self.bias = param(key, init, (channels,), (axis,)) if bias else None
 
   def __call__(
     self,
@@ -143,16 +188,19 @@ class ShortConv(nnx.Module):
     """The convolved tokens, and the last inputs: the state with which the next tokens continue."""
     rows = ("batch", None, self.axis)
     run = sharding.local(
-      lambda x, w, s, ids: short_conv(x, w, initial_state=s, segment_ids=ids),
+      lambda x, w, b, s, ids: short_conv(x, w, b, s, segment_ids=ids),
       (
         rows,
         (None, self.axis),
+        None if self.bias is None else (self.axis,),
         None if state is None else rows,
         None if segment_ids is None else ("batch", None),
       ),
       (rows, rows),
     )
-    return run(x, self.weight[...].astype(x.dtype), state, segment_ids)
+    weight = self.weight[...].astype(x.dtype)
+    bias = None if self.bias is None else self.bias[...].astype(x.dtype)
+    return run(x, weight, bias, state, segment_ids)
 
 
 class TokenShift(nnx.Module):
@@ -178,8 +226,7 @@ class TokenShift(nnx.Module):
     return before, x[:, -1:]
 
 
-def _uniform_taps(key: Array, shape: tuple[int, ...], dtype) -> Array:
-  bound = 1 / math.sqrt(shape[0])  # PyTorch's initialisation of a depthwise convolution
+def _uniform(bound: float, key: Array, shape: Sequence[int], dtype) -> Array:
   return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 

@@ -96,6 +96,18 @@ def put(x: jax.Array, *axes: str | None) -> jax.Array:
   return x if mesh is None else jax.sharding.reshard(x, _spec(x.shape, axes, mesh, 1))
 
 
+def like(x: jax.Array, other: jax.Array) -> jax.Array:
+  """``x`` in the dtype of ``other`` and where ``other`` lies, as the carry of a scan must be."""
+  x = x.astype(other.dtype)
+  return x if _mesh() is None else jax.sharding.reshard(x, jax.typeof(other).sharding.spec)
+
+
+def size(axis: str) -> int:
+  """How many parts arrays with this logical axis are computed in."""
+  mesh = _mesh()
+  return 1 if mesh is None else _size(axis, mesh)
+
+
 def matmul(x: jax.Array, kernel: jax.Array, axes: tuple[str | None, str | None]) -> jax.Array:
   """``x [batch, ..., in] @ kernel [in, out]`` for a kernel of these logical axes."""
   mesh = _mesh()

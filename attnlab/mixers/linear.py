@@ -2,10 +2,12 @@
 
 A mechanism is a subclass with three things: ``signals`` (its gates, as arguments by name), ``core`` (the function of
 those arguments: one of pallas_kernels, or its own mapping onto ``linear_recurrence``), and ``equation`` (its paper's
-update of one token and one head, literally; the contract tests hold ``core`` to it).
+update of one token and one head, literally; the contract tests hold ``core`` to it). What differs from the common
+layer has a hook: ``sizes``, ``make_projections``, ``make_gate``, ``make_norm``, ``output``, ``init_state``.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -14,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from attnlab import sharding
+from attnlab.errors import UserError
 from attnlab.mixers.base import Cache, Context, Layer, Mixer, MixerOutput
 from attnlab.nn import Linear, RMSNorm, ShortConv, TokenShift, l2norm
 
@@ -39,6 +42,9 @@ class LinearMixer(Mixer):
   """Base of the linear mixers. By default q and k are ``l2norm(silu(conv(W x)))`` and v is ``silu(conv(W x))``."""
 
   core: ClassVar[Callable[..., tuple[Array, Any]]]
+
+  # Signals that are not arguments of ``core``: what only ``output`` and ``hand_on`` use.
+  output_only: ClassVar[frozenset[str]] = frozenset()
 
   @dataclasses.dataclass(frozen=True, kw_only=True)
   class Config(Mixer.Config):
@@ -67,23 +73,32 @@ class LinearMixer(Mixer):
   gate_activation: ClassVar[Callable[[Array], Array] | None] = staticmethod(jax.nn.silu)
 
   def __init__(self, config: Config, layer: Layer, key: Array):
-    c, D = config, layer.d_model
     self.config = config
-    if c.num_heads is None and c.head_dim is None:
-      raise ValueError(f"mixer {self.name!r}: set num_heads or head_dim")
-    self.H = c.num_heads or max(1, round(c.expand_k * D / c.head_dim))
-    self.K = c.head_dim or round(c.expand_k * D / self.H)
-    self.Hv = c.num_value_heads or self.H
-    self.V = c.value_dim or round(self.K * c.expand_v / c.expand_k)
+    self.H, self.K, self.Hv, self.V = self.sizes(config, layer.d_model)
     if self.Hv % self.H:
-      raise ValueError(
-        f"mixer {self.name!r}: num_value_heads={self.Hv} is not a multiple of num_heads={self.H}"
+      raise UserError(
+        f"mixer {self.name!r}: {self.Hv} heads of values are not a multiple of {self.H} heads of keys"
       )
     keys = jax.random.split(key, 8)
     self.make_projections(layer, keys)
-    self.out_norm = RMSNorm(self.V, layer.norm_eps)
-    self.gate_proj = self.make_gate(D, keys[6])
-    self.out_proj = Linear(keys[7], self.Hv * self.V, D, ("heads", "embed"))
+    self.out_norm = self.make_norm(layer)
+    self.gate_proj = self.make_gate(layer.d_model, keys[6])
+    self.out_proj = Linear(keys[7], self.Hv * self.V, layer.d_model, ("heads", "embed"))
+
+  @classmethod
+  def sizes(cls, config: Config, d_model: int) -> tuple[int, int, int, int]:
+    """Heads of q and k, channels of each, heads of v, channels of each."""
+    c, width = config, round(config.expand_k * d_model)
+    if c.num_heads is None and c.head_dim is None:
+      raise UserError(f"mixer {cls.name!r}: set num_heads or head_dim")
+    H = c.num_heads or max(1, round(width / c.head_dim))
+    if c.head_dim is None and width % H:
+      raise UserError(
+        f"mixer {cls.name!r}: num_heads={H} does not divide expand_k * d_model = {width}; "
+        "choose another num_heads, or set head_dim"
+      )
+    K = c.head_dim or width // H
+    return H, K, c.num_value_heads or H, c.value_dim or round(K * c.expand_v / c.expand_k)
 
   def make_projections(self, layer: Layer, keys: Array) -> None:
     """q, k and v, and their convolutions."""
@@ -102,6 +117,10 @@ class LinearMixer(Mixer):
       return None
     return Linear(key, d_model, self.Hv * self.V)
 
+  def make_norm(self, layer: Layer):
+    """The norm of the outputs [B, T, Hv, V]; by default over each head, all heads sharing one scale."""
+    return RMSNorm(self.V, layer.norm_eps)
+
   def qkv(self, x: Float[Array, "B T D"], recent: Recent) -> tuple[Array, Array, Array]:
     """q, k [B, T, H, K] and v [B, T, Hv, V] from the residual stream."""
 
@@ -119,7 +138,10 @@ class LinearMixer(Mixer):
     return q, k, project("v", self.Hv, self.V)
 
   def signals(self, x: Float[Array, "B T D"], recent: Recent, ctx: Context) -> Signals:
-    """The arguments of ``core`` by name: [B, T, heads, ...], or [heads, ...] where constant over tokens."""
+    """The arguments of ``core`` by name: [B, T, heads, ...], or [heads, ...] where constant over tokens.
+
+    What ``output`` needs besides is here too, if its name is in ``output_only``.
+    """
     raise NotImplementedError
 
   @staticmethod
@@ -137,8 +159,13 @@ class LinearMixer(Mixer):
       o = (o * sharding.split(gate, *o.shape[2:])).astype(x.dtype)
     return self.out_proj(sharding.merge(o, 2))
 
+  def hand_on(self, signals: Signals, ctx: Context) -> dict[str, Array]:
+    """What is left to later layers: the arrays that ``shared`` declares."""
+    del signals, ctx
+    return {}
+
   def init_state(self, batch: int) -> Any:
-    """The state before the first token, every array [B, H, ...]."""
+    """The state before the first token, every array [B, H, ...]; zeros."""
     return jnp.zeros((batch, self.Hv, self.K, self.V), jnp.float32)
 
   def init_cache(self, batch: int, max_len: int, dtype: jnp.dtype = jnp.float32) -> Cache:
@@ -156,11 +183,24 @@ class LinearMixer(Mixer):
     recent = Recent(self, ctx, cache)
     signals = self.signals(x, recent, ctx)
     o, state = self.run(signals, ctx, cache and cache["state"])
-    y = self.output(o, x, signals)
-    return MixerOutput(y, None if cache is None else recent.states | {"state": state})
+    if cache is not None:
+      cache = recent.states | {"state": state}
+      if ctx.segment_ids is not None:
+        cache = _without_padding(cache, ctx.segment_ids)
+    return MixerOutput(self.output(o, x, signals), cache, shared=self.hand_on(signals, ctx))
 
   def run(self, signals: Signals, ctx: Context, state: Any) -> tuple[Array, Any]:
     """``core`` on each device's own sequences and heads."""
+    # Devices may split value heads more finely than there are key heads: then each has the key heads it needs.
+    repeats = sharding.size("heads") // math.gcd(sharding.size("heads"), self.H)
+    if self.Hv % (self.H * repeats):
+      repeats = 1  # value heads are not split either
+
+    def per_device(x):
+      is_keys = x.ndim > 2 and x.shape[2] == self.H != self.Hv
+      return jnp.repeat(x, repeats, axis=2) if is_keys and repeats > 1 else x
+
+    signals = {k: per_device(x) for k, x in signals.items() if k not in self.output_only}
 
     def axes(x):
       by_token = x.ndim >= 3 and x.shape[:2] == ctx.positions.shape
@@ -183,3 +223,9 @@ class LinearMixer(Mixer):
 
   # Axes of an output after [B, T, H].
   output_rank: ClassVar[int] = 1
+
+
+def _without_padding(cache: Cache, segment_ids: Array) -> Cache:
+  """The cache, still empty for a sequence of which only padding has been seen (a long prompt read in pieces)."""
+  padding = segment_ids[:, -1] == 0
+  return jax.tree.map(lambda x: jnp.where(padding.reshape(-1, *[1] * (x.ndim - 1)), 0, x), cache)
