@@ -102,6 +102,15 @@ class Mixer(nnx.Module):
     """Mixes tokens. Without a cache: training. With one: the tokens continue it (prefill, or T == 1: decode)."""
     raise NotImplementedError
 
+  def core_flops(self, length: int, decode: bool) -> float:
+    """FLOPs of one token besides the matrices it is multiplied by (attnlab.accounting says what counts).
+
+    Args:
+      length: tokens of context.
+      decode: of the token that follows them; otherwise the mean over their forward pass.
+    """
+    raise NotImplementedError
+
   @classmethod
   def shared(cls, config: Any, d_model: int) -> dict[str, tuple[int, ...]]:
     """Name -> shape after [B, T] of arrays that layers of this kind hand on to later ones; zeros before the first."""

@@ -29,6 +29,7 @@ class GatedDeltaNet(LinearMixer):
   Defaults are of flash-linear-attention: head_dim 256 with values twice as wide, ``W_a``, ``W_b`` without bias.
   """
 
+  erase = "key"
   core = staticmethod(gated_delta_rule)
 
   @dataclasses.dataclass(frozen=True, kw_only=True)

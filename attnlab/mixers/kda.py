@@ -27,6 +27,7 @@ from pallas_kernels import kda
 class KDA(LinearMixer):
   """Gated DeltaNet with a decay rate for each channel of the key; low-rank gates; sigmoid at the output."""
 
+  erase = "key"
   core = staticmethod(kda)
   gate_activation = staticmethod(jax.nn.sigmoid)
 

@@ -9,7 +9,7 @@ layer has a hook: ``sizes``, ``make_projections``, ``make_gate``, ``make_norm``,
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -176,6 +176,29 @@ class LinearMixer(Mixer):
       if isinstance(layer, ShortConv | TokenShift)
     }
     return recent | {"state": self.init_state(batch)}
+
+  # What ``core`` costs: its erase, and steps of the recurrence a token.
+  erase: ClassVar[Literal["none", "key", "low_rank"]] = "none"
+
+  @property
+  def steps(self) -> int:
+    """Steps of the recurrence a token."""
+    return 1
+
+  def core_flops(self, length: int, decode: bool) -> float:
+    """Of the chunked form, C = 64 tokens a chunk, comparisons within it counted half for their mask."""
+    K, V, C = self.K, self.V, min(64, length)
+    rank = {"none": 0, "key": 1, "low_rank": 2}[self.erase]
+    if (
+      decode
+    ):  # decay, write and read the state; an erase reads it once, and may write it once more
+      step = (5 + 2 * rank) * K * V
+    else:
+      across = {"none": 2, "key": 3, "low_rank": 4}[self.erase]  # products with the state
+      # comparisons of q, erase and write keys; their products with values; the triangular solve
+      within = C * {"none": K + V, "key": 3 * K + 2 * V, "low_rank": 5 * K + 4 * V}[self.erase]
+      step = 2 * across * K * V + within + (C * C / 3 if rank else 0)
+    return self.Hv * self.steps * step
 
   def __call__(
     self, x: Float[Array, "B T D"], ctx: Context, cache: Cache | None = None
