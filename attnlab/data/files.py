@@ -115,9 +115,8 @@ def in_validation(
   Raises:
     UserError: there are fewer than two documents.
   """
-  hashes = np.concatenate(
-    [_mix(_hash(n) + np.arange(r, dtype=np.uint64)) for n, r in zip(names, rows, strict=True)]
-  )
+  parts = [_mix(_hash(n) + np.arange(r, dtype=np.uint64)) for n, r in zip(names, rows, strict=True)]
+  hashes = np.concatenate([np.zeros(0, np.uint64), *parts])
   if hashes.size < 2:
     raise UserError(
       f"{key} holds {hashes.size} document(s), too few to keep some for validation: "

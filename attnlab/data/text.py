@@ -86,7 +86,10 @@ class TextFiles(TextSource):
       spans += [(i, a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
     self._spans: Int64[np.ndarray, "records 3"] = np.asarray(spans, np.int64).reshape(-1, 3)
     if not spans:
-      raise UserError(f"all of {len(files)} file(s), {files[0].path} first, are empty")
+      raise UserError(
+        f"{files[0].path} and the other {len(files) - 1} file(s) are empty, or too short to keep "
+        "some for validation"
+      )
     left = CHECK_TEXT_BYTES
     for file in files:
       if left > 0:
