@@ -207,6 +207,18 @@ def test_resume_refuses_other_data(docs, held, change, word):
     other.set_state(state)
 
 
+def test_resume_after_the_data_moved(docs, held, tmp_path):
+  c = config(train=str(docs), validation=str(held))
+  it = iterate(c)
+  next(it)
+  state = it.get_state()
+  expected = next(it)
+  docs.rename(tmp_path / "moved")
+  again = iterate(config(train=str(tmp_path / "moved"), validation=str(held)))
+  again.set_state(state)
+  assert_same([next(again)], [expected])
+
+
 def test_seed_decides_the_order(docs, held):
   c = config(train=str(docs), validation=str(held))
   assert_same(take(iterate(c, seed=1), 4), take(iterate(c, seed=1), 4))

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import grain
@@ -10,6 +11,7 @@ from absl import flags
 
 from attnlab.data import packing
 from attnlab.data.parquet import ShuffleBlocks
+from attnlab.data.source import digest
 from attnlab.data.sources import VALIDATION_SEED, open_source, resolve
 from attnlab.errors import UserError
 
@@ -160,7 +162,7 @@ def make_iterator(
     batches = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=2)
   data = {
     "records": f"{len(source)}, digest {source.identity()}",
-    "tokenizer": config.tokenizer if packed else config.task,
+    "tokenizer": _tokenizer_identity(config.tokenizer) if packed else "none",
     "split": split,
     "seed": seed if train else VALIDATION_SEED,
     "seq_len": config.seq_len,
@@ -169,6 +171,11 @@ def make_iterator(
     "workers": config.workers if train else 0,
   }
   return BatchIterator(iter(batches), data)
+
+
+def _tokenizer_identity(name: str) -> str:
+  """The contents of a tokenizer.json, not its path: it may have moved."""
+  return name if name in ("bytes", "ids") else digest(Path(name).read_bytes())
 
 
 def _window_seed(seed: int) -> int:

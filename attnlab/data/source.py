@@ -80,10 +80,12 @@ def shifted(ids: Int32[np.ndarray, "n"], bos_id: int, eos_id: int) -> Int32[np.n
 
 
 def digest(*parts: Any) -> str:
-  """A short digest of strings, numbers and arrays, the same on every machine."""
+  """A short digest of strings, numbers, bytes and arrays, the same on every machine."""
   h = hashlib.blake2b(digest_size=16)
   for part in parts:
-    data = part.tobytes() if isinstance(part, np.ndarray) else str(part).encode("utf-8", "replace")
+    if isinstance(part, np.ndarray):
+      part = part.tobytes()
+    data = part if isinstance(part, bytes) else str(part).encode("utf-8", "replace")
     h.update(len(data).to_bytes(8, "little") + data)
   return h.hexdigest()
 

@@ -125,16 +125,15 @@ class TaskSource:
     rng = np.random.default_rng([self._seed, split, int(i)])
     example = self._task.example(rng, self._seq_len)
     n = len(example.inputs)
-    place = np.arange(self._seq_len, dtype=np.int32)
-    rest = (0, self._seq_len - n)
-    return {
-      "inputs": np.pad(example.inputs.astype(np.int32), rest),
-      "targets": np.pad(example.targets.astype(np.int32), rest),
-      "weights": np.pad(example.weights.astype(np.float32), rest),
-      "segment_ids": (place < n).astype(np.int32),
-      "positions": np.where(place < n, place, 0),
-      "index": np.int32(i),
-    }
+    row = {key: np.zeros(self._seq_len, np.int32) for key in ("inputs", "targets")}
+    row["weights"] = np.zeros(self._seq_len, np.float32)
+    for key, value in example._asdict().items():
+      row[key][:n] = value
+    row["segment_ids"] = np.zeros(self._seq_len, np.int32)
+    row["segment_ids"][:n] = 1
+    row["positions"] = np.arange(self._seq_len, dtype=np.int32) * row["segment_ids"]
+    row["index"] = np.int32(i)
+    return row
 
   def name(self, i: int) -> str:
     return f"{self._split} example {i} of {self._task}, seed {self._seed}"
