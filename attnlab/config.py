@@ -72,14 +72,17 @@ def resolve(config: ConfigDict) -> ConfigDict:
     UserError: what `complete` raises; a vocabulary too small for the data.
   """
   from attnlab import data
-  from attnlab.model import parse_pattern
+  from attnlab.mixers import mixer
+  from attnlab.pattern import parse_pattern
 
   config = complete(config)
   size = data.vocab_size(config.data)
   with config.unlocked():
     if config.model.vocab_size == 0:
       config.model.vocab_size = size
-    used = set(parse_pattern(config.model.pattern))
+    used = {mixer(name).name for name in parse_pattern(config.model.pattern).mixers}
+    for name in used:
+      mixer(name)
     config.model.mixers = ConfigDict({k: v for k, v in config.model.mixers.items() if k in used})
   if config.model.vocab_size < size:
     raise UserError(
@@ -130,10 +133,10 @@ def check(config: ConfigDict, *, devices: int = 1, processes: int = 1) -> None:
       f"config.train.batch_size = {rows} does not divide by {step} = train.grad_accum"
       f" {train.grad_accum} x mesh.replica {mesh['replica']} x mesh.data {mesh['data']}"
     )
-  if rows % (train.grad_accum * processes):
+  if mesh["replica"] * mesh["data"] % processes:
     raise UserError(
-      f"config.train.batch_size = {rows} does not divide by train.grad_accum {train.grad_accum}"
-      f" x {processes} processes"
+      f"config.mesh.replica {mesh['replica']} x config.mesh.data {mesh['data']} does not divide by"
+      f" the {processes} processes: each must have rows of its own"
     )
   for name, mixer in config.model.mixers.items():
     heads = mixer.get("num_heads")

@@ -82,8 +82,8 @@ class Superblock(nnx.Module):
 
 def mixer_config(config, spec: LayerSpec) -> Any:
   """The settings of a mixer: its defaults, the config's, the layer's own."""
-  settings = dict(config.mixers.get(spec.mixer, {})) | dict(spec.settings)
-  return configure(mixer(spec.mixer), settings)
+  cls = mixer(spec.mixer)
+  return configure(cls, dict(config.mixers.get(cls.name, {})) | dict(spec.settings))
 
 
 class Model(nnx.Module):
@@ -95,15 +95,20 @@ class Model(nnx.Module):
   """
 
   def __init__(self, config, key: Array):
-    specs = parse_pattern(config.pattern)
-    L, D, P = config.num_layers, config.d_model, len(specs)
+    pattern = parse_pattern(config.pattern)
+    specs, L, D, P = pattern.period, config.num_layers, config.d_model, len(pattern.period)
     if config.vocab_size < 1:
       raise UserError(f"config.model.vocab_size = {config.vocab_size} must be at least 1")
+    if config.mlp.dense_layers + len(pattern.tail) > L:
+      raise UserError(
+        f"config.model.num_layers = {L} is less than the pattern's last {len(pattern.tail)} layers"
+        f" and the {config.mlp.dense_layers} of config.model.mlp.dense_layers"
+      )
     if config.remat not in REMAT:
       raise unknown("config.model.remat", config.remat, REMAT)
     self.dtype = jnp.dtype(config.dtype).name
     self.remat, self.z_loss, self.d_model = config.remat, config.z_loss, D
-    self.shared = tuple(sorted(_shared(config, specs).items()))
+    self.shared = tuple(sorted(_shared(config, specs + pattern.tail).items()))
     keys = jax.random.split(key, 5)
     init = jax.nn.initializers.normal(D**-0.5)
     vocabulary = ((config.vocab_size, D), ("vocab", "embed"))
@@ -112,13 +117,15 @@ class Model(nnx.Module):
     self.head = None if tied else param(keys[1], init, *vocabulary, weight_decay=False)
     self.norm = RMSNorm(D, config.norm_eps)
 
-    lead = min(config.mlp.dense_layers, L) if config.mlp.experts else 0
-    periods = (L - lead) // P
+    lead = config.mlp.dense_layers if config.mlp.experts else 0
+    periods = (L - lead - len(pattern.tail)) // P
     after = lead + periods * P
+    repeated = [specs[i % P] for i in range(L - len(pattern.tail))]
+    every = [*repeated, *pattern.tail]  # the spec of each layer
     layer = Layer(D, 0, L, config.norm_eps)
 
     def block(i, key, dense):
-      return Block(config, specs[i % P], dataclasses.replace(layer, index=i), dense, key)
+      return Block(config, every[i], dataclasses.replace(layer, index=i), dense, key)
 
     def outside(key, indices, dense):
       return nnx.List(block(i, jax.random.fold_in(key, i), dense) for i in indices)
@@ -127,7 +134,9 @@ class Model(nnx.Module):
     self.tail = outside(keys[3], range(after, L), False)
     turned = specs[lead % P :] + specs[: lead % P]  # the period as it goes on after the lead
     starts = lead + P * jnp.arange(periods)
-    stack = jax.vmap(lambda i, k: Superblock(config, turned, dataclasses.replace(layer, index=i), k))
+    stack = jax.vmap(
+      lambda i, k: Superblock(config, turned, dataclasses.replace(layer, index=i), k)
+    )
     self.blocks = stack(starts, jax.random.split(keys[4], periods)) if periods else None
 
   # The three ways through the layers.

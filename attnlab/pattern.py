@@ -25,26 +25,44 @@ class LayerSpec:
   settings: tuple[tuple[str, Any], ...] = ()
 
 
-def parse_pattern(text: str) -> tuple[LayerSpec, ...]:
-  """The layers of one period.
+@dataclasses.dataclass(frozen=True)
+class Pattern:
+  """Layers that repeat, and layers that end the model."""
+
+  period: tuple[LayerSpec, ...]
+  tail: tuple[LayerSpec, ...] = ()
+
+  @property
+  def mixers(self) -> set[str]:
+    """The names of all mixers."""
+    return {layer.mixer for layer in self.period + self.tail}
+
+
+def parse_pattern(text: str) -> Pattern:
+  """The pattern that a text writes.
 
   Raises:
     UserError: text that is no pattern. Names are not looked up here.
   """
+  period, bar, tail = text.partition("|")
+  return Pattern(_layers(period, text), _layers(tail, text) if bar else ())
+
+
+def _layers(text: str, pattern: str) -> tuple[LayerSpec, ...]:
   layers: list[LayerSpec] = []
   at = 0
   while text[at:].strip():
     item = _ITEM.match(text, at)
     if not item or item.end() == at:
       raise UserError(
-        f"pattern {text!r}: cannot read {text[at:].strip()!r};"
+        f"pattern {pattern!r}: cannot read {text[at:].strip()!r};"
         ' write it like "3*kda + 1*softmax(rope_fraction=0.0)"'
       )
     count, name, settings = item.groups()
-    layers += [LayerSpec(name, _settings(text, settings or ""))] * int(count or 1)
+    layers += [LayerSpec(name, _settings(pattern, settings or ""))] * int(count or 1)
     at = item.end()
   if not layers:
-    raise UserError(f"pattern {text!r} names no layer")
+    raise UserError(f"pattern {pattern!r} names no layer")
   return tuple(layers)
 
 

@@ -33,7 +33,14 @@ def base() -> ConfigDict:
   c.model.d_model = 128
   c.model.vocab_size = 0  # 0: what the tokenizer or the task has
   c.model.mixers = ConfigDict()  # mixer name -> keys over that mixer's own defaults
-  c.model.mlp = ConfigDict(dict(hidden=384))  # SwiGLU's width
+  c.model.mlp = ConfigDict()
+  c.model.mlp.hidden = 384  # SwiGLU's width; 0: no MLP, mixers alone
+  c.model.mlp.experts = 0  # of a mixture of experts in the MLP's place; 0: none
+  c.model.mlp.expert_hidden = 128  # width of each expert
+  c.model.mlp.top_k = 2  # experts a token
+  c.model.mlp.shared_experts = 0  # experts that every token goes through
+  c.model.mlp.router = "softmax"
+  c.model.mlp.dense_layers = 0  # leading layers that keep the dense MLP
   c.model.tie_embeddings = True
   c.model.remat = "none"  # what the backward pass recomputes: attnlab.model lists the policies
   c.model.dtype = "float32"  # of activations: float32 or bfloat16. Parameters are always float32

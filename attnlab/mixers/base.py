@@ -119,6 +119,7 @@ class Mixer(nnx.Module):
 
 
 _REGISTRY: dict[str, type[Mixer]] = {}
+_ALIASES: dict[str, str] = {}
 
 
 def register(
@@ -127,6 +128,7 @@ def register(
   family: str,
   paper: str,
   title: str,
+  aliases: tuple[str, ...] = (),
   variants: Mapping[str, Mapping[str, Any]] | None = None,
 ):
   """Makes a mixer known under a name.
@@ -136,6 +138,7 @@ def register(
     family: "softmax", "linear" or "sparse".
     paper: "arXiv:NNNN.NNNNN".
     title: the mechanism in a few words, for tables.
+    aliases: short names that patterns may use too.
     variants: further settings of ``Config`` that the contract tests cover, by name.
   """
 
@@ -147,6 +150,7 @@ def register(
     cls.name, cls.family, cls.paper, cls.title = name, family, paper, title
     cls.variants = dict(variants or {})
     _REGISTRY[name] = cls
+    _ALIASES.update(dict.fromkeys(aliases, name))
     return cls
 
   return add
@@ -167,8 +171,9 @@ def mixers() -> dict[str, type[Mixer]]:
 
 
 def mixer(name: str) -> type[Mixer]:
-  """The mixer of a name; UserError with the known ones otherwise."""
+  """The mixer of a name or alias; UserError with the known ones otherwise."""
   known = mixers()
+  name = _ALIASES.get(name, name)
   if name not in known:
     raise unknown("mixer", name, known)
   return known[name]

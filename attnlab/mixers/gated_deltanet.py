@@ -18,6 +18,7 @@ from pallas_kernels import gated_delta_rule
   family="linear",
   paper="arXiv:2412.06464",
   title="delta rule, decay a head",
+  aliases=("gdn",),
   variants={
     "negative": dict(negative_eigenvalues=True),
     "grouped": dict(num_heads=2, num_value_heads=4),
