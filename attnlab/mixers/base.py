@@ -86,6 +86,7 @@ class Mixer(nnx.Module):
   family: ClassVar[str]
   paper: ClassVar[str]
   title: ClassVar[str]
+  aliases: ClassVar[tuple[str, ...]]
   variants: ClassVar[Mapping[str, Mapping[str, Any]]]
 
   @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,7 +149,7 @@ def register(
         f"two mixers are called {name!r}: {_REGISTRY[name].__module__}, {cls.__module__}"
       )
     cls.name, cls.family, cls.paper, cls.title = name, family, paper, title
-    cls.variants = dict(variants or {})
+    cls.aliases, cls.variants = tuple(aliases), dict(variants or {})
     _REGISTRY[name] = cls
     _ALIASES.update(dict.fromkeys(aliases, name))
     return cls
@@ -160,7 +161,7 @@ def register(
 def _discover() -> None:
   import attnlab.mixers as package
 
-  for module in pkgutil.iter_modules(package.__path__):
+  for module in pkgutil.iter_modules(package.__path__):  # a file here is a mixer or serves one
     importlib.import_module(f"attnlab.mixers.{module.name}")
 
 
