@@ -31,7 +31,9 @@ from attnlab.errors import UserError
 # A run may go on with any change but to these: what is learned from would be another, or the
 # arrays would not fit.
 _FIXED = ("model.", "data.", "seed", "optim.name", "train.batch_size")
-_FREE = ("model.remat",)
+# Except these: what the backward pass recomputes, and where files lie. That the files hold the same
+# as before the iterator's own state tells.
+_FREE = ("model.remat", "data.train", "data.validation", "data.tokenizer")
 
 
 class NonFiniteError(Exception):
@@ -44,19 +46,25 @@ class Checkpoints:
   Args:
     directory: made when the first is saved.
     keep: how many of the newest to keep.
+    read_only: only to restore, perhaps while another process goes on saving.
   """
 
-  def __init__(self, directory: Path, keep: int = 1):
+  def __init__(self, directory: Path, keep: int = 1, *, read_only: bool = False):
     self._directory = Path(directory).resolve()
     self._damaged: set[int] = set()
     half_written = sorted(p.name for p in self._directory.glob("*.orbax-checkpoint-tmp*"))
-    for name in half_written:
-      logging.warning("checkpoint %s was left half-written; ignored", self._directory / name)
+    if not read_only:
+      for name in half_written:
+        logging.warning("checkpoint %s was left half-written; ignored", self._directory / name)
     self._manager = ocp.training.Checkpointer(
       self._directory,
       preservation_policy=_KeepNewest(keep, self._damaged),
-      cleanup_tmp_directories=bool(half_written),
+      cleanup_tmp_directories=bool(half_written) and not read_only,
     )
+
+  @property
+  def directory(self) -> Path:
+    return self._directory
 
   def steps(self) -> list[int]:
     """Steps of the committed checkpoints, ascending."""
@@ -79,7 +87,7 @@ class Checkpoints:
       checksums, finite = jax.device_get(_inspect(tree))
       if not finite.all():
         path = paths(tree)[int(np.argmin(finite))]
-        raise NonFiniteError(f"{name}: {path} is not finite after step {step}")
+        raise NonFiniteError(f"{path} of the {name} is not finite")
       sums[name] = checksums.tolist()
     self._manager.save_checkpointables_async(
       step,
@@ -110,21 +118,14 @@ class Checkpoints:
     steps = self.steps()
     if step is not None and step not in steps:
       raise UserError(f"{self._directory} has no checkpoint {step}; it has {steps or 'none'}")
-    wanted = dict(abstract) if data is None else {**abstract, "data": data}
     for candidate in [step] if step is not None else reversed(steps):
-      problem = None
       with _quiet():
         try:
-          metadata = self._manager.checkpointables_metadata(candidate)
-          other = _other_shape(metadata.metadata["model"], abstract["model"])
-          if not other:
-            state = self._manager.load_checkpointables(candidate, wanted)
-            state = {name: state[name] for name in abstract}
-            problem = _wrong_checksum(state, metadata.custom_metadata["checksums"])
+          state, problem = self._load(candidate, abstract, data)
         except Exception as error:  # Orbax and tensorstore raise a dozen types for broken files.
-          problem, other = f"{type(error).__name__}: {str(error)[:200]}", None
-      if other:
-        raise UserError(f"{self._directory / str(candidate)} is of another model: {other}")
+          if user_error := _user_error(error):
+            raise user_error from None
+          problem = f"{type(error).__name__}: {str(error)[:200]}"
       if problem is None:
         return candidate, state
       self._damaged.add(candidate)
@@ -136,6 +137,20 @@ class Checkpoints:
     if not steps:
       return None
     raise UserError(f"no checkpoint in {self._directory} can be read: all are damaged")
+
+  def _load(
+    self, step: int, abstract: dict[str, PyTree], data: Any
+  ) -> tuple[dict[str, PyTree], str | None]:
+    """The state of a step, and what is damaged in it, if anything."""
+    metadata = self._manager.checkpointables_metadata(step)
+    other = _other_shape(metadata.metadata["model"], abstract["model"])
+    if other:
+      raise UserError(f"{self._directory / str(step)} is of another model: {other}")
+    state = self._manager.load_checkpointables(step, abstract)
+    problem = _wrong_checksum(state, metadata.custom_metadata["checksums"])
+    if problem is None and data is not None:
+      self._manager.load_checkpointables(step, {"data": data})
+    return state, problem
 
   def wait(self) -> None:
     """Waits until the last save is committed."""
@@ -173,6 +188,12 @@ def stored_config(workdir: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text())
   except (OSError, ValueError) as error:
     raise UserError(f"{path} is not readable as JSON: {error}") from error
+
+
+def first_non_finite(tree: PyTree) -> str | None:
+  """The path of the first array of a tree that is not finite everywhere."""
+  finite = jax.device_get(_inspect(tree)[1])
+  return None if finite.all() else paths(tree)[int(np.argmin(finite))]
 
 
 def paths(tree: PyTree) -> list[str]:
@@ -229,6 +250,13 @@ def _other_shape(stored: PyTree, wanted: PyTree) -> str | None:
     if has != needs:
       return f"its {path} is {has or 'missing'}, the config's is {needs or 'not there'}"
   return None
+
+
+def _user_error(error: BaseException | None) -> UserError | None:
+  """The UserError among an error and its causes: orbax wraps what a data iterator raises."""
+  while error is not None and not isinstance(error, UserError):
+    error = error.__cause__ or error.__context__
+  return error
 
 
 def _name(path: tuple[Any, ...]) -> str:

@@ -102,8 +102,13 @@ class Recorder:
     else:
       self.say(f"step {step}/{self._steps}  {text}{self._eta(step, values)}")
 
-  def started(self, step: int) -> None:
-    """The first update is done: what comes is not compilation, and its speed can be measured."""
+  @property
+  def timing(self) -> bool:
+    """Whether updates are being timed."""
+    return self._mark is not None
+
+  def start_timing(self, step: int) -> None:
+    """Times updates from here on. To be called after the first, which is mostly compilation."""
     self._mark = (step, time.monotonic())
 
   @contextlib.contextmanager
@@ -174,6 +179,25 @@ class Recorder:
       return ""
     left = round((self._steps - step) * self._tokens / values["tokens_per_second"])
     return f"  ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
+
+
+def with_bits(values: Mapping[str, float]) -> dict[str, float]:
+  """Nats to bits.
+
+  Args:
+    values: with "nll", the mean nats of a target, "weights", the number of targets, and "bytes",
+      how much text they stand for (0: not text).
+
+  Returns:
+    The values with "bits_per_token" and, for text, "bits_per_byte"; without "weights" and "bytes".
+  """
+  values = dict(values)
+  targets, size = values.pop("weights"), values.pop("bytes")
+  bits = values["nll"] / math.log(2)
+  values["bits_per_token"] = bits
+  if size:
+    values["bits_per_byte"] = bits * targets / size
+  return values
 
 
 def human(n: float) -> str:

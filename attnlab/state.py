@@ -1,0 +1,108 @@
+"""What is trained: the state of a run, its shapes and shardings, and the model of a finished one.
+
+A state is {"model": {"params": ..., "rest": ...}, "optimizer": ...}: parameters, arrays that are not
+trained, and what optax keeps. It is made, checkpointed and updated as this one tree.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+
+from attnlab import sharding
+from attnlab.checkpoint import Checkpoints, paths, stored_config
+from attnlab.config import from_json
+from attnlab.errors import UserError
+from attnlab.model import Model
+
+State = dict[str, Any]
+
+
+def make_init(
+  config: ConfigDict, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh
+) -> tuple[nnx.GraphDef, Callable[[], State], State]:
+  """The model's structure, what makes its first state, and that state's shapes and shardings.
+
+  The state is born sharded: no device ever holds all of it.
+
+  Raises:
+    UserError: settings of the model that do not go together, or heads that the mesh cannot split.
+  """
+
+  def make() -> Model:
+    return Model(config.model, jax.random.key(config.seed))
+
+  def init() -> State:
+    _, params, rest = nnx.split(make(), nnx.Param, ...)
+    return {"model": {"params": params, "rest": rest}, "optimizer": tx.init(params)}
+
+  try:
+    graphdef, params, _ = nnx.split(jax.eval_shape(make), nnx.Param, ...)
+  except UserError:
+    raise
+  except ValueError as error:
+    raise UserError(f"config.model: {error}") from error
+  _check_splits(params, mesh)
+  shapes = jax.eval_shape(init)
+  places = sharding.shardings(shapes, mesh)
+  abstract = jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places
+  )
+  return graphdef, jax.jit(init, out_shardings=places), abstract
+
+
+def load_model(
+  workdir: str | Path, step: int | None = None
+) -> tuple[ConfigDict, int, nnx.GraphDef, PyTree]:
+  """The model of a run, split over all devices there are. To be used under the mesh it returns.
+
+  Args:
+    workdir: the run's.
+    step: None: its newest whole checkpoint.
+
+  Returns:
+    (config, step, graphdef, {"params", "rest"}).
+
+  Raises:
+    UserError: no run, or no whole checkpoint, there.
+  """
+  stored = stored_config(Path(workdir))
+  if stored is None:
+    raise UserError(f"{workdir} holds no run: there is no config.json")
+  config = from_json(stored)
+  mesh = jax.sharding.get_mesh()
+  graphdef, _, abstract = make_init(config, optax.identity(), mesh)
+  checkpoints = Checkpoints(Path(workdir) / "checkpoints", read_only=True)
+  restored = checkpoints.restore({"model": abstract["model"]}, step=step)
+  if restored is None:
+    raise UserError(f"{workdir} has no checkpoint yet")
+  return config, restored[0], graphdef, restored[1]["model"]
+
+
+def whole_mesh() -> jax.sharding.Mesh:
+  """All devices along `data`: where a model that is only read is kept."""
+  return sharding.make_mesh({"replica": 1, "data": -1, "model": 1})
+
+
+def parameter_count(model: PyTree) -> int:
+  return sum(x.size for x in jax.tree.leaves(model["params"]))
+
+
+def _check_splits(params: nnx.State, mesh: jax.sharding.Mesh) -> None:
+  """Heads, MLP columns and experts must divide over their mesh axes; the rest may stay whole."""
+  variables = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+  for path, variable in zip(paths(params), variables, strict=True):
+    axes = variable.get_metadata("axes")
+    shape = variable.get_value().shape
+    for axis, size in zip(axes, shape[len(shape) - len(axes) :], strict=True):
+      if axis in ("heads", "mlp", "experts"):
+        over = math.prod(mesh.shape[name] for name in sharding.TABLE[axis][1])
+        if size % over:
+          names = " x ".join(f"config.mesh.{name}" for name in sharding.TABLE[axis][1])
+          raise UserError(f"{names} = {over} does not divide {axis} = {size} of {path} {shape}")

@@ -1,0 +1,326 @@
+"""Trains a language model from a config.
+
+  python -m attnlab.train --config=configs/quickstart.py
+  python -m attnlab.train --config=configs/kda.py:size=small --workdir=runs/kda
+  python -m attnlab.train --config=configs/kda.py --config.train.steps=2000 \\
+      --config.optim.name=muon --config.data.train='/data/books/*.txt'
+
+A directory that holds a run goes on where its last whole checkpoint stands, exactly: the losses are
+those of a run that was never stopped. SIGTERM and Ctrl-C save a checkpoint and exit; a second one
+does not wait for that. Into the working directory go:
+
+  config.json               what the run was built from, every key
+  checkpoints/STEP          arrays, optimiser, place in the data
+  metrics.jsonl             the record, one line a logged update or evaluation
+  samples.jsonl             generated text
+  tensorboard/              the same for tensorboard --logdir
+  summary.json              the figures at the end
+  loss.png, loss.svg        the curve, if matplotlib is installed
+
+Exit codes: 0 done; 2 bad input, told in one line; 3 a loss that is not finite; 143 and 130 stopped
+by SIGTERM and SIGINT, saved. Compiled programs are kept in ~/.cache/attnlab between runs
+(JAX_COMPILATION_CACHE_DIR: elsewhere).
+
+Several hosts: run the same command on each, with --distributed.
+"""
+
+import collections
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import flags
+from flax import nnx
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+
+from attnlab import accounting, cli, data, generate, metrics, optim, sharding
+from attnlab.checkpoint import (
+  Checkpoints,
+  NonFiniteError,
+  check_same_run,
+  first_non_finite,
+  paths,
+  stored_config,
+)
+from attnlab.config import check, resolve, to_json
+from attnlab.evaluate import make_evaluate, placer
+from attnlab.signals import Signals, Stopped
+from attnlab.state import State, make_init, parameter_count
+
+# Updates sent to the devices ahead of the one whose loss has been looked at: enough that they
+# never wait for the host, few enough that a bad loss stops the run at once.
+_AHEAD = 2
+
+
+def train(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
+  """Trains as a config says, from the last checkpoint in `workdir` if there is one.
+
+  Args:
+    config: as `attnlab.config.load` returns it.
+    workdir: made if it is not there.
+
+  Returns:
+    What summary.json holds: final losses, speed, sizes.
+
+  Raises:
+    UserError: anything wrong with the config, the data or the run that is there; before long work.
+    NonFiniteError: a loss or gradient that is not finite. The last checkpoint is from before it.
+    Stopped: SIGTERM or SIGINT came; a checkpoint is saved.
+  """
+  workdir = Path(workdir)
+  config = resolve(config)
+  check(config, devices=jax.device_count(), processes=jax.process_count())
+  if stored := stored_config(workdir):
+    check_same_run(stored, config, workdir)
+  mesh = sharding.make_mesh(config.mesh)
+  with jax.set_mesh(mesh), Signals() as signals:
+    return _train(config, workdir, mesh, signals)
+
+
+def _train(
+  config: ConfigDict, workdir: Path, mesh: jax.sharding.Mesh, signals: Signals
+) -> dict[str, Any]:
+  c = config.train
+  batches = data.make_iterator(
+    config.data,
+    split="train",
+    batch_size=c.batch_size,
+    seed=config.seed,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  token_bytes = data.tokenizer(config.data).token_bytes()
+  place = placer(mesh, token_bytes, c.grad_accum)
+  evaluate = make_evaluate(config, mesh)
+  rate, tx = optim.schedule(config.optim, c.steps), optim.optimizer(config.optim, c.steps)
+
+  # Where the run stands: the newest whole checkpoint, or the beginning.
+  graphdef, init, abstract = make_init(config, tx, mesh)
+  checkpoints = Checkpoints(workdir / "checkpoints", c.keep_checkpoints)
+  restored = checkpoints.restore(abstract, batches)
+  step, state = restored or (0, init())
+  update = make_update(graphdef, tx, abstract)
+  if jax.process_index() == 0:
+    workdir.mkdir(parents=True, exist_ok=True)
+    metrics.write_atomically(workdir / "config.json", json.dumps(to_json(config), indent=2) + "\n")
+  recorder = metrics.Recorder(
+    workdir,
+    step=step,
+    steps=c.steps,
+    tokens=c.batch_size * config.data.seq_len,
+    flops=accounting.train_flops_per_token(config),
+  )
+  recorder.say(_headline(config, workdir, state, mesh, step))
+
+  pending: collections.deque[tuple[int, PyTree, np.ndarray]] = collections.deque()
+
+  def look(ahead: int) -> None:
+    """Looks at the results of all updates but the `ahead` latest; a bad one ends the run."""
+    while len(pending) > ahead:
+      done, results, index = pending.popleft()
+      norms = results.pop("norms")
+      values = {k: v.item() for k, v in jax.device_get(results).items()}
+      if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+        where = _blame(state["model"], np.asarray(norms))
+        raise NonFiniteError(
+          f"update {done}: loss {values['loss']}, gradient norm {values['grad_norm']}. {where}."
+          f" The batch's records: {_records(config, index)}. {_kept(checkpoints)}"
+        )
+      if _due(done, c.log_every) or done == c.steps:
+        values["learning_rate"] = float(rate(done - 1))
+        recorder.train(done, metrics.with_bits(values))
+      elif not recorder.timing:
+        recorder.start_timing(done)
+
+  def save() -> None:
+    look(0)
+    if step in checkpoints.steps():
+      return
+    try:
+      checkpoints.save(step, state, batches, config)
+    except NonFiniteError as error:
+      raise NonFiniteError(
+        f"update {step}: {error}. The batch's records: {_records(config, index)}."
+        f" {_kept(checkpoints)}"
+      ) from None
+
+  try:
+    while step < c.steps and not signals.stop(step):
+      batch = next(batches)
+      index = batch["index"]
+      state, results = update(state, place(batch))
+      step += 1
+      pending.append((step, results, index))
+      look(_AHEAD)
+
+      last = step == c.steps
+      if c.eval_batches and (last or _due(step, c.eval_every)):
+        look(0)
+        with recorder.pause():
+          recorder.evaluation(step, evaluate(graphdef, state["model"]))
+      if token_bytes.any() and (last or _due(step, c.sample_every)):
+        look(0)
+        with recorder.pause():
+          recorder.samples(step, generate.samples(config, graphdef, state["model"], step))
+      if last or _due(step, c.checkpoint_every):
+        with recorder.pause():
+          save()
+    look(0)
+    if signals.stopped:
+      save()
+      checkpoints.wait()
+      recorder.say(f"{signals.stopped.name}: stopped after update {step}, checkpoint saved")
+      raise Stopped(signals.stopped)
+  finally:
+    checkpoints.close()
+    recorder.close()
+  return _summarise(config, workdir, state)
+
+
+# --- the pieces -----------------------------------------------------------------------------------
+
+
+def make_update(
+  graphdef: nnx.GraphDef, tx: optax.GradientTransformation, abstract: State
+) -> Callable[[State, PyTree], tuple[State, dict[str, jax.Array]]]:
+  """The compiled (state, batch [A, B, T]) -> (state, results), A being microbatches.
+
+  Results: the loss and all that the model reports, each the mean over the update's weighted
+  targets; `grad_norm` before clipping; `norms`, one for each parameter's gradient. An update whose
+  loss or gradient is not finite leaves the state as it was.
+  """
+  places = jax.tree.map(lambda x: x.sharding, abstract)
+
+  def loss(params, rest, batch, total):
+    value, report = nnx.merge(graphdef, params, rest).loss(batch)
+    # A microbatch counts by its targets, so that the sum is the mean over all of the update's.
+    share = batch["weights"].sum() / total
+    report = {k: v * share for k, v in report.items() if k != "weight"}
+    return value * share, {"loss": value * share, **report}
+
+  def gradients(params, rest, batch):
+    total = jnp.maximum(batch["weights"].sum(), 1)
+    gradient = jax.grad(loss, has_aux=True)
+    if batch["inputs"].shape[0] == 1:
+      return gradient(params, rest, jax.tree.map(lambda x: x[0], batch), total)
+
+    def add(sums, microbatch):
+      grads, report = gradient(params, rest, microbatch, total)
+      return jax.tree.map(jnp.add, sums, grads), report
+
+    grads, reports = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), batch)
+    return grads, jax.tree.map(lambda x: x.sum(0), reports)
+
+  def update(state, batch):
+    params, rest = state["model"]["params"], state["model"]["rest"]
+    grads, report = gradients(params, rest, batch)
+    norms = jnp.sqrt(jnp.stack([jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)]))
+    norm = jnp.linalg.norm(norms)
+    # optax is written for one device: the compiler, not we, decides how it runs on many.
+    apply = jax.sharding.auto_axes(
+      tx.update, out_sharding=(places["model"]["params"], places["optimizer"])
+    )
+    updates, optimizer = apply(grads, state["optimizer"], params)
+    new = {
+      "model": {"params": optax.apply_updates(params, updates), "rest": rest},
+      "optimizer": optimizer,
+    }
+    finite = jnp.isfinite(report["loss"]) & jnp.isfinite(norm)
+    state = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state)
+    tokens = {k: batch[k].sum() for k in ("weights", "bytes")}
+    return state, {**report, **tokens, "grad_norm": norm, "norms": norms}
+
+  return jax.jit(update, donate_argnums=0)
+
+
+def _due(step: int, every: int) -> bool:
+  return every > 0 and step % every == 0
+
+
+def _blame(model: PyTree, norms: np.ndarray) -> str:
+  """Names the first parameter, or else the first gradient, that is not finite."""
+  if path := first_non_finite(model):
+    return f"Parameter {path} was not finite before it"
+  bad = np.flatnonzero(~np.isfinite(norms))
+  if not bad.size:
+    return "All parameters and gradients are finite"
+  return f"First bad gradient: {paths(model['params'])[bad[0]]} (all parameters are finite)"
+
+
+def _records(config: ConfigDict, index: np.ndarray) -> str:
+  first = int(index.flat[0])
+  name = data.record_name(config.data, "train", first, config.seed)
+  return f"index {index.tolist()} ({first} is {name})"
+
+
+def _kept(checkpoints: Checkpoints) -> str:
+  steps = checkpoints.steps()
+  if not steps:
+    return "There is no checkpoint yet"
+  return f"The last good checkpoint, {checkpoints.directory / str(steps[-1])}, is kept"
+
+
+def _headline(
+  config: ConfigDict, workdir: Path, state: State, mesh: jax.sharding.Mesh, step: int
+) -> str:
+  size = parameter_count(state["model"])
+  axes = ", ".join(f"{axis} {n}" for axis, n in mesh.shape.items() if n > 1)
+  kind = jax.devices()[0].device_kind
+  return (
+    f"{workdir}: {config.model.pattern}, {metrics.human(size)} parameters,"
+    f" {jax.device_count()} x {kind}{f' ({axes})' if axes else ''}"
+    + (f", from checkpoint {step}" if step else "")
+  )
+
+
+def _summarise(config: ConfigDict, workdir: Path, state: State) -> dict[str, Any]:
+  """Draws the plot, writes summary.json and returns what is in it."""
+  records = metrics.read(workdir / "metrics.jsonl")
+  lines = [r for r in records if "loss" in r]
+  evals = [r for r in records if "eval/nll" in r]
+  speeds = [r["tokens_per_second"] for r in lines if "tokens_per_second" in r]
+  tail = lines[-max(len(lines) // 20, 1) :]
+  summary = {
+    "pattern": config.model.pattern,
+    "parameters": parameter_count(state["model"]),
+    "steps": config.train.steps,
+    "tokens": config.train.steps * config.train.batch_size * config.data.seq_len,
+    "seconds": max((r["seconds"] for r in records), default=0.0),
+    "tokens_per_second": statistics.median(speeds) if speeds else None,
+    "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    "loss": statistics.fmean(r["loss"] for r in tail) if tail else None,
+    **{k: v for k, v in (evals[-1] if evals else {}).items() if k.startswith("eval/")},
+  }
+  if jax.process_index() == 0:
+    metrics.write_atomically(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    metrics.plot(workdir, f"{workdir.name}: {config.model.pattern}")
+  return summary
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+
+def main(_) -> int | None:
+  if flags.FLAGS.distributed:
+    cli.join_processes()
+  try:
+    train(flags.FLAGS.config, flags.FLAGS.workdir or cli.default_workdir())
+  except NonFiniteError as error:
+    print(f"error: not finite: {error}", file=sys.stderr)
+    return 3
+
+
+if __name__ == "__main__":
+  cli.define_config()
+  flags.DEFINE_string("workdir", None, "Where the run lives. Default: runs/CONFIG-ARG.")
+  flags.DEFINE_bool("distributed", cli.in_cluster(), "Join the run's other processes on start.")
+  cli.run(main)
