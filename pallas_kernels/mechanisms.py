@@ -1,7 +1,7 @@
 """The mechanisms by the names that users know, each a mapping onto the linear recurrence.
 
-All take arrays [batch, time, heads, dim] and return the outputs [B, T, Hv, V] and the final state [B, Hv, K, V] (``None``
-unless ``return_state``). ``g`` is always a log decay (<= 0, float32). Keyword arguments common to all:
+All take arrays [batch, time, heads, dim] and return the outputs [B, T, Hv, V] and the final state [B, Hv, K, V]
+(``None`` unless ``return_state``). ``g`` is always a log decay (<= 0, float32). Keyword arguments common to all:
 
   scale: multiplies q; ``None`` is K ** -0.5.
   initial_state, return_state, segment_ids, chunk_size, backend: as in ``linear_recurrence``.
@@ -31,7 +31,7 @@ def retention(q, k, v, g: Float[Array, " Hv"] | None = None, *, scale=None, **op
 
 
 def lightning_attention(q, k, v, g: Float[Array, " Hv"], *, scale=None, **options):
-  """Lightning Attention (arXiv:2401.04658, 2501.08313): a constant decay ``g`` a head, the same algorithm as retention."""
+  """Lightning Attention (arXiv:2401.04658, 2501.08313): a constant decay ``g`` a head, as retention."""
   return _run(q, k, v, scale, options, log_decay=g)
 
 
@@ -126,9 +126,9 @@ def comba(
 def gated_delta_product(
   q: Float[Array, "B T H K"],
   k: Float[Array, "B T H n K"],
-  v: Float[Array, "B T H n V"],
-  beta: Float[Array, "B T H n"],
-  g: Float[Array, "B T H"] | None = None,
+  v: Float[Array, "B T Hv n V"],
+  beta: Float[Array, "B T Hv n"],
+  g: Float[Array, "B T Hv"] | None = None,
   *,
   scale=None,
   segment_ids=None,
@@ -138,10 +138,10 @@ def gated_delta_product(
 
   Runs as a (gated) delta rule over n T interleaved steps, of which every n-th is read. Without ``g``: DeltaProduct.
   """
-  B, T, H, n, _ = k.shape
+  B, T, _, n, _ = k.shape
 
   def interleave(x):  # [B, T, H, n, ...] -> [B, T n, H, ...]
-    return jnp.moveaxis(x, 3, 2).reshape(B, T * n, H, *x.shape[4:])
+    return jnp.moveaxis(x, 3, 2).reshape(B, T * n, x.shape[2], *x.shape[4:])
 
   def at_step(x, j):  # one value a token, 0 at the token's other steps
     x = x[..., None, :] * (jnp.arange(n) == j).astype(x.dtype)[:, None]

@@ -121,21 +121,22 @@ class LinearMixer(Mixer):
     """The norm of the outputs [B, T, Hv, V]; by default over each head, all heads sharing one scale."""
     return RMSNorm(self.V, layer.norm_eps)
 
+  def project(self, name: str, x: Float[Array, "B T D"], recent: Recent, *shape: int) -> Array:
+    """``{name}_proj``, its convolution and the activation: [B, T, *shape]."""
+    y = getattr(self, f"{name}_proj")(x)
+    if self.config.conv_size:
+      y = recent(f"{name}_conv", y)
+    if self.qkv_activation is not None:
+      y = self.qkv_activation(y)
+    return sharding.split(y, *shape)
+
   def qkv(self, x: Float[Array, "B T D"], recent: Recent) -> tuple[Array, Array, Array]:
     """q, k [B, T, H, K] and v [B, T, Hv, V] from the residual stream."""
 
-    def project(name: str, heads: int, dim: int):
-      y = getattr(self, f"{name}_proj")(x)
-      if self.config.conv_size:
-        y = recent(f"{name}_conv", y)
-      if self.qkv_activation is not None:
-        y = self.qkv_activation(y)
-      return sharding.split(y, heads, dim)
-
-    q, k = project("q", self.H, self.K), project("k", self.H, self.K)
+    q, k = (self.project(name, x, recent, self.H, self.K) for name in ("q", "k"))
     if self.qk_norm is not None:
       q, k = self.qk_norm(q), self.qk_norm(k)
-    return q, k, project("v", self.Hv, self.V)
+    return q, k, self.project("v", x, recent, self.Hv, self.V)
 
   def signals(self, x: Float[Array, "B T D"], recent: Recent, ctx: Context) -> Signals:
     """The arguments of ``core`` by name: [B, T, heads, ...], or [heads, ...] where constant over tokens.
