@@ -68,7 +68,7 @@ class Comba(LinearMixer):
 
   @staticmethod
   def equation(S, q, k, v, g, beta, c):
-    """S_t = alpha_t S_{t-1} + beta_t k_t (v_t - S_{t-1}^T p_t)^T, p = c k, o_t = S_t^T q_t; undecayed S in the erase."""
+    """S_t = alpha_t S_{t-1} + beta_t k_t (v_t - S_{t-1}^T p_t)^T, p = c k, o_t = S_t^T q_t; S undecayed."""
     p = c * k
     S = jnp.exp(g) * S + beta * jnp.outer(k, v - S.T @ p)
     return S, S.T @ (q * k.shape[0] ** -0.5)
