@@ -81,8 +81,6 @@ def resolve(config: ConfigDict) -> ConfigDict:
     if config.model.vocab_size == 0:
       config.model.vocab_size = size
     used = {mixer(name).name for name in parse_pattern(config.model.pattern).mixers}
-    for name in used:
-      mixer(name)
     config.model.mixers = ConfigDict({k: v for k, v in config.model.mixers.items() if k in used})
   if config.model.vocab_size < size:
     raise UserError(

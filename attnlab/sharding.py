@@ -77,9 +77,12 @@ def shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:
 
   def one(x):
     if isinstance(x, nnx.Variable):
-      value = x.get_value()
-      axes = _stacked(x.get_metadata().get("axes", ()), value.ndim)
-      return x.replace(NamedSharding(mesh, _spec(value.shape, axes, mesh, 0)))
+      axes = x.get_metadata().get("axes", ())
+
+      def place(value):
+        return NamedSharding(mesh, _spec(value.shape, _stacked(axes, value.ndim), mesh, 0))
+
+      return jax.tree.map(place, x)  # optax may have left a variable without its array
     return NamedSharding(mesh, PartitionSpec())
 
   return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
