@@ -23,6 +23,7 @@ from pallas_kernels.mechanisms import (
   rwkv7,
   ssd,
 )
+from pallas_kernels.softmax_attention import softmax_attention
 
 __all__ = [
   "KeyErase",
@@ -43,5 +44,6 @@ __all__ = [
   "retention",
   "rwkv6",
   "rwkv7",
+  "softmax_attention",
   "ssd",
 ]

@@ -1,0 +1,5 @@
+"""Causal softmax attention."""
+
+from pallas_kernels.softmax_attention.api import softmax_attention
+
+__all__ = ["softmax_attention"]
