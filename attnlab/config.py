@@ -50,14 +50,13 @@ def complete(config: ConfigDict) -> ConfigDict:
   from attnlab.mixers import mixer, mixers
 
   _against(_schema(), config)
-  for name in config.model.mixers:
-    mixer(name)
   config = config.copy_and_resolve_references()
+  given = {mixer(name).name: settings for name, settings in config.model.mixers.items()}
   with config.unlocked():
     config.model.mixers = ConfigDict(
       {
-        name: _defaults(kind.Config, config.model.mixers.get(name, {}), f"model.mixers.{name}")
-        for name, kind in mixers().items()
+        name: _defaults(cls.Config, given.get(name, {}), f"model.mixers.{name}")
+        for name, cls in mixers().items()
       }
     )
   return config.lock()

@@ -1,0 +1,198 @@
+"""Configs: what is wrong with one is named, by key, before anything else happens."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from attnlab import cli
+from attnlab import config as configs
+from attnlab.errors import UserError
+from configs.base import RECIPES, SIZES, base, recipe, size
+
+ROOT = Path(__file__).parent.parent
+TINY = str(ROOT / "tests" / "tiny_config.py")
+
+
+def write(path: Path, body: str) -> str:
+  lines = ["from configs.base import base", "def get_config():", "  c = base()", f"  {body}"]
+  path.write_text("\n".join([*lines, "  return c"]))
+  return str(path)
+
+
+def test_base_is_complete_and_works():
+  config = configs.resolve(base())
+  configs.check(config)
+  assert config.model.vocab_size == 320  # the byte tokenizer's
+  assert sorted(config.model.mixers) == ["kda", "softmax"]
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes_are_overrides_of_known_keys(name):
+  config = base()
+  config.lock()
+  config.update(size(name))
+  configs.check(configs.complete(config))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_overrides_of_known_keys(name):
+  config = base()
+  config.lock()
+  config.update(recipe(name))
+  configs.check(configs.complete(config))
+
+
+def test_unknown_size_names_the_near_one():
+  with pytest.raises(UserError, match="'smal'.*'small'"):
+    size("smal")
+
+
+def test_every_mixer_setting_is_a_key():
+  config = configs.load(TINY, {"model.mixers.gated_deltanet.num_heads": 4})
+  assert config.model.mixers.gated_deltanet.num_heads == 4  # None by default, an int by its type
+  assert config.model.mixers.kda.head_dim == 16
+  assert config.model.mixers.kda.conv_size == 4
+
+
+def test_resolving_twice_changes_nothing_and_json_keeps_all():
+  config = configs.resolve(configs.load(TINY))
+  values = configs.to_json(config)
+  assert configs.to_json(configs.resolve(config)) == values
+  again = configs.from_json(values)
+  configs.check(again)
+  assert configs.to_json(again) == values
+
+
+@pytest.mark.parametrize(
+  "body, names",
+  [
+    ("c.train.stepz = 5", ["train.stepz", "did you mean 'train.steps'"]),
+    ("c.trian = {}", ["trian", "did you mean 'train'"]),
+    ("c.model.mixers.kdaa = {}", ["kdaa", "did you mean 'kda'"]),
+    ("c.model.mixers.kda = dict(head_dmi=1)", ["model.mixers.kda.head_dmi", "kda.head_dim"]),
+    ("c.model.mixers.kda = dict(conv_size='x')", ["model.mixers.kda.conv_size", "int"]),
+    ("del c.train.steps", ["train.steps", "missing"]),
+    ("c = 5", ["returned int"]),
+  ],
+)
+def test_what_is_wrong_in_a_file_is_named(tmp_path, body, names):
+  with pytest.raises(UserError) as error:
+    configs.load(write(tmp_path / "mine.py", body))
+  for name in names:
+    assert name in str(error.value)
+
+
+@pytest.mark.parametrize(
+  "overrides, names",
+  [
+    ({"train.stpes": 5}, ["train.stpes", "did you mean 'train.steps'"]),
+    ({"learning_rate": 1.0}, ["did you mean 'optim.learning_rate'"]),
+    ({"model.mixers.kda.num_head": 1}, ["model.mixers.kda.num_heads"]),
+    ({"train.steps": "many"}, ["train.steps", "many"]),
+  ],
+)
+def test_wrong_overrides_are_named(overrides, names):
+  with pytest.raises(UserError) as error:
+    configs.load(TINY, overrides)
+  for name in names:
+    assert name in str(error.value)
+
+
+def test_a_missing_file_names_its_neighbours():
+  with pytest.raises(UserError, match="did you mean 'configs/kda.py'"):
+    configs.load("configs/kad.py")
+
+
+@pytest.mark.parametrize(
+  "overrides, devices, names",
+  [
+    ({"model.pattern": "3*kdaa"}, 1, ["'kdaa'", "'kda'"]),
+    ({"model.vocab_size": 100}, 1, ["model.vocab_size", "100", "320"]),
+    ({"train.batch_size": 6}, 4, ["train.batch_size = 6", "mesh.data 4"]),
+    ({"train.grad_accum": 3}, 1, ["train.batch_size = 4", "train.grad_accum 3"]),
+    ({"mesh.model": 3}, 8, ["model=3", "8 devices"]),
+    ({"mesh.data": 2}, 8, ["data=2", "8 devices"]),
+    ({"mesh.replica": -1}, 8, ["replica", "data", "-1"]),
+    ({"mesh.data": 0}, 1, ["mesh.data = 0"]),
+    ({"mesh.model": 4, "model.mixers.kda.num_heads": 2}, 4, ["kda.num_heads = 2", "mesh.model"]),
+    ({"train.steps": 0}, 1, ["train.steps"]),
+    ({"train.sample_prompts": (1,)}, 1, ["sample_prompts"]),
+    ({"optim.name": "adm"}, 1, ["optim.name", "'adm'"]),
+    ({"data.name": "txt"}, 1, ["data.name", "'text'"]),
+    ({"data.tokenizer": "/no/such.json"}, 1, ["data.tokenizer", "/no/such.json"]),
+  ],
+)
+def test_what_cannot_work_is_named(overrides, devices, names):
+  with pytest.raises(UserError) as error:
+    configs.check(configs.resolve(configs.load(TINY, overrides)), devices=devices)
+  for name in names:
+    assert name in str(error.value)
+
+
+def test_each_process_needs_rows_of_its_own():
+  config = configs.resolve(configs.load(TINY, {"mesh.data": 1, "mesh.model": 2}))
+  with pytest.raises(UserError, match="2 processes"):
+    configs.check(config, devices=2, processes=2)
+
+
+def test_parse_arg():
+  known = dict(size=("tiny", "small"), softmax=False, window=0, rate=1.0)
+  a = configs.parse_arg("", **known)
+  assert (a.size, a.softmax, a.window, a.rate) == ("tiny", False, 0, 1.0)
+  a = configs.parse_arg("small,softmax,window=8,rate=1e-3", **known)
+  assert (a.size, a.softmax, a.window, a.rate) == ("small", True, 8, 1e-3)
+  assert configs.parse_arg("size=small,softmax=false", **known).size == "small"
+  for wrong, named in [
+    ("sise=tiny", "size=..."),
+    ("smal", "did you mean 'small'"),
+    ("size=huge", "known: small, tiny"),
+    ("window=wide", "int"),
+    ("window", "window=..."),
+  ]:
+    with pytest.raises(UserError, match=re.escape(named)):
+      configs.parse_arg(wrong, **known)
+
+
+@pytest.mark.parametrize(
+  "args, named",
+  [
+    (["--config=CONFIG", "--config.train.stpes=5"], "did you mean 'train.steps'"),
+    (["--config=CONFIG:stepz=5"], "steps=..."),
+    (["--config=CONFIG", "--wrokdir=x"], "workdir"),
+    (["--config=configs/nothing.py"], "configs/nothing.py"),
+    (["--config=CONFIG", "--config.train.grad_accum=3"], "train.batch_size = 4"),
+    ([], "--config"),
+  ],
+)  # fmt: skip
+def test_the_command_line_tells_in_one_line(args, named, tmp_path):
+  args = [a.replace("CONFIG", TINY) for a in args]
+  done = subprocess.run(
+    [sys.executable, "-m", "attnlab.train", *args, f"--workdir={tmp_path / 'run'}"],
+    capture_output=True,
+    text=True,
+    cwd=ROOT,
+    env=os.environ | {"XLA_FLAGS": ""},
+  )
+  assert done.returncode == 2, done.stderr
+  lines = done.stderr.strip().splitlines()
+  assert len(lines) == 1 and lines[0].startswith("error: ") and named in lines[0], done.stderr
+  assert not (tmp_path / "run").exists()
+
+
+def test_help_shows_the_commands():
+  done = subprocess.run(
+    [sys.executable, "-m", "attnlab.train", "--help"], capture_output=True, text=True, cwd=ROOT
+  )
+  for text in ("python -m attnlab.train --config=", "--workdir", "--[no]distributed"):
+    assert text in done.stdout
+
+
+def test_workdir_by_default(monkeypatch):
+  for spec, name in [("configs/kda.py", "runs/kda"), ("a/b.py:size=small", "runs/b-size=small")]:
+    monkeypatch.setattr(cli.config_flags, "get_config_filename", lambda _, spec=spec: spec)
+    monkeypatch.setattr(cli.flags, "FLAGS", {"config": None})
+    assert cli.default_workdir() == name
