@@ -54,6 +54,8 @@ class Block(nnx.Module):
         top_k=m.top_k,
         shared=m.shared_experts,
         router=m.router,
+        scale=m.routed_scale,
+        balance=m.balance,
       )
 
   def __call__(self, x: Float[Array, "B T D"], ctx: Context, cache: Cache | None):

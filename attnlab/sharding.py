@@ -171,7 +171,9 @@ def local(fn: Callable, in_axes: Any, out_axes: Any) -> Callable:
       lambda axes, x: _spec(x.shape, axes, mesh, 1), in_axes, args, is_leaf=is_axes
     )
     whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
-    outs = jax.eval_shape(fn, *whole)
+    # Without the mesh: inside fn no axis is split, and not every operation has rules for axes that are.
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+      outs = jax.eval_shape(fn, *whole)
     out_specs = jax.tree.map(
       lambda axes, x: _spec(x.shape, axes, mesh, 1), out_axes, outs, is_leaf=is_axes
     )
@@ -216,3 +218,26 @@ def look_up(table: jax.Array, ids: jax.Array) -> jax.Array:
 def zeros(shape: Sequence[int], dtype) -> jax.Array:
   """Zeros [B, T, ...], split over the batch's devices."""
   return put(jnp.zeros(shape, dtype), "batch", *(None,) * (len(shape) - 1))
+
+
+def part(axis: str) -> jax.Array | int:
+  """Inside ``local``: which part of a logical axis this device has."""
+  names = _manual(axis)
+  return jax.lax.axis_index(names) if names else 0
+
+
+def sum_over(axis: str, x: jax.Array) -> jax.Array:
+  """Inside ``local``: the sum over devices that have different parts of a logical axis."""
+  names = _manual(axis)
+  return jax.lax.psum(x, names) if names else x
+
+
+def mean_over(axis: str, x: jax.Array) -> jax.Array:
+  """Inside ``local``: the mean over devices that have different parts of a logical axis."""
+  names = _manual(axis)
+  return jax.lax.pmean(x, names) if names else x
+
+
+def _manual(axis: str) -> tuple[str, ...]:
+  mesh = jax.sharding.get_abstract_mesh()
+  return TABLE[axis][1] if not mesh.empty and mesh.are_all_axes_manual else ()

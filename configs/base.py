@@ -16,6 +16,7 @@ The command line then overrides single keys: `--config=configs/kda.py:size=small
 
 from ml_collections import ConfigDict
 
+from attnlab.config import parse_arg
 from attnlab.data import data_config
 from attnlab.errors import unknown
 
@@ -40,6 +41,8 @@ def base() -> ConfigDict:
   c.model.mlp.top_k = 2  # experts a token
   c.model.mlp.shared_experts = 0  # experts that every token goes through
   c.model.mlp.router = "softmax"
+  c.model.mlp.routed_scale = 1.0  # multiplies the routed experts' sum
+  c.model.mlp.balance = 0.01  # weight of the balance loss
   c.model.mlp.dense_layers = 0  # leading layers that keep the dense MLP
   c.model.tie_embeddings = True
   c.model.remat = "none"  # what the backward pass recomputes: attnlab.model lists the policies
@@ -150,3 +153,21 @@ def recipe(name: str) -> ConfigDict:
   if name not in _RECIPES:
     raise unknown("recipe", name, _RECIPES)
   return ConfigDict(_RECIPES[name])
+
+
+def single(mixer: str, arg: str = "", *, tiny=None, small=None) -> ConfigDict:
+  """The config of a model with one mixer in every layer.
+
+  Args:
+    mixer: its name.
+    arg: "size=NAME,recipe=NAME" of SIZES and RECIPES; tiny and the laptop's recipe by default.
+    tiny, small: the mixer's settings at these sizes, where the paper's heads are too wide.
+  """
+  a = parse_arg(arg, size=SIZES, recipe=RECIPES)
+  config = base()
+  config.model.pattern = mixer
+  config.update(size(a.size))
+  config.update(recipe(a.recipe))
+  settings = {"tiny": tiny, "small": small}.get(a.size)
+  config.model.mixers = ConfigDict({mixer: settings or {}})
+  return config

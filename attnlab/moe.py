@@ -1,0 +1,105 @@
+"""Fine-grained mixture of experts (DeepSeekMoE, arXiv:2401.06066): many small SwiGLU experts, some for every token."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from attnlab import sharding
+from attnlab.nn import Constant, Linear, SwiGLU, param
+
+
+class MoE(nnx.Module):
+  """``shared(x) + sum over a token's top-k experts of weight * expert(x)``; no token is dropped.
+
+  Args:
+    key: a PRNG key.
+    d_model, hidden: width of the residual stream and of an expert.
+    experts, top_k: how many there are, and how many a token is routed to.
+    shared: experts that every token passes, as one SwiGLU of ``shared * hidden``.
+    router: scores of the experts: softmax, or sigmoid (arXiv:2412.19437). The chosen ones are divided by their sum.
+    scale: multiplies the routed part.
+    balance: weight of the balance loss.
+  """
+
+  def __init__(
+    self,
+    key: Array,
+    d_model: int,
+    hidden: int,
+    experts: int,
+    top_k: int,
+    shared: int = 0,
+    router: Literal["softmax", "sigmoid"] = "softmax",
+    scale: float = 1.0,
+    balance: float = 0.01,
+  ):
+    if not 1 <= top_k <= experts:
+      raise ValueError(f"top_k={top_k} must be between 1 and the number of experts, {experts}")
+    if router not in ("softmax", "sigmoid"):
+      raise ValueError(f"router must be 'softmax' or 'sigmoid'; got {router!r}")
+    keys = jax.random.split(key, 5)
+    self.experts, self.top_k, self.router_kind = experts, top_k, router
+    self.scale, self.balance = scale, balance
+    self.router = Linear(keys[0], d_model, experts, ("embed", None))
+    # Added to the scores to choose by, not to weigh with (arXiv:2408.15664); from a checkpoint, or zero.
+    self.bias = Constant(jnp.zeros(experts))
+    init = jax.nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=0)
+    into, out = ("experts", "embed", None), ("experts", None, "embed")
+    self.gate = param(keys[1], init, (experts, d_model, hidden), into)
+    self.up = param(keys[2], init, (experts, d_model, hidden), into)
+    self.down = param(keys[3], init, (experts, hidden, d_model), out)
+    self.shared = SwiGLU(keys[4], d_model, shared * hidden) if shared else None
+
+  def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
+    """The mixed tokens, and scalars: ``balance_loss`` (weighted) and ``expert_load_max`` (1 when all get the same)."""
+    weights = [
+      sharding.put(w[...], "experts", None, None).astype(x.dtype)
+      for w in (self.gate, self.up, self.down)
+    ]
+    rows = ("batch", None, None)
+    run = sharding.local(
+      self._routed,
+      (rows, rows, (None,), [("experts", None, None)] * 3),
+      (rows, {"balance_loss": (), "expert_load_max": ()}),
+    )
+    # Scores in float32: a tie broken by rounding would change a token's experts.
+    y, aux = run(x, self.router(x.astype(jnp.float32)), self.bias[...], weights)
+    if self.shared is not None:
+      y = y + self.shared(x)
+    return y, aux
+
+  def _routed(self, x, logits, bias, weights):
+    """Each device's own tokens through its own experts, summed over devices."""
+    gate, up, down = weights
+    B, T, D = x.shape
+    N, k, E = B * T, self.top_k, self.experts
+    scores = jax.nn.softmax(logits) if self.router_kind == "softmax" else jax.nn.sigmoid(logits)
+    scores = scores.reshape(N, E)
+    _, chosen = jax.lax.top_k(jax.lax.stop_gradient(scores) + bias, k)
+    weight = jnp.take_along_axis(scores, chosen, axis=1)
+    weight = self.scale * weight / (weight.sum(axis=1, keepdims=True) + 1e-20)
+
+    # (token, choice) pairs in the order of their experts; pairs of other devices' experts come last.
+    here = gate.shape[0]
+    mine = chosen.reshape(-1) - sharding.part("experts") * here
+    mine = jnp.where((mine >= 0) & (mine < here), mine, here)
+    order = jnp.argsort(mine, stable=True)
+    token = order // k
+    sizes = jnp.bincount(mine, length=here + 1)[:here].astype(jnp.int32)
+    rows = x.reshape(N, D)[token]
+    inner = jax.nn.silu(jax.lax.ragged_dot(rows, gate, sizes)) * jax.lax.ragged_dot(rows, up, sizes)
+    out = jax.lax.ragged_dot(inner, down, sizes).astype(jnp.float32)
+    out = jnp.where((jnp.arange(N * k) < sizes.sum())[:, None], out, 0)
+    out = out * weight.reshape(-1)[order][:, None]
+    y = sharding.sum_over("experts", jnp.zeros((N, D), jnp.float32).at[token].add(out))
+
+    # Switch Transformer's balance loss (arXiv:2101.03961, eq. 4) over all tokens of the batch.
+    probability = scores / scores.sum(axis=1, keepdims=True)
+    load = jnp.zeros(E).at[chosen.reshape(-1)].add(1.0) / (N * k)
+    load = sharding.mean_over("batch", load)
+    balance = E * jnp.sum(load * sharding.mean_over("batch", probability.mean(axis=0)))
+    aux = {"balance_loss": self.balance * balance, "expert_load_max": E * load.max()}
+    return y.reshape(B, T, D).astype(x.dtype), aux

@@ -1,0 +1,13 @@
+"""Comba: erase before decay, and a corrected query (arXiv:2506.02475).
+
+python -m attnlab.train --config=configs/comba.py
+  RESULT
+python -m attnlab.train --config=configs/comba.py:size=1.3b,recipe=pretrain
+  the paper's scale: 10 billion tokens, for accelerators; not run here
+"""
+
+from configs.base import single
+
+
+def get_config(arg: str = ""):
+  return single("comba", arg, tiny=dict(head_dim=16), small=dict(head_dim=64))

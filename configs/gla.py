@@ -1,0 +1,13 @@
+"""Gated linear attention: decay a channel (arXiv:2312.06635).
+
+python -m attnlab.train --config=configs/gla.py
+  RESULT
+python -m attnlab.train --config=configs/gla.py:size=1.3b,recipe=pretrain
+  the paper's scale: 10 billion tokens, for accelerators; not run here
+"""
+
+from configs.base import single
+
+
+def get_config(arg: str = ""):
+  return single("gla", arg)

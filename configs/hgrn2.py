@@ -1,0 +1,13 @@
+"""HGRN2: forget gates with lower bounds, and keys made of them (arXiv:2404.07904).
+
+python -m attnlab.train --config=configs/hgrn2.py
+  RESULT
+python -m attnlab.train --config=configs/hgrn2.py:size=1.3b,recipe=pretrain
+  the paper's scale: 10 billion tokens, for accelerators; not run here
+"""
+
+from configs.base import single
+
+
+def get_config(arg: str = ""):
+  return single("hgrn2", arg, tiny=dict(head_dim=16), small=dict(head_dim=64))

@@ -1,0 +1,13 @@
+"""Kimi Delta Attention in every layer (arXiv:2510.26692).
+
+python -m attnlab.train --config=configs/kda.py
+  RESULT
+python -m attnlab.train --config=configs/kda.py:size=1.3b,recipe=pretrain
+  the paper's scale: 10 billion tokens, for accelerators; not run here
+"""
+
+from configs.base import single
+
+
+def get_config(arg: str = ""):
+  return single("kda", arg, tiny=dict(head_dim=16), small=dict(head_dim=64))

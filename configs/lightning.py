@@ -1,0 +1,13 @@
+"""Lightning attention with MiniMax's slopes (arXiv:2501.08313).
+
+python -m attnlab.train --config=configs/lightning.py
+  RESULT
+python -m attnlab.train --config=configs/lightning.py:size=1.3b,recipe=pretrain
+  the paper's scale: 10 billion tokens, for accelerators; not run here
+"""
+
+from configs.base import single
+
+
+def get_config(arg: str = ""):
+  return single("lightning", arg, tiny=dict(head_dim=16), small=dict(head_dim=64))

@@ -1,0 +1,13 @@
+"""Lightning attention with flash-linear-attention's slopes (arXiv:2401.04658).
+
+python -m attnlab.train --config=configs/lightning_fla.py
+  RESULT
+python -m attnlab.train --config=configs/lightning_fla.py:size=1.3b,recipe=pretrain
+  the paper's scale: 10 billion tokens, for accelerators; not run here
+"""
+
+from configs.base import single
+
+
+def get_config(arg: str = ""):
+  return single("lightning_fla", arg, tiny=dict(head_dim=16), small=dict(head_dim=64))

@@ -1,0 +1,13 @@
+"""Linear attention in every layer (arXiv:2006.16236).
+
+python -m attnlab.train --config=configs/linear_attention.py
+  RESULT
+python -m attnlab.train --config=configs/linear_attention.py:size=1.3b,recipe=pretrain
+  the paper's scale: 10 billion tokens, for accelerators; not run here
+"""
+
+from configs.base import single
+
+
+def get_config(arg: str = ""):
+  return single("linear_attention", arg, tiny=dict(head_dim=16), small=dict(head_dim=64))

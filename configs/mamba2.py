@@ -1,0 +1,15 @@
+"""Mamba-2 (arXiv:2405.21060).
+
+python -m attnlab.train --config=configs/mamba2.py
+  RESULT
+python -m attnlab.train --config=configs/mamba2.py:size=2.7b,recipe=pretrain
+  the paper's scale: 10 billion tokens, for accelerators; not run here
+"""
+
+from configs.base import single
+
+
+def get_config(arg: str = ""):
+  tiny = dict(head_dim=16, state_dim=16)
+  small = dict(head_dim=64, state_dim=64)
+  return single("mamba2", arg, tiny=tiny, small=small)

@@ -1,0 +1,15 @@
+"""Multi-head latent attention in every layer (arXiv:2405.04434).
+
+python -m attnlab.train --config=configs/mla.py
+  RESULT
+python -m attnlab.train --config=configs/mla.py:size=1.3b,recipe=pretrain
+  the paper's scale: 10 billion tokens, for accelerators; not run here
+"""
+
+from configs.base import single
+
+
+def get_config(arg: str = ""):
+  tiny = dict(num_heads=4, kv_lora_rank=32, nope_dim=16, rope_dim=8, value_dim=16)
+  small = dict(num_heads=4, kv_lora_rank=128, nope_dim=64, rope_dim=32, value_dim=64)
+  return single("mla", arg, tiny=tiny, small=small)

@@ -1,0 +1,13 @@
+"""RetNet: a constant decay a head (arXiv:2307.08621).
+
+python -m attnlab.train --config=configs/retnet.py
+  RESULT
+python -m attnlab.train --config=configs/retnet.py:size=1.3b,recipe=pretrain
+  the paper's scale: 10 billion tokens, for accelerators; not run here
+"""
+
+from configs.base import single
+
+
+def get_config(arg: str = ""):
+  return single("retnet", arg, tiny=dict(num_heads=4), small=dict(num_heads=4))

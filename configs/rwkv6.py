@@ -1,0 +1,13 @@
+"""RWKV-6: data-dependent decay and token shift (arXiv:2404.05892).
+
+python -m attnlab.train --config=configs/rwkv6.py
+  RESULT
+python -m attnlab.train --config=configs/rwkv6.py:size=1.3b,recipe=pretrain
+  the paper's scale: 10 billion tokens, for accelerators; not run here
+"""
+
+from configs.base import single
+
+
+def get_config(arg: str = ""):
+  return single("rwkv6", arg, tiny=dict(head_dim=16), small=dict(head_dim=64))

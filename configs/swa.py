@@ -1,0 +1,13 @@
+"""Sliding-window attention in every layer (arXiv:2004.05150).
+
+python -m attnlab.train --config=configs/swa.py
+  RESULT
+python -m attnlab.train --config=configs/swa.py:size=1.3b,recipe=pretrain
+  the paper's scale: 10 billion tokens, for accelerators; not run here
+"""
+
+from configs.base import single
+
+
+def get_config(arg: str = ""):
+  return single("swa", arg, tiny=dict(head_dim=16, window=64), small=dict(head_dim=64, window=128))
