@@ -1,0 +1,26 @@
+"""The quickstart: a 3:1 hybrid of KDA and softmax attention without position encoding, on bytes of Python's standard library.
+
+  python -m attnlab.train --config=configs/quickstart.py --workdir=runs/quickstart
+    RESULT
+  python -m attnlab.train --config=configs/quickstart.py:softmax --workdir=runs/quickstart-softmax
+    RESULT_SOFTMAX
+
+The second differs in the mixers alone: RoPE attention in every layer, of the same heads.
+"""
+
+from attnlab.config import parse_arg
+from configs.base import base
+
+
+def get_config(arg: str = ""):
+  a = parse_arg(arg, model=("hybrid", "softmax"))
+  c = base()
+  c.model.d_model, c.model.num_layers, c.model.mlp.hidden = 192, 4, 512
+  c.model.mixers = dict(kda=dict(num_heads=3, head_dim=64), softmax=dict(num_heads=3, head_dim=64))
+  if a.model == "softmax":
+    c.model.pattern = "softmax"
+  else:
+    c.model.pattern = "3*kda + 1*softmax(rope_fraction=0.0)"
+  c.data.seq_len = 256
+  c.train.update(dict(steps=500, batch_size=8, eval_every=100, sample_every=250))
+  return c
