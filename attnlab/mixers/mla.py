@@ -1,0 +1,155 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from attnlab import sharding
+from attnlab.mixers.attention import Where, append, axes_of, new_cache, together
+from attnlab.mixers.base import Cache, Context, Layer, Mixer, MixerOutput, register
+from attnlab.nn import Linear, RMSNorm, rope
+from pallas_kernels.softmax_attention import softmax_attention
+
+
+@register(
+  "mla",
+  family="softmax",
+  paper="arXiv:2405.04434",
+  title="latent attention: low-rank keys and values",
+  variants={"q_lora_nope": dict(q_lora_rank=8, rope_dim=0)},
+)
+class MultiHeadLatentAttention(Mixer):
+  """Keys and values of all heads come from one latent vector a token, which is all that is cached.
+
+  A head's key has two parts, ``W_uk c`` of the latent ``c = RMSNorm(W_dkv x)``, without position, and ``RoPE(W_kr x)``,
+  shared by all heads. The second is left out where ``rope_dim`` is 0.
+  """
+
+  @dataclasses.dataclass(frozen=True, kw_only=True)
+  class Config(Mixer.Config):
+    """Sizes, by default DeepSeek-V2's.
+
+    Attributes:
+      num_heads: None: ``d_model / nope_dim``.
+      kv_lora_rank: channels of the latent.
+      q_lora_rank: channels of a latent for queries, None: without.
+      nope_dim: channels of a head's q and k without position.
+      rope_dim: channels with RoPE, of which all heads share the key's; 0: none.
+      rope: whether they are rotated at all (Kimi Linear keeps them, unrotated).
+      value_dim: channels of a head's v.
+      rope_theta: the base of RoPE.
+    """
+
+    num_heads: int | None = None
+    kv_lora_rank: int = 512
+    q_lora_rank: int | None = None
+    nope_dim: int = 128
+    rope_dim: int = 64
+    rope: bool = True
+    value_dim: int = 128
+    rope_theta: float = 10000.0
+
+  def __init__(self, config: Config, layer: Layer, key: Array):
+    c, D = config, layer.d_model
+    self.config = config
+    self.H = H = c.num_heads or max(1, D // c.nope_dim)
+    self.scale = (c.nope_dim + c.rope_dim) ** -0.5
+    keys = jax.random.split(key, 7)
+    q_inputs = c.q_lora_rank or D
+    if c.q_lora_rank:
+      self.q_down = Linear(keys[0], D, c.q_lora_rank, ("embed", None))
+      self.q_norm = RMSNorm(c.q_lora_rank, layer.norm_eps)
+    q_axes = (None if c.q_lora_rank else "embed", "heads")
+    self.q_up = Linear(keys[1], q_inputs, H * (c.nope_dim + c.rope_dim), q_axes)
+    self.kv_down = Linear(keys[2], D, c.kv_lora_rank, ("embed", None))
+    self.kv_norm = RMSNorm(c.kv_lora_rank, layer.norm_eps)
+    if c.rope_dim:
+      self.k_rope = Linear(keys[3], D, c.rope_dim, ("embed", None))
+    self.k_up = Linear(keys[4], c.kv_lora_rank, H * c.nope_dim, (None, "heads"))
+    self.v_up = Linear(keys[5], c.kv_lora_rank, H * c.value_dim, (None, "heads"))
+    self.out_proj = Linear(keys[6], H * c.value_dim, D, ("heads", "embed"))
+
+  def core_flops(self, length: int, decode: bool) -> float:
+    """Of the logits and the weighted sum; in latent space where a token is decoded."""
+    c = self.config
+    if decode:
+      return 2 * self.H * (2 * c.kv_lora_rank + c.rope_dim) * length
+    return self.H * (c.nope_dim + c.rope_dim + c.value_dim) * (length + 1)
+
+  def init_cache(self, batch: int, max_len: int, dtype: jnp.dtype = jnp.float32) -> Cache:
+    """``latent`` is c, then the key with RoPE."""
+    kept = {"latent": (self.config.kv_lora_rank + self.config.rope_dim,)}
+    return new_cache(batch, max_len, kept, dtype)
+
+  def absorbs(self, T: int) -> bool:
+    """Whether T tokens had better attend in latent space: there each costs more, but no key need be expanded."""
+    c = self.config
+    expand = c.kv_lora_rank * (c.nope_dim + c.value_dim)
+    return T * (2 * c.kv_lora_rank - c.nope_dim - c.value_dim) <= expand
+
+  def __call__(
+    self, x: Float[Array, "B T D"], ctx: Context, cache: Cache | None = None
+  ) -> MixerOutput:
+    c = self.config
+    q = x if c.q_lora_rank is None else self.q_norm(self.q_down(x))
+    q = sharding.split(self.q_up(q), self.H, c.nope_dim + c.rope_dim)
+    latent = self.kv_norm(self.kv_down(x))
+    if c.rope_dim:
+      k_rope = self.k_rope(x)
+      if c.rope:
+        q_rope = rope(q[..., c.nope_dim :], ctx.positions, c.rope_theta)
+        q = jnp.concatenate([q[..., : c.nope_dim], q_rope], axis=-1)
+        k_rope = rope(k_rope[:, :, None], ctx.positions, c.rope_theta)[:, :, 0]
+      latent = jnp.concatenate([latent, k_rope], axis=-1)
+    if cache is None:
+      o = self.expanded(q, latent, together(ctx))
+    else:
+      cache, where = append(cache, {"latent": latent}, ctx)
+      attend = self.absorbed if self.absorbs(x.shape[1]) else self.expanded
+      o = attend(q, cache["latent"].astype(x.dtype), where)
+    return MixerOutput(self.out_proj(sharding.merge(o, 2)), cache)
+
+  def expanded(
+    self, q: Float[Array, "B T H K"], latent: Float[Array, "B S L"], where: Where
+  ) -> Float[Array, "B T H V"]:
+    """Multi-head attention with the keys and values that the latents stand for."""
+    c = self.config
+    content = latent[..., : c.kv_lora_rank]
+    k_rope = latent[..., c.kv_lora_rank :] if c.rope_dim else None
+    k = sharding.split(self.k_up(content), self.H, c.nope_dim)
+    v = sharding.split(self.v_up(content), self.H, c.value_dim)
+
+    def core(q, k, k_rope, v, where):
+      if k_rope is not None:
+        k_rope = jnp.broadcast_to(k_rope[:, :, None], (*k.shape[:3], c.rope_dim))
+        k = jnp.concatenate([k, k_rope], axis=-1)
+      return softmax_attention(q, k, v, scale=self.scale, **where)[0]
+
+    heads, shared = ("batch", None, "heads", None), ("batch", None, None) if c.rope_dim else None
+    run = sharding.local(core, (heads, heads, shared, heads, axes_of(where)), heads)
+    return run(q, k, k_rope, v, where)
+
+  def absorbed(
+    self, q: Float[Array, "B T H K"], latent: Float[Array, "B S L"], where: Where
+  ) -> Float[Array, "B T H V"]:
+    """The same, as multi-query attention on the latents: ``q . (W_uk c) = (W_uk^T q) . c``, and W_uv after the sum."""
+    c = self.config
+
+    def core(q, latent, k_up, v_up, where):
+      k_up = k_up.reshape(c.kv_lora_rank, -1, c.nope_dim)
+      v_up = v_up.reshape(c.kv_lora_rank, -1, c.value_dim)
+      q_latent = jnp.einsum("bthn,rhn->bthr", q[..., : c.nope_dim], k_up)
+      q = jnp.concatenate([q_latent, q[..., c.nope_dim :]], axis=-1)
+      # The latents are values as they are, without a copy that leaves out the key's part with RoPE.
+      kv = latent[:, :, None]
+      o, _ = softmax_attention(q, kv, kv, scale=self.scale, **where)
+      return jnp.einsum("bthr,rhv->bthv", o[..., : c.kv_lora_rank], v_up)
+
+    heads = ("batch", None, "heads", None)
+    # Where heads cannot be split over devices their columns must not be either.
+    columns = (None, "heads" if self.H % sharding.size("heads") == 0 else None)
+    axes = (heads, ("batch", None, None), columns, columns, axes_of(where))
+    k_up, v_up = (w.kernel[...].astype(q.dtype) for w in (self.k_up, self.v_up))
+    return sharding.local(core, axes, heads)(q, latent, k_up, v_up, where)
