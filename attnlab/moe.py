@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from attnlab import sharding
+from attnlab.errors import UserError, unknown
 from attnlab.nn import Constant, Linear, SwiGLU, param
 
 
@@ -37,9 +38,9 @@ class MoE(nnx.Module):
     balance: float = 0.01,
   ):
     if not 1 <= top_k <= experts:
-      raise ValueError(f"top_k={top_k} must be between 1 and the number of experts, {experts}")
+      raise UserError(f"top_k={top_k} must be between 1 and the number of experts, {experts}")
     if router not in ("softmax", "sigmoid"):
-      raise ValueError(f"router must be 'softmax' or 'sigmoid'; got {router!r}")
+      raise unknown("router", router, ("softmax", "sigmoid"))
     keys = jax.random.split(key, 5)
     self.experts, self.top_k, self.router_kind = experts, top_k, router
     self.scale, self.balance = scale, balance
@@ -65,8 +66,9 @@ class MoE(nnx.Module):
       (rows, rows, (None,), [("experts", None, None)] * 3),
       (rows, {"balance_loss": (), "expert_load_max": ()}),
     )
-    # Scores in float32: a tie broken by rounding would change a token's experts.
-    y, aux = run(x, self.router(x.astype(jnp.float32)), self.bias[...], weights)
+    # Scores in float32 at least: a tie broken by rounding would change a token's experts.
+    logits = self.router(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
+    y, aux = run(x, logits, self.bias[...], weights)
     if self.shared is not None:
       y = y + self.shared(x)
     return y, aux
@@ -89,12 +91,14 @@ class MoE(nnx.Module):
     order = jnp.argsort(mine, stable=True)
     token = order // k
     sizes = jnp.bincount(mine, length=here + 1)[:here].astype(jnp.int32)
-    rows = x.reshape(N, D)[token]
+    # What ragged_dot makes of rows behind its groups is not defined: they are masked on the way in, for its gradient,
+    # and on the way out.
+    grouped = (jnp.arange(N * k) < sizes.sum())[:, None]
+    rows = jnp.where(grouped, x.reshape(N, D)[token], 0)
     inner = jax.nn.silu(jax.lax.ragged_dot(rows, gate, sizes)) * jax.lax.ragged_dot(rows, up, sizes)
-    out = jax.lax.ragged_dot(inner, down, sizes).astype(jnp.float32)
-    out = jnp.where((jnp.arange(N * k) < sizes.sum())[:, None], out, 0)
-    out = out * weight.reshape(-1)[order][:, None]
-    y = sharding.sum_over("experts", jnp.zeros((N, D), jnp.float32).at[token].add(out))
+    out = jax.lax.ragged_dot(inner, down, sizes).astype(logits.dtype)
+    out = jnp.where(grouped, out, 0) * weight.reshape(-1)[order][:, None]
+    y = sharding.sum_over("experts", jnp.zeros((N, D), out.dtype).at[token].add(out))
 
     # Switch Transformer's balance loss (arXiv:2101.03961, eq. 4) over all tokens of the batch.
     probability = scores / scores.sum(axis=1, keepdims=True)
