@@ -47,7 +47,7 @@ def dense(moe, x):
   if moe.shared is not None:
     s = moe.shared
     y = y + swiglu(x, s.gate.kernel[...], s.up.kernel[...], s.down.kernel[...])
-  load = chosen.mean(axis=(0, 1)) / k
+  load = chosen.astype(x.dtype).mean(axis=(0, 1)) / k
   mass = (scores / scores.sum(axis=-1, keepdims=True)).mean(axis=(0, 1))
   return y, moe.balance * E * (load * mass).sum(), load
 
