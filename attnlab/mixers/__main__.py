@@ -1,7 +1,7 @@
 """The table of mechanisms, from the registry.
 
-  python -m attnlab.mixers             prints it
-  python -m attnlab.mixers README.md   puts it into a file, between its two marks
+python -m attnlab.mixers             prints it
+python -m attnlab.mixers README.md   puts it into a file, between its two marks
 """
 
 import sys

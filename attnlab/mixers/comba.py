@@ -29,6 +29,7 @@ class Comba(LinearMixer):
   q and k are normalised first. fla normalises p as well, and q after its correction, so that c has no effect there.
   """
 
+  erase = "key"
   core = staticmethod(comba)
   gate_activation = staticmethod(jax.nn.sigmoid)
 

@@ -22,6 +22,7 @@ from pallas_kernels import delta_rule
 class DeltaNet(LinearMixer):
   """The delta rule without decay: what a key holds is replaced, by a step size a head. No output gate."""
 
+  erase = "key"
   core = staticmethod(delta_rule)
   gate_activation = None
 

@@ -27,6 +27,7 @@ from pallas_kernels import gated_delta_product
 class GatedDeltaProduct(LinearMixer):
   """Gated DeltaNet with several keys, values and step sizes a token: a transition of higher rank."""
 
+  erase = "key"
   core = staticmethod(gated_delta_product)
 
   @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,10 @@ class GatedDeltaProduct(LinearMixer):
       self.a_proj = Linear(more[1], D, self.Hv)
       self.A_log = param(more[2], log_uniform_rate(0, 16), (self.Hv,), ("heads",))
       self.dt_bias = param(more[3], inverse_softplus_step(), (self.Hv,), ("heads",))
+
+  @property
+  def steps(self) -> int:
+    return self.config.steps
 
   def signals(self, x, recent, ctx):
     n = self.config.steps

@@ -26,6 +26,7 @@ from pallas_kernels import gdn2
 class GatedDeltaNet2(LinearMixer):
   """KDA whose step size is two gates: what is erased, a key channel, and what is written, a value channel."""
 
+  erase = "low_rank"
   core = staticmethod(gdn2)
   gate_activation = staticmethod(jax.nn.sigmoid)
 

@@ -100,6 +100,10 @@ class Mamba3(LinearMixer):
     weights = sharding.put(getattr(self, f"mimo_{name}")[...], "heads", None, None)
     return y * weights.astype(y.dtype)
 
+  @property
+  def steps(self) -> int:
+    return self.config.rank
+
   def signals(self, x, recent, ctx):
     c = self.config
 

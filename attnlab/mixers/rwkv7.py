@@ -28,6 +28,7 @@ class RWKV7(LinearMixer):
   Initial values of the mixing amounts and low-rank maps are those of the authors' code, by channel and layer.
   """
 
+  erase = "low_rank"
   core = staticmethod(rwkv7)
   output_only = frozenset({"gate", "own_v"})
 
