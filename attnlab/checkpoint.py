@@ -82,19 +82,24 @@ class Checkpoints:
     Raises:
       NonFiniteError: an array is not finite; nothing is written.
     """
-    sums = {}
+    arrays = {}
     for name, tree in state.items():
       checksums, finite = jax.device_get(_inspect(tree))
       if not finite.all():
         path = paths(tree)[int(np.argmin(finite))]
         raise NonFiniteError(f"{path} of the {name} is not finite")
-      sums[name] = checksums.tolist()
+      arrays[name] = {
+        path: {"shape": list(x.shape), "checksum": checksum}
+        for path, x, checksum in zip(
+          paths(tree), jax.tree.leaves(tree), checksums.tolist(), strict=True
+        )
+      }
     self._manager.save_checkpointables_async(
       step,
       {**state, "data": data},
       force=True,
       overwrite=step in self.steps(),
-      custom_metadata=dict(config=to_json(config), checksums=sums),
+      custom_metadata=dict(config=to_json(config), arrays=arrays),
     )
     self._damaged.discard(step)
 
@@ -123,9 +128,10 @@ class Checkpoints:
         try:
           state, problem = self._load(candidate, abstract, data)
         except Exception as error:  # Orbax and tensorstore raise a dozen types for broken files.
-          if user_error := _user_error(error):
-            raise user_error from None
-          problem = f"{type(error).__name__}: {str(error)[:200]}"
+          causes = _causes(error)
+          if user_errors := [e for e in causes if isinstance(e, UserError)]:
+            raise user_errors[0] from None
+          problem = f"{type(causes[-1]).__name__}: {str(causes[-1])[:300]}"
       if problem is None:
         return candidate, state
       self._damaged.add(candidate)
@@ -142,12 +148,13 @@ class Checkpoints:
     self, step: int, abstract: dict[str, PyTree], data: Any
   ) -> tuple[dict[str, PyTree], str | None]:
     """The state of a step, and what is damaged in it, if anything."""
-    metadata = self._manager.checkpointables_metadata(step)
-    other = _other_shape(metadata.metadata["model"], abstract["model"])
-    if other:
+    arrays = self._manager.checkpointables_metadata(step).custom_metadata.get("arrays")
+    if arrays is None:
+      return {}, "its metadata is gone"
+    if other := _other_shape(arrays["model"], abstract["model"]):
       raise UserError(f"{self._directory / str(step)} is of another model: {other}")
     state = self._manager.load_checkpointables(step, abstract)
-    problem = _wrong_checksum(state, metadata.custom_metadata["checksums"])
+    problem = _wrong_checksum(arrays, state)
     if problem is None and data is not None:
       self._manager.load_checkpointables(step, {"data": data})
     return state, problem
@@ -170,11 +177,12 @@ def check_same_run(stored: dict[str, Any], config: ConfigDict, where: Path) -> N
     where: the run's directory, for the message.
   """
   old, new = dict(flatten(stored)), dict(flatten(to_json(config)))
-  for key in sorted(old.keys() | new.keys(), key=lambda k: (not k.startswith("model."), k)):
+  # A key that only one of them has came or went with another version of the program.
+  for key in sorted(old.keys() & new.keys(), key=lambda k: (not k.startswith("model."), k)):
     fixed = key.startswith(_FIXED) and key not in _FREE
-    if fixed and old.get(key) != new.get(key):
+    if fixed and old[key] != new[key]:
       raise UserError(
-        f"{where} holds a run with config.{key} = {old.get(key)!r}, not {new.get(key)!r}:"
+        f"{where} holds a run with config.{key} = {old[key]!r}, not {new[key]!r}:"
         " go on with its own value, or give another --workdir"
       )
 
@@ -230,33 +238,32 @@ def _inspect(tree: PyTree) -> tuple[UInt32[jax.Array, "n"], Bool[jax.Array, "n"]
   return jnp.stack([checksum(x) for x in leaves]), jnp.stack(finite)
 
 
-def _wrong_checksum(state: dict[str, PyTree], stored: dict[str, list[int]]) -> str | None:
+def _wrong_checksum(stored: dict[str, Any], state: dict[str, PyTree]) -> str | None:
   for name, tree in state.items():
-    sums = jax.device_get(_inspect(tree)[0])
-    wrong = np.flatnonzero(sums != np.asarray(stored[name], np.uint32))
-    if wrong.size:
-      return f"the checksum of {name} {paths(tree)[wrong[0]]} is wrong"
+    sums = jax.device_get(_inspect(tree)[0]).tolist()
+    for path, checksum in zip(paths(tree), sums, strict=True):
+      if stored[name][path]["checksum"] != checksum:
+        return f"the checksum of {path} of the {name} is wrong"
   return None
 
 
-def _other_shape(stored: PyTree, wanted: PyTree) -> str | None:
+def _other_shape(stored: dict[str, Any], wanted: PyTree) -> str | None:
   """The first difference between a checkpoint's arrays and those of the model to fill."""
-  shapes = [
-    {_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-    for tree in (stored, wanted)
-  ]
-  for path in sorted(shapes[0].keys() | shapes[1].keys()):
-    has, needs = (s.get(path) for s in shapes)
-    if has != needs:
-      return f"its {path} is {has or 'missing'}, the config's is {needs or 'not there'}"
+  has = {path: tuple(array["shape"]) for path, array in stored.items()}
+  needs = dict(zip(paths(wanted), (x.shape for x in jax.tree.leaves(wanted)), strict=True))
+  for path in sorted(has.keys() | needs.keys()):
+    if has.get(path) != needs.get(path):
+      return f"its {path} is {has.get(path, 'missing')}, the config's {needs.get(path, 'has none')}"
   return None
 
 
-def _user_error(error: BaseException | None) -> UserError | None:
-  """The UserError among an error and its causes: orbax wraps what a data iterator raises."""
-  while error is not None and not isinstance(error, UserError):
+def _causes(error: BaseException | None) -> list[BaseException]:
+  """An error and what led to it: orbax wraps what tensorstore and data iterators raise."""
+  causes = []
+  while error is not None:
+    causes.append(error)
     error = error.__cause__ or error.__context__
-  return error
+  return causes
 
 
 def _name(path: tuple[Any, ...]) -> str:

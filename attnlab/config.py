@@ -197,11 +197,12 @@ def to_json(config: ConfigDict) -> dict[str, Any]:
   return json.loads(config.to_json_best_effort())
 
 
-def from_json(values: dict[str, Any]) -> ConfigDict:
-  """The config that `to_json` wrote."""
-  config = ConfigDict(values)
-  config.train.sample_prompts = tuple(config.train.sample_prompts)
-  return config
+def from_json(values: Mapping[str, Any]) -> ConfigDict:
+  """The config that `to_json` wrote. Keys that have come since have their defaults."""
+  config, given = _schema(), ConfigDict(values)
+  given.train.sample_prompts = tuple(given.train.sample_prompts)
+  config.update(given)
+  return complete(config)
 
 
 def flatten(config: ConfigDict | Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

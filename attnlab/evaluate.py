@@ -28,7 +28,7 @@ from rich.table import Table
 
 from attnlab import cli, data, metrics, sharding
 from attnlab.errors import UserError
-from attnlab.state import load_model, whole_mesh
+from attnlab.state import load_model, reading_mesh, run_config
 
 # The first bucket of positions is [0, 64), and each next one is as wide as all before it.
 _FIRST_BUCKET = 64
@@ -139,7 +139,7 @@ def by_position(
   """
   long = config.copy_and_resolve_references()
   long.data.seq_len = length
-  rows = max(mesh.shape["replica"] * mesh.shape["data"], 1)
+  rows = mesh.shape["replica"] * mesh.shape["data"]
   batches = data.make_iterator(long.data, split="validation", batch_size=rows, seed=config.seed)
   place = placer(mesh, data.tokenizer(config.data).token_bytes())
   edges = [0, *_edges(length)]
@@ -181,11 +181,12 @@ def evaluate(
   Returns:
     {"step", "nll", "accuracy", "bits_per_token", "bits_per_byte", "by_position": {length: ...}}.
   """
-  mesh = whole_mesh()
+  config = run_config(workdir)
+  if batches is not None:
+    config.train.eval_batches = batches
+  mesh = reading_mesh(config.train.batch_size // config.train.grad_accum)
+  step, graphdef, model = load_model(workdir, config, mesh, step)
   with jax.set_mesh(mesh):
-    config, step, graphdef, model = load_model(workdir, step)
-    if batches is not None:
-      config.train.eval_batches = batches
     result = {"step": step} | make_evaluate(config, mesh)(graphdef, model)
     tokens = config.train.eval_batches * config.train.batch_size * config.data.seq_len
     for times in lengths:

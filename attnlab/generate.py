@@ -12,7 +12,6 @@ import functools
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,7 +24,7 @@ from ml_collections import ConfigDict
 
 from attnlab import cli, data, metrics, sharding
 from attnlab.errors import UserError
-from attnlab.state import load_model, whole_mesh
+from attnlab.state import load_model, reading_mesh, run_config
 from attnlab.tokenizer import Tokenizer
 
 
@@ -214,8 +213,9 @@ def main(_) -> None:
   f = flags.FLAGS
   if not 0 < f.top_p <= 1:
     raise UserError(f"--top_p={f.top_p} must lie in (0, 1]")
-  with jax.set_mesh(whole_mesh()):
-    config, step, graphdef, model = load_model(Path(f.workdir), f.step)
+  config, mesh = run_config(f.workdir), reading_mesh()
+  step, graphdef, model = load_model(f.workdir, config, mesh, f.step)
+  with jax.set_mesh(mesh):
     tokenizer = data.tokenizer(config.data)
     tokens, segment_ids = _encode(tokenizer, f.prompt)
     read = functools.partial(prefill, graphdef, model, max_len=tokens.shape[1] + f.max_tokens)

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from attnlab import sharding
 from attnlab.checkpoint import Checkpoints, paths, stored_config
-from attnlab.config import from_json
+from attnlab.config import from_json, resolve
 from attnlab.errors import UserError
 from attnlab.model import Model
 
@@ -57,37 +57,49 @@ def make_init(
   return graphdef, jax.jit(init, out_shardings=places), abstract
 
 
-def load_model(
-  workdir: str | Path, step: int | None = None
-) -> tuple[ConfigDict, int, nnx.GraphDef, PyTree]:
-  """The model of a run, split over all devices there are. To be used under the mesh it returns.
-
-  Args:
-    workdir: the run's.
-    step: None: its newest whole checkpoint.
-
-  Returns:
-    (config, step, graphdef, {"params", "rest"}).
-
-  Raises:
-    UserError: no run, or no whole checkpoint, there.
-  """
+def run_config(workdir: str | Path) -> ConfigDict:
+  """The resolved config of the run in a directory; UserError if there is none."""
   stored = stored_config(Path(workdir))
   if stored is None:
     raise UserError(f"{workdir} holds no run: there is no config.json")
-  config = from_json(stored)
-  mesh = jax.sharding.get_mesh()
-  graphdef, _, abstract = make_init(config, optax.identity(), mesh)
-  checkpoints = Checkpoints(Path(workdir) / "checkpoints", read_only=True)
-  restored = checkpoints.restore({"model": abstract["model"]}, step=step)
+  return resolve(from_json(stored))
+
+
+def load_model(
+  workdir: str | Path, config: ConfigDict, mesh: jax.sharding.Mesh, step: int | None = None
+) -> tuple[int, nnx.GraphDef, PyTree]:
+  """The model of a run.
+
+  Args:
+    workdir: the run's.
+    config: of `run_config`.
+    mesh: where to put the model; it need not be the one that it was trained on.
+    step: None: its newest whole checkpoint.
+
+  Returns:
+    (step, graphdef, {"params", "rest"}).
+
+  Raises:
+    UserError: no checkpoint that is whole, or not of that step.
+  """
+  with jax.set_mesh(mesh):
+    graphdef, _, abstract = make_init(config, optax.identity(), mesh)
+    checkpoints = Checkpoints(Path(workdir) / "checkpoints", read_only=True)
+    restored = checkpoints.restore({"model": abstract["model"]}, step=step)
   if restored is None:
     raise UserError(f"{workdir} has no checkpoint yet")
-  return config, restored[0], graphdef, restored[1]["model"]
+  return restored[0], graphdef, restored[1]["model"]
 
 
-def whole_mesh() -> jax.sharding.Mesh:
-  """All devices along `data`: where a model that is only read is kept."""
-  return sharding.make_mesh({"replica": 1, "data": -1, "model": 1})
+def reading_mesh(rows: int | None = None) -> jax.sharding.Mesh:
+  """A mesh for a model that is only read: the devices there are, all along `data`.
+
+  Args:
+    rows: of the batches to come: no more devices than divide them. None: all devices.
+  """
+  devices = jax.devices()
+  count = len(devices) if rows is None else math.gcd(rows, len(devices))
+  return sharding.make_mesh({"replica": 1, "data": count, "model": 1}, devices[:count])
 
 
 def parameter_count(model: PyTree) -> int:

@@ -1,0 +1,377 @@
+"""Training end to end on real text: exact resuming, signals, bad losses, accumulation, many devices.
+
+Whole runs are processes of their own, as users start them, on one device; what is compared to them
+in this process has the suite's eight virtual devices.
+"""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from attnlab import data, evaluate, generate, metrics, sharding
+from attnlab.checkpoint import NonFiniteError
+from attnlab.config import load, resolve
+from attnlab.errors import UserError
+from attnlab.evaluate import placer
+from attnlab.state import load_model, make_init, reading_mesh, run_config
+from attnlab.train import make_update, train
+
+ROOT = Path(__file__).parent.parent
+TINY = "tests/tiny_config.py"
+STEPS = 24
+ON_MANY = {"mesh.data": 4, "mesh.model": 2}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+  """Compiled programs are shared by all of this module's runs, here and in processes."""
+  directory = tmp_path_factory.mktemp("cache")
+  settings = {
+    "jax_compilation_cache_dir": str(directory / "attnlab"),
+    "jax_persistent_cache_min_compile_time_secs": 0.1,
+  }
+  before = {name: getattr(jax.config, name) for name in settings}
+  for name, value in settings.items():
+    jax.config.update(name, value)
+  yield directory
+  for name, value in before.items():
+    jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def launch(cache):
+  """Starts `python -m attnlab.train` or another program on one device."""
+
+  def start(workdir, *args, module="train", **env):
+    command = [sys.executable, "-m", f"attnlab.{module}", f"--workdir={workdir}", *args]
+    environment = os.environ | {"XLA_FLAGS": "", "XDG_CACHE_HOME": str(cache)} | env
+    return subprocess.Popen(
+      command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+  return start
+
+
+@pytest.fixture(scope="module")
+def whole(launch, tmp_path_factory):
+  """A run of 24 updates that nothing disturbed."""
+  workdir = tmp_path_factory.mktemp("runs") / "whole"
+  run = launch(workdir, f"--config={TINY}:steps={STEPS}")
+  out, err = run.communicate()
+  assert run.returncode == 0, err
+  return workdir, out
+
+
+def record(workdir):
+  """metrics.jsonl without what the clock says."""
+  lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  timed = ("seconds", "tokens_per_second", "mfu")
+  return [{k: v for k, v in line.items() if k not in timed} for line in lines]
+
+
+def losses(workdir):
+  return [r["loss"] for r in record(workdir) if "loss" in r]
+
+
+def wait_for_lines(run, workdir, lines):
+  """Until a running process has written so many lines of its record."""
+  path, end = workdir / "metrics.jsonl", time.monotonic() + 120
+  while run.poll() is None and time.monotonic() < end:
+    if path.exists() and path.read_text().count("\n") >= lines:
+      return
+    time.sleep(0.001)
+  raise AssertionError(f"no {lines} lines in {path}: {run.communicate()}")
+
+
+def test_a_run_leaves_its_record(whole):
+  workdir, out = whole
+  lines = record(workdir)
+  trained = [r for r in lines if "loss" in r]
+  assert [r["step"] for r in trained] == list(range(1, STEPS + 1))
+  assert trained[-1]["loss"] < 0.8 * trained[0]["loss"]
+  assert trained[3]["tokens"] == 4 * 4 * 64
+  assert trained[0]["learning_rate"] == pytest.approx(1.5e-3)
+  assert trained[5]["bits_per_byte"] == pytest.approx(trained[5]["nll"] / np.log(2), rel=0.05)
+  evals = [r for r in lines if "eval/nll" in r]
+  assert [r["step"] for r in evals] == [10, 20, STEPS]
+  summary = json.loads((workdir / "summary.json").read_text())
+  assert summary["eval/bits_per_byte"] == evals[-1]["eval/bits_per_byte"]
+  assert summary["steps"] == STEPS and summary["tokens"] == STEPS * 4 * 64
+  samples = metrics.read(workdir / "samples.jsonl")
+  assert {(s["prompt"], s["temperature"]) for s in samples} == {
+    (p, t) for p in ("def ", "import ") for t in (0.0, 0.8)
+  }
+  for name in ("config.json", "loss.png", "loss.svg", "tensorboard"):
+    assert (workdir / name).exists()
+  assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["21", "24"]
+  assert re.search(r"step 12/24  loss \d\.\d+  \d\.\d+ bits/byte  \S+ tokens/s", out)
+  assert "\x1b" not in out  # plain lines where there is no terminal
+
+
+def test_killed_and_stopped_and_resumed_is_the_same_run(launch, whole, tmp_path):
+  workdir = tmp_path / "run"
+  seed = random.randrange(1000)
+  print(f"seed {seed}")
+  at = random.Random(seed).randrange(8, 16)
+
+  run = launch(workdir, f"--config={TINY}:steps={STEPS}")
+  wait_for_lines(run, workdir, at)
+  run.send_signal(signal.SIGKILL)
+  run.communicate()
+  assert run.returncode == -signal.SIGKILL
+  (workdir / "metrics.jsonl").open("a").write('{"step": 9')  # A line that was being written.
+
+  run = launch(workdir, f"--config={TINY}:steps={STEPS}")
+  wait_for_lines(run, workdir, at + 3)
+  run.send_signal(signal.SIGTERM)
+  out, err = run.communicate()
+  assert run.returncode == 128 + signal.SIGTERM, err
+  assert "from checkpoint 7" in out or "from checkpoint 14" in out
+  stopped = int(re.search(r"SIGTERM: stopped after update (\d+), checkpoint saved", out)[1])
+  assert (workdir / "checkpoints" / str(stopped)).is_dir()
+  assert record(workdir)[-1]["step"] == stopped < STEPS
+
+  run = launch(workdir, f"--config={TINY}:steps={STEPS}")
+  out, err = run.communicate()
+  assert run.returncode == 0, err
+  assert f"from checkpoint {stopped}" in out
+  assert record(workdir) == record(whole[0])  # to the last bit
+  assert metrics.read(workdir / "samples.jsonl") == metrics.read(whole[0] / "samples.jsonl")
+
+
+def test_eight_devices_have_the_losses_of_one(whole, tmp_path):
+  config = load(f"{TINY}:steps=8", ON_MANY)
+  train(config, tmp_path / "many")
+  # Sums over devices come in another order: float32 rounding, grown over eight updates of AdamW,
+  # whose first ones divide by gradients as small as they are.
+  np.testing.assert_allclose(losses(tmp_path / "many"), losses(whole[0])[:8], rtol=2e-3)
+  assert losses(tmp_path / "many")[0] == pytest.approx(losses(whole[0])[0], rel=1e-5)
+
+
+def test_a_run_goes_on_across_meshes_and_past_a_damaged_checkpoint(whole, tmp_path, caplog):
+  shutil.copytree(whole[0], tmp_path / "run")
+  (last,) = (tmp_path / "run" / "checkpoints" / "24").glob("model/manifest.ocdbt")
+  last.write_bytes(b"")
+  summary = train(load(f"{TINY}:steps={STEPS}", ON_MANY), tmp_path / "run")
+  assert "checkpoints/24 is damaged" in caplog.text
+  again, first = losses(tmp_path / "run"), losses(whole[0])
+  assert again[:21] == first[:21]
+  np.testing.assert_allclose(again[21:], first[21:], rtol=2e-3)
+  assert summary["steps"] == STEPS
+
+
+def test_a_finished_run_is_not_run_again(whole, tmp_path):
+  shutil.copytree(whole[0], tmp_path / "run")
+  summary = train(load(f"{TINY}:steps={STEPS}", ON_MANY), tmp_path / "run")
+  assert summary["loss"] == json.loads((whole[0] / "summary.json").read_text())["loss"]
+  assert record(tmp_path / "run") == record(whole[0])
+
+
+def test_a_run_of_another_model_or_data_is_refused(whole):
+  before = {p: p.stat().st_mtime_ns for p in whole[0].rglob("*")}
+  for key, value in [("model.d_model", 48), ("data.seq_len", 32), ("train.batch_size", 8)]:
+    with pytest.raises(UserError, match=rf"config\.{key} = \d+, not {value}"):
+      train(load(f"{TINY}:steps=30", {key: value, **ON_MANY}), whole[0])
+  assert {p: p.stat().st_mtime_ns for p in whole[0].rglob("*")} == before
+
+
+# --- what is not finite -------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(launch, tmp_path):
+  """A learning rate that no number survives, from update 3 on."""
+  args = [f"--config={TINY}:steps={STEPS}", "--config.optim.learning_rate=1e38"]
+  args += ["--config.optim.warmup_steps=0", "--config.train.checkpoint_every=1"]
+  run = launch(tmp_path / "run", *args)
+  _, err = run.communicate()
+  assert run.returncode == 3, err
+  line = err.strip().splitlines()[-1]
+  found = re.match(r"error: not finite: update (\d+): ", line)
+  assert found, line
+  assert re.search(r"records: index \[\d+, \d+, \d+, \d+\] \(\d+ is .*\.py\)", line), line
+  kept = sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir())
+  assert all(step < int(found[1]) for step in kept)
+  if kept:
+    assert f"checkpoints/{kept[-1]}, is kept" in line
+
+
+def test_a_bad_parameter_is_named(monkeypatch, tmp_path):
+  """One kernel of infinities: the loss is not finite at the first update, the kernel is to blame."""
+  from attnlab import train as module
+
+  def make(*args):
+    graphdef, init, abstract = make_init(*args)
+
+    def poisoned():
+      state = init()
+      kernel = state["model"]["params"]["blocks"]["layers"][0]["mixer"]["k_proj"]["kernel"]
+      kernel.set_value(kernel.get_value() + jnp.inf)
+      return state
+
+    return graphdef, poisoned, abstract
+
+  monkeypatch.setattr(module, "make_init", make)
+  with pytest.raises(NonFiniteError) as error:
+    train(load(f"{TINY}:steps=8", ON_MANY), tmp_path / "run")
+  assert "update 1: loss nan" in str(error.value)
+  assert "Parameter params.blocks.layers.0.mixer.k_proj.kernel was not finite" in str(error.value)
+  assert "There is no checkpoint yet" in str(error.value)
+
+
+# --- one update -----------------------------------------------------------------------------------
+
+
+def one_update(microbatches, tx, change=lambda state: state, rows=8):
+  """The state before and after an update on real text, and what the update reports."""
+  overrides = {"train.batch_size": rows, "train.grad_accum": microbatches, **ON_MANY}
+  config = resolve(load(TINY, overrides))
+  mesh = sharding.make_mesh(config.mesh)
+  batch = next(data.make_iterator(config.data, split="train", batch_size=rows, seed=0))
+  # Rows of unequal weight: the mean over microbatches is not the mean of their means.
+  batch["weights"] *= np.arange(rows * 64).reshape(rows, 64) % 7 < np.arange(rows)[:, None]
+  with jax.set_mesh(mesh):
+    graphdef, init, abstract = make_init(config, tx, mesh)
+    state = change(init())
+    before = jax.device_get(state)
+    place = placer(mesh, data.tokenizer(config.data).token_bytes(), microbatches)
+    after, report = make_update(graphdef, tx, abstract)(state, place(batch))
+  return before, jax.device_get(after), jax.device_get(report)
+
+
+def test_accumulated_gradients_are_the_whole_batchs():
+  """Plain SGD: the parameters move by the gradient."""
+  _, one, whole = one_update(1, optax.sgd(1.0))
+  _, two, split = one_update(2, optax.sgd(1.0))
+  for key in ("loss", "nll", "accuracy", "grad_norm", "weights", "bytes"):
+    np.testing.assert_allclose(whole[key], split[key], rtol=1e-5)
+  # The same sum in another order, in float32.
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), one, two)
+
+
+def test_an_update_that_is_not_finite_changes_nothing():
+  def poison(state):
+    table = state["model"]["params"]["embedding"]
+    table.set_value(table.get_value() + jnp.nan)
+    return state
+
+  before, after, report = one_update(1, optax.sgd(1.0), poison)
+  assert not np.isfinite(report["loss"])
+  jax.tree.map(np.testing.assert_array_equal, before, after)
+
+
+# --- evaluation and generation --------------------------------------------------------------------
+
+
+def test_evaluate_finds_what_training_found(whole):
+  last = [r for r in record(whole[0]) if "eval/nll" in r][-1]
+  result = evaluate.evaluate(whole[0], lengths=[1, 2])
+  assert result["step"] == STEPS
+  # On eight devices and not one: sums in another order.
+  for key in ("nll", "accuracy", "bits_per_byte"):
+    assert result[key] == pytest.approx(last[f"eval/{key}"], rel=1e-4)
+  one, two = (result["by_position"][n] for n in (64, 128))
+  assert [(b["from"], b["to"]) for b in one] == [(0, 64)]
+  assert [(b["from"], b["to"]) for b in two] == [(0, 64), (64, 128)]
+  assert all(0 < b["nll"] < 6 and b["targets"] > 0 for b in one + two)
+  assert evaluate.evaluate(whole[0], step=21, batches=1)["step"] == 21
+  with pytest.raises(UserError, match="no checkpoint 5"):
+    evaluate.evaluate(whole[0], step=5)
+  with pytest.raises(UserError, match="holds no run"):
+    evaluate.evaluate(whole[0] / "checkpoints")
+
+
+def test_generation_is_the_training_forward_pass(whole):
+  """Greedy decoding, through the caches and beside a longer prompt, against one forward a token."""
+  config, mesh = run_config(whole[0]), reading_mesh()
+  _, graphdef, model = load_model(whole[0], config, mesh)
+  with jax.set_mesh(mesh):
+    tokenizer = data.tokenizer(config.data)
+    prompts = ["def main(argv):\n  return ", "imp"]
+    texts = generate.generate(graphdef, model, tokenizer, prompts, max_tokens=12)
+    again = generate.generate(
+      graphdef, model, tokenizer, prompts, max_tokens=12, temperature=[0.0, 1.0], seed=3
+    )
+    assert again[0] == texts[0]
+    merged = nnx.merge(graphdef, model["params"], model["rest"])
+    forward = jax.jit(merged.forward)
+    for prompt, text in zip(prompts, texts, strict=True):
+      ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+      row = np.zeros((1, 64), np.int32)  # Causal: what stands after the prompt changes nothing.
+      for _ in range(12):
+        row[0, : len(ids)] = ids
+        ids.append(int(forward(jnp.asarray(row))[0, len(ids) - 1].argmax()))
+      assert tokenizer.decode(ids[1:]) == prompt + text
+
+
+def test_sampling_keeps_to_what_it_may():
+  logits = jnp.log(jnp.array([[0.4, 0.3, 0.2, 0.1]] * 2000))
+  draw = lambda *args: generate.sample(jax.random.key(0), logits, *args)  # noqa: E731
+  one = jnp.ones(2000)
+  frequency = np.bincount(draw(one), minlength=4) / 2000
+  np.testing.assert_allclose(frequency, [0.4, 0.3, 0.2, 0.1], atol=0.04)  # 4 sigma
+  assert set(np.asarray(draw(0 * one))) == {0}
+  assert set(np.asarray(draw(one, 2))) == {0, 1}
+  assert set(np.asarray(draw(one, 0, 0.6))) == {0, 1}  # 0.4 does not reach 0.6, 0.7 does
+  assert set(np.asarray(draw(one, 0, 0.1))) == {0}
+  # A low temperature sharpens: 0.4^2 / (0.4^2 + 0.3^2 + 0.2^2 + 0.1^2) = 0.53
+  assert np.mean(np.asarray(draw(one / 2)) == 0) == pytest.approx(0.533, abs=0.04)
+
+
+def test_generate_from_the_command_line(whole, launch):
+  run = launch(whole[0], "--prompt=def ", "--prompt=x", "--max_tokens=4", module="generate")
+  out, err = run.communicate()
+  assert run.returncode == 0, err
+  assert out.startswith("--- 'def '\ndef ") and "--- 'x'\nx" in out
+  assert re.search(r"checkpoint 24: prefill \S+ tokens/s, decode \S+ tokens/s in 2 row", err)
+
+
+# --- several processes ----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_processes_train_save_stop_and_resume_together(launch, tmp_path):
+  def start(steps):
+    with socket.socket() as s:
+      s.bind(("localhost", 0))
+      port = s.getsockname()[1]
+    return [
+      launch(
+        tmp_path / "run",
+        f"--config={TINY}:steps={steps}",
+        "--distributed",
+        JAX_COORDINATOR_ADDRESS=f"localhost:{port}",
+        JAX_NUM_PROCESSES="2",
+        JAX_PROCESS_ID=str(i),
+      )
+      for i in range(2)
+    ]
+
+  runs = start(400)
+  wait_for_lines(runs[0], tmp_path / "run", 12)
+  runs[1].send_signal(signal.SIGTERM)  # Only one of them: they agree on where to stop.
+  outs = [run.communicate() for run in runs]
+  assert [run.returncode for run in runs] == [143, 143], outs
+  stopped = int(re.search(r"stopped after update (\d+)", outs[0][0])[1])
+  assert outs[1][0] == ""  # The first process speaks for all.
+
+  runs = start(stopped + 5)
+  outs = [run.communicate() for run in runs]
+  assert [run.returncode for run in runs] == [0, 0], outs
+  assert f"from checkpoint {stopped}" in outs[0][0]
+  steps = [r["step"] for r in record(tmp_path / "run") if "loss" in r]
+  assert steps == list(range(1, stopped + 6))
