@@ -13,6 +13,9 @@ from pallas_kernels.softmax_attention.visibility import Visibility
 B, H, HKV, D, V = 2, 4, 2, 6, 5
 # Rows of different documents; the second has one token alone.
 SEGMENTS = np.stack([np.repeat([1, 2, 3], [5, 20, 15]), np.repeat([1, 2, 3], [30, 1, 9])])
+# Compiled code is used once: most of XLA's time on a CPU is LLVM's optimisations.
+FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+jit = functools.partial(jax.jit, compiler_options=FAST)
 
 
 @pytest.fixture
@@ -75,20 +78,24 @@ def definition(
   return o, lse
 
 
-def attend(
-  q, k, v, sinks=None, *, segment_ids=None, window=None, scale=None, backend="auto", **rest
-):
+def arrays(*args, **options):
+  """Arguments with every numpy array made jax's."""
+  return jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, (args, options))
+
+
+def attend(q, k, v, sinks=None, *, window=None, scale=None, backend="auto", **rest):
   """softmax_attention of numpy arrays, compiled: piece by piece it would take longer to compile than to run."""
 
-  def run(arrays, rest):
-    return softmax_attention(
-      *arrays[:3], sinks=arrays[3], window=window, scale=scale, backend=backend, **rest
-    )
+  def run(args, rest):
+    return within(*args, window=window, scale=scale, backend=backend, **rest)
 
-  rest = {
-    n: x if x is None else jnp.asarray(x) for n, x in (rest | {"segment_ids": segment_ids}).items()
-  }
-  return jax.jit(run)([x if x is None else jnp.asarray(x) for x in (q, k, v, sinks)], rest)
+  return jit(run)(*arrays(q, k, v, sinks, **rest))
+
+
+def within(q, k, v, sinks=None, **options):
+  """The same inside a function that is compiled."""
+  (q, k, v, sinks), options = arrays(q, k, v, sinks, **options)
+  return softmax_attention(q, k, v, sinks=sinks, **options)
 
 
 def weighted(o, lse, seed=1):
@@ -101,10 +108,10 @@ def with_gradients(args, **options):
   """(o, lse) and the gradients of ``weighted`` in q, k, v (and sinks)."""
 
   def loss(args):
-    out = attend(*args, **options)
+    out = within(*args, **options)
     return weighted(*out), out
 
-  gradients, out = jax.jit(jax.grad(loss, has_aux=True))([jnp.asarray(x) for x in args])
+  gradients, out = jit(jax.grad(loss, has_aux=True))([jnp.asarray(x) for x in args])
   return out, gradients
 
 
@@ -205,10 +212,10 @@ def test_a_query_that_sees_nothing(small_blocks, backend, with_sinks):
   options["key_segment_ids"][0] = 2
 
   def run(args):
-    o, lse = attend(*args, **options, backend=backend)
+    o, lse = within(*args, **options, backend=backend)
     return jnp.sum(o) + jnp.sum(jnp.exp(lse)), (o, lse)
 
-  gradients, (o, lse) = jax.jit(jax.grad(run, has_aux=True))([jnp.asarray(x) for x in args])
+  gradients, (o, lse) = jit(jax.grad(run, has_aux=True))([jnp.asarray(x) for x in args])
   assert not np.any(o[0]) and np.all(np.isfinite(o))
   expected = np.broadcast_to(sinks.astype(np.float32) if with_sinks else -np.inf, lse[0].shape)
   np.testing.assert_allclose(lse[0], expected, rtol=1e-6)
@@ -264,12 +271,12 @@ def test_bfloat16():
 
   def run(dtype, backend):
     def loss(args, sinks):
-      o, lse = attend(*args, sinks, backend=backend)
+      o, lse = within(*args, sinks, backend=backend)
       assert o.dtype == dtype and lse.dtype == jnp.promote_types(dtype, jnp.float32)
       return weighted(o.astype(lse.dtype), lse), (o, lse)
 
     args = [x.astype(dtype) for x in rounded]
-    gradients, out = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(args, sinks)
+    gradients, out = jit(jax.grad(loss, (0, 1), has_aux=True))(args, sinks)
     assert gradients[1].dtype == sinks.dtype
     return [np.asarray(x, np.float64) for x in jax.tree.leaves((out, gradients))]
 
@@ -309,7 +316,7 @@ def reached(Tq, Tk, seen):
     blocks.append(xla._Blocks(Tq, Tk, seen))
     return blocks[0].end - blocks[0].first
 
-  return np.asarray(jax.jit(run)(seen)), blocks[0]
+  return np.asarray(jit(run)(seen)), blocks[0]
 
 
 def test_only_blocks_that_are_seen_are_computed():
@@ -327,7 +334,7 @@ def test_only_blocks_that_are_seen_are_computed():
 
 def test_residuals_are_inputs_and_outputs():
   q, k, v, _ = (jnp.asarray(x, jnp.float32) for x in inputs(64))
-  (o, lse), vjp = jax.jit(lambda *a: jax.vjp(softmax_attention, *a))(q, k, v)
+  (o, lse), vjp = jit(lambda *a: jax.vjp(softmax_attention, *a))(q, k, v)
   kept = sum(x.size for x in jax.tree.leaves(vjp))
   positions = 2 * 64
   assert kept <= sum(x.size for x in (q, k, v, o, lse)) + positions
@@ -362,14 +369,14 @@ def test_libraries_are_asked_for_the_same(name, options):
     return weighted(*out), out
 
   def dense(args):
-    return weighted(*attend(*args, window=window, segment_ids=ids, backend="reference"))
+    return weighted(*within(*args, window=window, segment_ids=ids, backend="reference"))
 
   args = [jnp.asarray(x, jnp.float32) for x in args]
-  gradients, out = jax.jit(jax.grad(run, has_aux=True))(args)
+  gradients, out = jit(jax.grad(run, has_aux=True))(args)
   want = definition(*map(np.asarray, args), window=window, segment_ids=ids)
   for g, w in zip(out, want, strict=True):
     np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5)
-  for g, w in zip(gradients, jax.grad(dense)(args), strict=True):
+  for g, w in zip(gradients, jit(jax.grad(dense))(args), strict=True):
     np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-4)
 
 
@@ -419,9 +426,10 @@ def test_higher_derivatives_of_the_reference():
   """Along a direction, against differences of the first derivative."""
   with jax.enable_x64(True):
     q, k, v, _ = inputs(5)
-    gradient = jax.grad(lambda q: weighted(*attend(q, k, v, backend="reference")))
+    gradient = jax.grad(lambda q: weighted(*within(q, k, v, backend="reference")))
     direction = np.random.default_rng(5).normal(size=q.shape)
-    second = jax.grad(lambda q: jnp.vdot(gradient(q), direction))(q)
+    second = jit(jax.grad(lambda q: jnp.vdot(gradient(q), direction)))(q)
+    gradient = jit(gradient)
     difference = (gradient(q + 1e-5 * direction) - gradient(q - 1e-5 * direction)) / 2e-5
     np.testing.assert_allclose(second, difference, rtol=1e-5, atol=1e-7)
 
