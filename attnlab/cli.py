@@ -29,7 +29,7 @@ class _ConfigParser(flags.ArgumentParser):
 
 
 def define_config() -> None:
-  """Defines --config, which must be given, and its overrides --config.KEY=VALUE."""
+  """Defines --config and its overrides --config.KEY=VALUE."""
   config_flags.DEFINE_config_file(
     "config",
     None,
@@ -37,7 +37,13 @@ def define_config() -> None:
     " --config.KEY=VALUE overrides a key.",
   )
   flags.FLAGS["config"].parser = _ConfigParser()
-  flags.mark_flag_as_required("config")
+
+
+def config() -> ConfigDict:
+  """What --config gave."""
+  if flags.FLAGS.config is None:
+    raise UserError("--config is missing: for example --config=configs/quickstart.py")
+  return flags.FLAGS.config
 
 
 def default_workdir() -> str:

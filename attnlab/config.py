@@ -148,11 +148,14 @@ def known_key(config: ConfigDict, key: str) -> None:
   """Raises UserError, naming the nearest keys, unless the config has this dotted key."""
   section, prefix = config, ""
   for part in key.split("."):
-    if not isinstance(section, ConfigDict) or part not in section:
-      here = [prefix + k for k in section] if isinstance(section, ConfigDict) else [prefix[:-1]]
+    if not isinstance(section, ConfigDict):
+      raise UserError(f"unknown config key {key!r}: config.{prefix[:-1]} has no keys of its own")
+    if part not in section:
       # A key that stands in another section is more likely meant than a misspelt one in this.
       elsewhere = [k for k, _ in flatten(config) if k.split(".")[-1] == key.split(".")[-1]]
-      raise unknown("config key", key, elsewhere or here)
+      if elsewhere:
+        raise unknown("config key", key, elsewhere)
+      raise unknown(_keys_of(prefix), part, section)
     section, prefix = section[part], f"{prefix}{part}."
 
 
@@ -251,7 +254,7 @@ def _against(schema: ConfigDict, config: ConfigDict, prefix: str = "") -> None:
   """Raises UserError unless a config has just the schema's keys, with values of their types."""
   for key in config:
     if key not in schema:
-      raise unknown("config key", prefix + key, [prefix + k for k in schema])
+      raise unknown(_keys_of(prefix), key, schema)
   for key, default in schema.items():
     path = prefix + key
     if key not in config:
@@ -275,12 +278,17 @@ def _of_type(path: str, value: Any, default: Any) -> None:
     raise UserError(f"config.{path} = {value!r} must be of type {wanted.__name__}")
 
 
+def _keys_of(prefix: str) -> str:
+  """What an unknown key is called: "config key", "config.train key"."""
+  return f"config.{prefix}"[:-1] + " key"
+
+
 def _defaults(kind: type, given: Mapping[str, Any], path: str) -> ConfigDict:
   """All fields of a dataclass, as given or by default."""
   fields, hints = {f.name: f for f in dataclasses.fields(kind)}, typing.get_type_hints(kind)
   for key in given:
     if key not in fields:
-      raise unknown("config key", f"{path}.{key}", [f"{path}.{k}" for k in fields])
+      raise unknown(_keys_of(f"{path}."), key, fields)
   out = {}
   for name, field in fields.items():
     factory = field.default_factory

@@ -313,7 +313,7 @@ def main(_) -> int | None:
   if flags.FLAGS.distributed:
     cli.join_processes()
   try:
-    train(flags.FLAGS.config, flags.FLAGS.workdir or cli.default_workdir())
+    train(cli.config(), flags.FLAGS.workdir or cli.default_workdir())
   except NonFiniteError as error:
     print(f"error: not finite: {error}", file=sys.stderr)
     return 3
