@@ -27,9 +27,8 @@ def float64():
 @pytest.fixture
 def small_blocks(monkeypatch):
   """Blocks of 8 queries and 16 keys, 4 where there is a window: a short sequence has many."""
-  monkeypatch.setattr(xla, "_QUERIES", 8)
-  monkeypatch.setattr(xla, "_LOGITS", 8 * 16)
-  monkeypatch.setattr(xla, "_KEYS", 32)
+  monkeypatch.setattr(xla, "_CPU", (8, 16))
+  monkeypatch.setattr(xla, "_MOST_KEYS", 32)
   monkeypatch.setattr(xla, "_WINDOW", 4)
 
 

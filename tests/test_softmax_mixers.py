@@ -70,7 +70,7 @@ def test_without_position_the_order_of_the_past_is_not_seen():
   """And with RoPE it is."""
   x = tokens(9)
   order = np.r_[np.random.default_rng(2).permutation(8), 8]
-  for fraction, same in ((0, True), (0.5, False), (1, False)):
+  for fraction, same in ((0.0, True), (0.5, False), (1.0, False)):
     layer = make("softmax", rope_fraction=fraction, **SOFTMAX)
     difference = np.abs(whole(layer, x)[:, -1] - whole(layer, x[:, order])[:, -1]).max()
     assert (difference < 1e-5) == same
@@ -275,7 +275,7 @@ def test_flops():
   [
     ("softmax", dict(num_kv_heads=3, **SOFTMAX), "num_heads=4 is not a multiple of num_kv_heads=3"),
     ("softmax", dict(output_gate="elements", **SOFTMAX), "output_gate='elements'.*element, head"),
-    ("softmax", dict(rope_fraction=2, **SOFTMAX), "rope_fraction=2"),
+    ("softmax", dict(rope_fraction=2.0, **SOFTMAX), "rope_fraction=2.0"),
     ("swa", dict(window=0, **SOFTMAX), "window=0"),
   ],
 )

@@ -75,8 +75,8 @@ class MultiHeadLatentAttention(Mixer):
     """Of the logits and the weighted sum; in latent space where a token is decoded."""
     c = self.config
     if decode:
-      return 2 * self.H * (2 * c.kv_lora_rank + c.rope_dim) * length
-    return self.H * (c.nope_dim + c.rope_dim + c.value_dim) * (length + 1)
+      return 2.0 * self.H * (2 * c.kv_lora_rank + c.rope_dim) * length
+    return 1.0 * self.H * (c.nope_dim + c.rope_dim + c.value_dim) * (length + 1)
 
   def init_cache(self, batch: int, max_len: int, dtype: jnp.dtype = jnp.float32) -> Cache:
     """``latent`` is c, then the key with RoPE."""

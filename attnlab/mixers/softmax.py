@@ -23,7 +23,7 @@ from attnlab.nn import Linear, RMSNorm, param, rope
     "gqa": dict(
       num_heads=4, num_kv_heads=2, rope_fraction=0.5, qk_norm=True, output_gate="element"
     ),
-    "mqa_nope": dict(num_kv_heads=1, rope_fraction=0, output_gate="head"),
+    "mqa_nope": dict(num_kv_heads=1, rope_fraction=0.0, output_gate="head"),
     "sinks": dict(sinks=True),
   },
 )
@@ -92,7 +92,7 @@ class SoftmaxAttention(Mixer):
     """Of the logits and the weighted sum over the keys that a token sees."""
     w = min(self.window or length, length)
     seen = w if decode else w - w * (w - 1) / 2 / length
-    return 4 * self.H * self.K * seen
+    return 4.0 * self.H * self.K * seen
 
   def init_cache(self, batch: int, max_len: int, dtype: jnp.dtype = jnp.float32) -> Cache:
     kept = {"k": (self.Hkv, self.K), "v": (self.Hkv, self.K)}

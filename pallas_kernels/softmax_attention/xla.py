@@ -14,11 +14,10 @@ from jaxtyping import Array, Int
 
 from pallas_kernels.softmax_attention.visibility import Visibility
 
-# A block: at most so many queries, and logits; few queries have more keys, as in decoding, up to a limit beyond which
-# a cache that is nearly empty would be read in vain.
-_QUERIES = 256
-_LOGITS = 256 * 512
-_KEYS = 2048
+# Queries and keys in a block. On a CPU the logits of a block should stay in its cache; elsewhere a step should be worth
+# its launch. Few queries, as in decoding, have more keys, up to a limit: a cache is read in whole blocks.
+_CPU, _ELSEWHERE = (128, 256), (512, 512)
+_MOST_KEYS = 2048
 # The smallest block of a window: smaller ones compute less that is masked, but slower.
 _WINDOW = 128
 
@@ -36,9 +35,10 @@ def forward(q, k, v, sinks, seen: Visibility, scale: float):
 
 def block_sizes(Tq: int, Tk: int, window: int | None) -> tuple[int, int]:
   """Queries and keys in a block."""
+  rows, columns = _CPU if jax.default_backend() == "cpu" else _ELSEWHERE
   near = max(_WINDOW, 1 << (window - 1).bit_length()) if window else max(Tq, Tk)
-  queries = min(Tq, _QUERIES, near)
-  return queries, min(Tk, _KEYS, _LOGITS // queries, near)
+  queries = min(Tq, rows, near)
+  return queries, min(Tk, _MOST_KEYS, rows * columns // queries, near)
 
 
 class _Blocks:
