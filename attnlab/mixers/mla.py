@@ -76,7 +76,7 @@ class MultiHeadLatentAttention(Mixer):
     c = self.config
     if decode:
       return 2.0 * self.H * (2 * c.kv_lora_rank + c.rope_dim) * length
-    return 1.0 * self.H * (c.nope_dim + c.rope_dim + c.value_dim) * (length + 1)
+    return self.H * (c.nope_dim + c.rope_dim + c.value_dim) * (length + 1.0)
 
   def init_cache(self, batch: int, max_len: int, dtype: jnp.dtype = jnp.float32) -> Cache:
     """``latent`` is c, then the key with RoPE."""
