@@ -5,6 +5,7 @@ split have "eval/nll"; both have "step". When a run resumes, lines after the res
 dropped, so that no step stands twice.
 """
 
+import collections
 import contextlib
 import json
 import math
@@ -46,6 +47,10 @@ def peak_flops(device: jax.Device) -> float | None:
   return _PEAK_FLOPS[max(kinds, key=len)] if kinds else None
 
 
+# Seconds that a speed is the mean over.
+_SPEED_OVER = 5.0
+
+
 class Recorder:
   """Writes what a run measures. On processes other than the first it writes nothing.
 
@@ -62,8 +67,11 @@ class Recorder:
     self._steps, self._tokens, self._flops = steps, tokens, flops
     peak = peak_flops(jax.devices()[0])
     self._peak = peak and peak * jax.device_count()
-    self._mark = None  # (step, time) from which the next speed is measured
-    self._began = time.monotonic()
+    # (step, time) of updates since _SPEED_OVER ago, the time without pauses; the speed is that from
+    # the first to the last.
+    self._marks: collections.deque[tuple[int, float]] = collections.deque()
+    self._paused = 0.0
+    self._began = self._said = time.monotonic()
     self._console = Console(highlight=False, soft_wrap=True)
     self._progress = None
     if not self._writes:
@@ -86,43 +94,42 @@ class Recorder:
       self._progress.start()
 
   def train(self, step: int, values: Mapping[str, float]) -> None:
-    """Records an update's metrics, with the speed since the last time."""
+    """Records an update's metrics, with the speed of the last seconds."""
     values = {"step": step, **values, "tokens": step * self._tokens}
-    now = time.monotonic()
-    if self._mark and step > self._mark[0]:
-      speed = (step - self._mark[0]) * self._tokens / max(now - self._mark[1], 1e-9)
+    speed = self.time(step)
+    if speed:
       values["tokens_per_second"] = speed
       if self._flops and self._peak:
         values["mfu"] = speed * self._flops / self._peak
-    self._mark = (step, now)
-    self._write(step, values, now)
-    text = self._line(step, values)
+    self._write(step, values)
+    text, now = self._line(values), time.monotonic()
     if self._progress:
       self._progress.update(self._task, completed=step, text=text)
-    else:
+    # Without a terminal, a line each ten seconds; later, each hundredth of the time run so far.
+    elif speed is None or step == self._steps or now - self._said > max(10, self._seconds() / 100):
+      self._said = now
       self.say(f"step {step}/{self._steps}  {text}{self._eta(step, values)}")
 
-  @property
-  def timing(self) -> bool:
-    """Whether updates are being timed."""
-    return self._mark is not None
-
-  def start_timing(self, step: int) -> None:
-    """Times updates from here on. To be called after the first, which is mostly compilation."""
-    self._mark = (step, time.monotonic())
+  def time(self, step: int) -> float | None:
+    """Notes that an update is done. Tokens a second lately; None after the first, which compiles."""
+    now = time.monotonic() - self._paused
+    self._marks.append((step, now))
+    while len(self._marks) > 2 and now - self._marks[1][1] > _SPEED_OVER:
+      self._marks.popleft()
+    (first, began), (last, ended) = self._marks[0], self._marks[-1]
+    return (last - first) * self._tokens / max(ended - began, 1e-9) if last > first else None
 
   @contextlib.contextmanager
   def pause(self) -> Iterator[None]:
     """Around anything but updates: its time does not count as training's."""
     began = time.monotonic()
     yield
-    if self._mark:
-      self._mark = (self._mark[0], self._mark[1] + time.monotonic() - began)
+    self._paused += time.monotonic() - began
 
   def evaluation(self, step: int, values: Mapping[str, float]) -> None:
     """Records the metrics of the validation split."""
     values = {"step": step, **{f"eval/{k}": v for k, v in values.items()}}
-    self._write(step, values, time.monotonic())
+    self._write(step, values)
     shown = "  ".join(f"{k[5:]} {v:.4f}" for k, v in values.items() if k.startswith("eval/"))
     self.say(f"step {step}/{self._steps}  validation  {shown}")
 
@@ -150,10 +157,14 @@ class Recorder:
         file.close()
       self._board.close()
 
-  def _write(self, step: int, values: dict[str, float], now: float) -> None:
+  def _seconds(self) -> float:
+    """Since the run began, without the time between a stop and a resume."""
+    return time.monotonic() - self._began
+
+  def _write(self, step: int, values: dict[str, float]) -> None:
     if not self._writes:
       return
-    values["seconds"] = round(now - self._began, 3)
+    values["seconds"] = round(self._seconds(), 3)
     self._append("metrics", values)
     for key, value in values.items():
       if key != "step":
@@ -163,8 +174,7 @@ class Recorder:
     self._files[name].write(json.dumps(values) + "\n")
     self._files[name].flush()  # A kill must not take a line that a checkpoint counts as written.
 
-  def _line(self, step: int, values: Mapping[str, float]) -> str:
-    del step
+  def _line(self, values: Mapping[str, float]) -> str:
     parts = [f"loss {values['loss']:.4f}"]
     if "bits_per_byte" in values:
       parts.append(f"{values['bits_per_byte']:.3f} bits/byte")

@@ -138,8 +138,8 @@ def _train(
       if _due(done, c.log_every) or done == c.steps:
         values["learning_rate"] = float(rate(done - 1))
         recorder.train(done, metrics.with_bits(values))
-      elif not recorder.timing:
-        recorder.start_timing(done)
+      else:
+        recorder.time(done)
 
   def save() -> None:
     look(0)
@@ -302,7 +302,8 @@ def _summarise(config: ConfigDict, workdir: Path, state: State) -> dict[str, Any
   }
   if jax.process_index() == 0:
     metrics.write_atomically(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
-    metrics.plot(workdir, f"{workdir.name}: {config.model.pattern}")
+    size = metrics.human(summary["parameters"])
+    metrics.plot(workdir, f"{workdir.name}: {config.model.pattern}, {size} parameters")
   return summary
 
 

@@ -71,7 +71,7 @@ def base() -> ConfigDict:
   c.train.steps = 400  # optimiser updates
   c.train.batch_size = 8  # rows an update, over all processes and microbatches
   c.train.grad_accum = 1  # microbatches an update
-  c.train.log_every = 10  # updates; 0: never, as for the three below
+  c.train.log_every = 1  # updates a line of metrics.jsonl; 0: never, as for those below
   c.train.eval_every = 100  # and at the end
   c.train.eval_batches = 16  # microbatches of the validation split; 0: no evaluation
   c.train.checkpoint_every = 100  # and at the end

@@ -119,7 +119,7 @@ def test_a_run_leaves_its_record(whole):
   for name in ("config.json", "loss.png", "loss.svg", "tensorboard"):
     assert (workdir / name).exists()
   assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["21", "24"]
-  assert re.search(r"step 12/24  loss \d\.\d+  \d\.\d+ bits/byte  \S+ tokens/s", out)
+  assert re.search(r"step 24/24  loss \d\.\d+  \d\.\d+ bits/byte  \S+ tokens/s", out)
   assert "\x1b" not in out  # plain lines where there is no terminal
 
 
