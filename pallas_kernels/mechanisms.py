@@ -18,6 +18,10 @@ def _run(q, k, v, scale, options, **fields):
   return linear_recurrence(Recurrence(q * jnp.asarray(scale, q.dtype), k, v, **fields), **options)
 
 
+def _at_least_float32(x):
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def linear_attention(q, k, v, *, scale=None, **options):
   """``S <- S + k v^T`` (Katharopoulos et al., arXiv:2006.16236), without a normaliser."""
   return _run(q, k, v, scale, options)
@@ -47,9 +51,9 @@ def ssd(
 
   ``dt`` > 0 is the step after softplus, ``A`` < 0 the rate of each head; H groups share B and C.
   """
-  dt = dt.astype(jnp.float32)
+  dt = _at_least_float32(dt)
   v = (dt[..., None] * x).astype(x.dtype)
-  return _run(C, B, v, 1.0, options, log_decay=(dt * A.astype(jnp.float32))[..., None])
+  return _run(C, B, v, 1.0, options, log_decay=(dt * _at_least_float32(A))[..., None])
 
 
 def gla(q, k, v, g: Float[Array, "B T Hv K"], *, scale=None, **options):
@@ -149,7 +153,7 @@ def gated_delta_product(
 
   if segment_ids is not None:
     options["segment_ids"] = jnp.repeat(segment_ids, n, axis=1)
-  decay = None if g is None else at_step(g.astype(jnp.float32)[..., None], 0)
+  decay = None if g is None else at_step(_at_least_float32(g)[..., None], 0)
   fields = dict(log_decay=decay, erase=KeyErase(interleave(beta)))
   o, state = _run(at_step(q, n - 1), interleave(k), interleave(v), scale, options, **fields)
   return o[:, n - 1 :: n], state

@@ -1,0 +1,527 @@
+"""The contract of a mixer, checked for every registered one, with its defaults and each of its variants.
+
+A new file in attnlab/mixers is covered with no edit here. Every parameter is moved away from its initial value, so that
+no gradient vanishes because something starts at zero.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import pallas_kernels as pk
+from attnlab import sharding
+from attnlab.mixers import Context, Layer, configure, mixers
+from attnlab.mixers.linear import LinearMixer, Recent
+
+D, B, T = 32, 4, 7
+LAYERS = 2
+# Small sizes, of which each mixer gets the fields that its Config has.
+SIZES = dict(
+  num_heads=2,
+  head_dim=8,
+  value_dim=6,
+  state_dim=8,
+  window=3,
+  nope_dim=8,
+  rope_dim=4,
+  kv_lora_rank=12,
+)
+# Rows with different documents, of one token and of more; an id that is not in order is a document all the same.
+SEGMENTS = np.array(
+  [[1] * 3 + [2] * 4, [1] * 7, [3] * 2 + [1] * 2 + [2] * 3, [1] + [2] * 6], np.int32
+)
+WHOLE = np.ones((B, T), np.int32)
+# Compiled code is used once: most of XLA's time on a CPU is LLVM's optimisations.
+FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+jit = functools.partial(jax.jit, compiler_options=FAST)
+
+
+def cases():
+  for name, cls in mixers().items():
+    for variant, settings in {"default": {}, **cls.variants}.items():
+      identity = f"{name}-{variant}"
+      # One worker takes all tests of a case: they share compiled functions.
+      group = pytest.mark.xdist_group(identity)
+      yield pytest.param((cls, dict(settings)), id=identity, marks=group)
+
+
+@pytest.fixture(scope="module", params=cases())
+def case(request):
+  return Case(*request.param)
+
+
+def random(seed, *shape):
+  """Normal numbers; numpy's, which need no compilation. float64 where jax has it."""
+  dtype = np.float64 if jax.config.jax_enable_x64 else np.float32
+  return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+def positions(segment_ids):
+  """Positions that restart in each document."""
+  ids = np.asarray(segment_ids)
+  out = np.zeros_like(ids)
+  for t in range(1, ids.shape[1]):
+    out[:, t] = np.where(ids[:, t] == ids[:, t - 1], out[:, t - 1] + 1, 0)
+  return out
+
+
+class Case:
+  """One mixer with one setting: two layers as a model builds them, and the compiled functions that the tests share."""
+
+  def __init__(self, cls, settings):
+    fields = {f.name for f in dataclasses.fields(cls.Config)}
+    self.cls = cls
+    self.config = configure(cls, {k: v for k, v in SIZES.items() if k in fields} | settings)
+    # The second and third layer of four: neither end, where layer-dependent constants may degenerate.
+    self.indices, self.keys = 1 + np.arange(LAYERS), jax.random.split(jax.random.key(0), LAYERS)
+    self.built = jit(jax.vmap(self.build))(self.indices, self.keys)
+    self.graph, params, self.rest = nnx.split(self.built, nnx.Param, ...)
+    leaves, tree = jax.tree.flatten(params)
+    moved = [np.asarray(x) + 0.1 * random(100 + i, *x.shape) for i, x in enumerate(leaves)]
+    self.stacked = jax.tree.unflatten(tree, moved)
+    # What hands values on is checked with both layers, anything else with one.
+    self.used = slice(0 if cls.shared(self.config, D) else 1, LAYERS)
+    self.params = jax.tree.map(lambda x: x[self.used], self.stacked)
+    self.x = random(1, B, T, D)
+    # The gradients of all outputs, as what a loss sends back.
+    self.cotangent = random(2, B, T, D)
+
+  def build(self, index, key):
+    return self.cls(self.config, Layer(D, index, 4), key)
+
+  def layer(self, params, rest):
+    return nnx.merge(self.graph, params, rest)
+
+  def shared(self, x):
+    """What is handed to the first layer."""
+    shapes = self.cls.shared(self.config, D)
+    return {k: sharding.zeros((*x.shape[:2], *shape), x.dtype) for k, shape in shapes.items()}
+
+  def forward(self, params, x, pos, ids=None, caches=None):
+    """The layers under test one after the other; with caches also the new ones."""
+    shared, new = self.shared(x), []
+    for i in range(len(jax.tree.leaves(params)[0])):
+      p = jax.tree.map(lambda y, i=i: y[i], params)
+      rest = jax.tree.map(lambda y, i=i: y[self.used][i], self.rest)
+      out = self.layer(p, rest)(x, Context(pos, ids, shared), caches and caches[i])
+      x, shared = out.y, shared | out.shared
+      new.append(out.cache)
+    return x, None if caches is None else new
+
+  def loss(self, params, x, cotangent, pos, ids):
+    y, _ = self.forward(params, x, pos, ids)
+    return jnp.sum(y.astype(jnp.float32) * cotangent), y
+
+  @functools.cached_property
+  def compiled(self):
+    return jit(jax.grad(self.loss, argnums=(0, 1), has_aux=True))
+
+  def gradients(self, x, cotangent, ids):
+    """Outputs, and the gradients of parameters ("[0]...") and of x ("[1]")."""
+    grads, y = jax.device_get(self.compiled(self.params, x, cotangent, positions(ids), ids))
+    return y, by_name(grads)
+
+  @functools.cached_property
+  def packed(self):
+    """Outputs and gradients of the packed rows."""
+    return self.gradients(self.x, self.cotangent, SEGMENTS)
+
+  @functools.cached_property
+  def outputs(self):
+    """(x) -> the outputs of whole sequences, without documents."""
+    return jit(lambda x: self.forward(self.params, x, positions(np.ones(x.shape[:2])))[0])
+
+  @functools.cached_property
+  def alone(self):
+    """Outputs of each row as one document: what reading it in pieces must give."""
+    return np.asarray(self.outputs(self.x))
+
+  def caches(self, max_len):
+    layer = jax.tree.map(lambda x: x[0], self.built)
+    return [layer.init_cache(B, max_len) for _ in range(LAYERS)[self.used]]
+
+  @functools.cached_property
+  def prefill(self):
+    """(x, positions, ids, caches) -> outputs and caches."""
+    return jit(lambda x, pos, ids, caches: self.forward(self.params, x, pos, ids, caches))
+
+  @functools.cached_property
+  def decode(self):
+    """(x, position of the first token, caches) -> outputs and caches, token by token, as one scan."""
+
+    def body(carry, token):
+      pos, caches = carry
+      y, caches = self.forward(self.params, token[:, None], pos[:, None], None, caches)
+      return (pos + 1, caches), y[:, 0]
+
+    def run(x, first, caches):
+      (_, caches), y = jax.lax.scan(body, (first, caches), jnp.moveaxis(x, 1, 0))
+      return jnp.moveaxis(y, 0, 1), caches
+
+    return jit(run)
+
+
+def by_name(tree):
+  return {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def error(got, want):
+  """Relative error in the norm."""
+  got, want = (np.asarray(x, np.float64) for x in (got, want))
+  return np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-30)
+
+
+def cosine(got, want):
+  got, want = (np.asarray(x, np.float64).ravel() for x in (got, want))
+  return got @ want / max(np.linalg.norm(got) * np.linalg.norm(want), 1e-30)
+
+
+def assert_close(got, want, bound, angle=None):
+  """Every array of two dicts within a relative error, and its cosine at least ``angle``."""
+  assert got.keys() == want.keys()
+  bad = {}
+  for name in want:
+    e, c = error(got[name], want[name]), cosine(got[name], want[name])
+    if not e <= bound or (angle is not None and not c >= angle):
+      bad[name] = f"error {e:.1e}, cosine {c:.6f}"
+  assert not bad, f"beyond {bound:.0e}: {bad}"
+
+
+# Equation against engine.
+
+
+def by_equation(cls, signals, state, tokens, layer):
+  """The paper's update, token by token, for each sequence and head by itself."""
+
+  def wide(
+    x,
+  ):  # [B, T, Hv, ...]: constants for all tokens, key heads repeated for their value heads
+    x = x if x.shape[:2] == tokens else jnp.broadcast_to(x, (*tokens, *x.shape))
+    return x if x.shape[2] == layer.Hv else jnp.repeat(x, layer.Hv // layer.H, axis=2)
+
+  update = jax.vmap(jax.vmap(lambda S, token: cls.equation(S, **token)))
+  by_time = jax.tree.map(lambda x: jnp.moveaxis(wide(x), 1, 0), signals)
+  state, o = jax.lax.scan(update, state, by_time)
+  return jnp.moveaxis(o, 0, 1), state
+
+
+def correlate(x, rho):
+  """Vectors [B, T, H, ..., K] that share a direction over time, of their old lengths."""
+  length = np.linalg.norm(x, axis=-1, keepdims=True)
+  common = random(7, *x.shape)[:, :1]
+  common = common / np.linalg.norm(common, axis=-1, keepdims=True)
+  y = rho**0.5 * common * length + (1 - rho) ** 0.5 * x
+  return y * length / np.linalg.norm(y, axis=-1, keepdims=True)
+
+
+def test_equation(case):
+  """``core``, in chunks, against the equation: outputs, final state, and the gradient of every signal and the state.
+
+  In float64, so that a bound of 1e-9 leaves no room for anything but rounding: the worst system here (keys correlated
+  by 0.9 with beta up to 2) amplifies 1e-16 by less than 1e4.
+  """
+  if not issubclass(case.cls, LinearMixer):
+    pytest.skip("only linear mixers have an equation")
+
+  x = random(6, 2, 13, D)
+
+  def signals_of(layer, x):
+    ctx = Context(jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2]))
+    signals = layer.signals(x, Recent(layer, ctx, None), ctx)
+    return {k: v for k, v in signals.items() if k not in layer.output_only}
+
+  layer = jax.tree.map(lambda x: x[1], case.layer(case.stacked, case.rest))
+  signals = jit(signals_of)(layer, x)
+  state = layer.init_state(len(x))
+  with jax.enable_x64(True):
+    signals = jax.tree.map(lambda x: np.asarray(x, np.float64), signals)
+    leaves, tree = jax.tree.flatten(state)
+    state = jax.tree.unflatten(tree, [random(20 + i, *x.shape) for i, x in enumerate(leaves)])
+
+    def by_core(signals, state):
+      return case.cls.core(**signals, initial_state=state, return_state=True, chunk_size=8)
+
+    def equation(signals, state):
+      return by_equation(case.cls, signals, state, x.shape[:2], layer)
+
+    def gradients(f):
+      def loss(signals, state):
+        out = f(signals, state)
+        parts = [jnp.vdot(x, random(30 + i, *x.shape)) for i, x in enumerate(jax.tree.leaves(out))]
+        return sum(parts), out
+
+      g = jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+
+      def run(*args):
+        grads, out = jax.device_get(g(*args))
+        return by_name(out), by_name(grads)
+
+      return run
+
+    got, want = gradients(by_core), gradients(equation)
+    keys = {k: correlate(x, 0.9) for k, x in signals.items() if k in ("k", "kappa", "B")}
+    for inputs in (signals, signals | keys):
+      for a, b in zip(got(inputs, state), want(inputs, state), strict=True):
+        assert_close(a, b, 1e-9, 1 - 1e-9)
+
+
+# The whole layer.
+
+
+def test_causal(case):
+  """Bit for bit: what comes later changes nothing earlier, with and without documents."""
+  changed = case.x.copy()
+  changed[:, 5:] += random(3, B, T - 5, D)
+  y, z = case.packed[0], case.gradients(changed, case.cotangent, SEGMENTS)[0]
+  np.testing.assert_array_equal(y[:, :5], z[:, :5])
+  assert np.abs(y[:, 5:] - z[:, 5:]).max() > 1e-3
+  np.testing.assert_array_equal(case.alone[:, :5], case.outputs(changed)[:, :5])
+
+
+def test_packed(case):
+  """Documents in a row give what each gives alone: outputs, and the gradients of parameters and inputs.
+
+  The same float32 terms are added in another order: 1e-4.
+  """
+  rows = []
+  for b, ids in enumerate(SEGMENTS):
+    starts = [0, *(np.flatnonzero(np.diff(ids)) + 1), T]
+    rows += [(b, s, e) for s, e in zip(starts, starts[1:], strict=False)]
+  assert len(rows) == 2 * B
+
+  def each(x, rows):  # each document in a row of its own; what follows it there has no influence
+    return np.stack([np.pad(x[b, s:e], ((0, T - e + s), (0, 0))) for b, s, e in rows])
+
+  y, grads = case.packed
+  total: dict = {}
+  for some in (rows[:B], rows[B:]):
+    z, alone = case.gradients(each(case.x, some), each(case.cotangent, some), WHOLE)
+    dx = alone.pop("[1]")
+    total = {k: v + total.get(k, 0) for k, v in alone.items()}
+    for (b, s, e), row, drow in zip(some, z, dx, strict=True):
+      np.testing.assert_allclose(y[b, s:e], row[: e - s], rtol=1e-4, atol=1e-4)
+      assert error(grads["[1]"][b, s:e], drow[: e - s]) < 1e-4
+  assert_close({k: v for k, v in grads.items() if k != "[1]"}, total, 1e-4, 1 - 1e-8)
+
+
+def read(case, pieces, total):
+  """Outputs of tokens that come in pieces of three, then one by one, from an empty cache."""
+  caches = first = case.caches(12)
+  done, out = 0, []
+  for _ in range(pieces):
+    pos = np.broadcast_to(done + np.arange(3), (B, 3))
+    y, caches = case.prefill(case.x[:, done : done + 3], pos, WHOLE[:, :3], caches)
+    out.append(y)
+    done += 3
+  x = np.pad(case.x, ((0, 0), (0, 4), (0, 0)))[:, done : done + 4]
+  y, caches = case.decode(x, np.full(B, done), caches)
+  assert jax.tree.map(jax.typeof, caches) == jax.tree.map(jax.typeof, first)
+  return np.concatenate([*out, y], axis=1)[:, :total]
+
+
+@pytest.mark.parametrize("pieces", [0, 1, 2])
+def test_decode(case, pieces):
+  """A prompt in no, one or two pieces, then token by token (a scan: the cache keeps its form) is the whole sequence.
+
+  float32 sums in another order: 1e-4.
+  """
+  total = min(3 * pieces + 4, T)
+  np.testing.assert_allclose(read(case, pieces, total), case.alone[:, :total], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_left_padding(case, pieces):
+  """Prompts of different lengths, padded on the left, are as good as alone; also where a piece is padding only."""
+  lengths = np.array([3, 2, 1, 3])
+  columns = np.arange(3 * pieces) - (3 * pieces - lengths)[:, None]  # the token at each column
+  ids = (columns >= 0).astype(np.int32)
+  rows = np.arange(B)[:, None]
+  noise = random(8, *ids.shape, D)
+  x = np.where(ids[..., None] > 0, case.x[rows, np.maximum(columns, 0)], noise)
+  caches, y = case.caches(12), None
+  for i in range(pieces):
+    part = slice(3 * i, 3 * i + 3)
+    pos = np.maximum(columns[:, part], 0)
+    y, caches = case.prefill(x[:, part], pos, ids[:, part], caches)
+  z, _ = case.decode(case.x[rows, lengths[:, None] + np.arange(4)], lengths, caches)
+  for b, n in enumerate(lengths):
+    want = case.alone[b, : n + 4]
+    np.testing.assert_allclose(y[b, 3 - n :], want[:n], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(z[b], want[n:], rtol=1e-4, atol=1e-4)
+
+
+def test_lengths(case):
+  """Lengths around the engine's chunk of 64, one token and an odd number: all are prefixes of the longest."""
+  x = random(5, 1, 65, D)
+  want = np.asarray(case.outputs(x))
+  assert np.isfinite(want).all()
+  for n in (1, 63, 64):  # and T, which is odd
+    np.testing.assert_allclose(case.outputs(x[:, :n]), want[:, :n], rtol=1e-4, atol=1e-4)
+  x[:, -1:] += 1  # the last token is alone in its chunk
+  np.testing.assert_array_equal(case.outputs(x)[:, :-1], want[:, :-1])
+
+
+def test_bfloat16(case):
+  """Activations in bfloat16: outputs and every parameter's gradient near those of float32.
+
+  bfloat16 keeps 8 bits, a rounding error of 2e-3; some dozens of roundings on the way add up to several percent.
+  """
+  y, grads = case.packed
+  x = case.x.astype(jnp.bfloat16)
+  z, low = case.gradients(x, case.cotangent, SEGMENTS)
+  assert z.dtype == jnp.bfloat16
+  assert error(z, y) < 0.02
+  assert_close(low, grads, 0.2, 0.98)
+
+
+def sharded_gradients(case, **sizes):
+  mesh = sharding.make_mesh(dict(replica=1) | sizes)
+  with jax.set_mesh(mesh):
+    params = jax.device_put(case.params, sharding.shardings(case.params, mesh))
+    batch = [case.x, case.cotangent, positions(SEGMENTS), SEGMENTS]
+    batch = [jax.device_put(a, sharding.batch_sharding(mesh)) for a in batch]
+    g = jit(jax.grad(case.loss, argnums=(0, 1), has_aux=True))
+    grads, y = jax.device_get(g(params, *batch))
+    return y, by_name(grads)
+
+
+def test_sharded(case):
+  """Four parts of the batch times two of the heads: the same outputs and gradients (float32 sums in another order)."""
+  y, grads = case.packed
+  z, split = sharded_gradients(case, data=4, model=2)
+  np.testing.assert_allclose(z, y, rtol=1e-4, atol=1e-4)
+  assert_close(split, grads, 1e-4, 1 - 1e-8)
+
+
+def test_stacked(case):
+  """Layers built by vmap over their number and scanned are those built one by one and applied in turn."""
+  one, stacked = jit(lambda key: case.build(2, key))(case.keys[1]), by_name(case.built)
+  for name, value in by_name(one).items():
+    np.testing.assert_allclose(stacked[name][1], value, rtol=1e-5, atol=1e-6)
+  x, pos = case.x, positions(WHOLE)
+
+  def apply(carry, layer):
+    x, shared = carry
+    out = case.layer(*layer)(x, Context(pos, None, shared))
+    return (x + out.y, shared | out.shared), None
+
+  step = jit(lambda carry, layer: apply(carry, layer)[0])
+  both = case.stacked, case.rest
+  in_turn = x, case.shared(x)
+  for i in range(LAYERS):
+    in_turn = step(in_turn, jax.tree.map(lambda y, i=i: y[i], both))
+  scanned = jit(lambda x: jax.lax.scan(apply, (x, case.shared(x)), both)[0])(x)
+  np.testing.assert_allclose(scanned[0], in_turn[0], rtol=1e-4, atol=1e-4)
+
+
+def test_parameters(case):
+  """Every parameter says what its axes are and whether it decays; rates, steps and biases do not."""
+  for path, p in nnx.to_flat_state(nnx.state(case.built, nnx.Param)):
+    meta = p.get_metadata()
+    assert len(meta["axes"]) == p[...].ndim - 1, path
+    assert not meta["weight_decay"] or p[...].ndim > 2, path
+    if {"A_log", "dt_bias", "bias"} & {str(part) for part in path}:
+      assert not meta["weight_decay"], path
+
+
+def test_key_heads_fewer_than_devices():
+  """Value heads on four devices, key heads two: each device must get the key heads that its value heads use."""
+  cls = mixers()["gated_deltanet"]
+  case = Case(cls, dict(num_heads=2, num_value_heads=8))
+  y, grads = case.packed
+  z, split = sharded_gradients(case, data=2, model=4)
+  np.testing.assert_allclose(z, y, rtol=1e-4, atol=1e-4)
+  assert_close(split, grads, 1e-4, 1 - 1e-8)
+
+
+# Identities between mechanisms.
+
+
+@pytest.fixture
+def inputs():
+  """Random inputs of two heads in float64, and a state."""
+  with jax.enable_x64(True):
+
+    def unit(x):
+      return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+    H, K = 2, 4
+    yield dict(
+      q=random(0, B, T, H, K),
+      k=unit(random(1, B, T, H, K)),
+      v=random(2, B, T, H, K + 1),
+      g=-jax.nn.softplus(random(3, B, T, H)),
+      beta=2 * jax.nn.sigmoid(random(4, B, T, H)),
+      state=random(5, B, H, K, K + 1),
+    )
+
+
+def assert_same(a, b):
+  for x, y in zip(a, b, strict=True):
+    np.testing.assert_allclose(x, y, rtol=1e-10, atol=1e-10)  # float64, two ways to compute it
+
+
+def channels(x, like):
+  return jnp.broadcast_to(x[..., None], like.shape)
+
+
+def test_identities_of_the_delta_rule(inputs):
+  q, k, v, g, beta, S = inputs.values()
+  options = dict(initial_state=S, return_state=True)
+  delta = pk.delta_rule(q, k, v, beta, **options)
+  gated = pk.gated_delta_rule(q, k, v, g, beta, **options)
+  kda = pk.kda(q, k, v, channels(g, k), beta, **options)
+  # without decay: DeltaNet
+  assert_same(pk.gated_delta_rule(q, k, v, 0 * g, beta, **options), delta)
+  # the same decay in every channel: Gated DeltaNet
+  assert_same(kda, gated)
+  # one step a token
+  one = (k[..., None, :], v[..., None, :], beta[..., None])
+  assert_same(pk.gated_delta_product(q, *one, g, **options), gated)
+  assert_same(pk.gated_delta_product(q, *one, **options), delta)
+  # one step size for what is erased and what is written: KDA
+  b, w = channels(beta, k), channels(beta, v)
+  assert_same(pk.gdn2(q, k, v, channels(g, k), b, w, **options), kda)
+  # without decay, and erasing under the key itself
+  assert_same(pk.comba(q, k, v, 0 * g, beta, jnp.ones(2), **options), delta)
+  # without decay, one rate for all channels, and the key that is removed is the one that is written
+  step = beta[..., None]
+  scale = k.shape[-1] ** -0.5
+  rates = channels(beta, k)
+  assert_same(pk.rwkv7(q * scale, 0 * k, step * k, v, k, rates, **options), delta)
+
+
+def test_no_step_keeps_the_state(inputs):
+  q, k, v, g, beta, S = inputs.values()
+  o, after = pk.delta_rule(q, k, v, 0 * beta, initial_state=S, return_state=True)
+  np.testing.assert_array_equal(after, S)
+  want = jnp.einsum("bthk,bhkv->bthv", q * k.shape[-1] ** -0.5, S)
+  np.testing.assert_allclose(o, want, rtol=1e-12)
+
+
+def test_identities_of_decay(inputs):
+  q, k, v, g, beta, S = inputs.values()
+  options = dict(initial_state=S, return_state=True)
+  linear = pk.linear_attention(q, k, v, scale=1.0, **options)
+  constant = jnp.array([-0.1, -1.0])
+  lightning = pk.lightning_attention(q, k, v, constant, scale=1.0, **options)
+  assert_same(pk.gla(q, k, v, 0 * k, scale=1.0, **options), linear)
+  assert_same(pk.lightning_attention(q, k, v, 0 * constant, scale=1.0, **options), linear)
+  assert_same(pk.retention(q, k, v, constant, scale=1.0, **options), lightning)
+  # a constant step of one
+  assert_same(pk.ssd(v, jnp.ones_like(g), constant, k, q, **options), lightning)
+  # a token's own weight of one, without decay
+  assert_same(pk.rwkv6(q, k, v, 0 * k, jnp.ones((2, 4)), **options), linear)
+  # all of a trapezoid's weight on the token itself: Mamba-2 with step dt and decay g
+  dt = -g
+  zeros = (jnp.zeros((B, 2, 1, 4)), jnp.zeros((B, 2, 1, 5)))
+  rank = (q[..., None, :], k[..., None, :], v[..., None, :])
+  y, (after, *_) = pk.mamba3(
+    *rank, g, dt, jnp.ones_like(g), initial_state=(S, *zeros), return_state=True
+  )
+  assert_same((y[..., 0, :], after), pk.ssd(v, dt, -jnp.ones(2), k, q, **options))
