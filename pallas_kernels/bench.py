@@ -1,0 +1,229 @@
+"""Times the linear recurrence on this machine, after checking it, beside baselines in the same run.
+
+    python -m pallas_kernels.bench                              the laptop's shapes
+    python -m pallas_kernels.bench --shapes kimi_linear,mamba2 --length 8192 --dtype bfloat16
+    python -m pallas_kernels.bench --linear                     time and memory against length
+    python -m pallas_kernels.bench --out benchmarks/records     also writes a dated JSON record
+
+Each row is checked first: outputs, final state and every gradient against the token-by-token reference on fresh inputs.
+Then all contestants of a row are timed in turn, again and again, and the median is told. "reference" is the scan over
+tokens; "ejkernel" is that library's XLA gated_delta_rule, on Gated DeltaNet's shapes, where it is installed
+(pip install --no-deps ejkernel).
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import pathlib
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.linear_recurrence import KeyErase, Recurrence, linear_recurrence
+from pallas_kernels.linear_recurrence.shapes import SHAPES, Shape, inputs
+
+# Relative error allowed against the reference in float32 arithmetic; bfloat16 outputs round at 2^-9.
+_BOUNDS = {"float32": 1e-4, "bfloat16": 2e-2}
+
+
+def forward(backend: str) -> Callable:
+  """r -> outputs and final state."""
+  return lambda r: linear_recurrence(r, return_state=True, backend=backend)
+
+
+def both(run: Callable) -> Callable:
+  """r -> gradients of all inputs, under fixed cotangents of the outputs' size."""
+
+  def loss(r):
+    o, state = run(r)
+    return jnp.sum(jnp.sin(o.astype(jnp.float32))) + (
+      0.0 if state is None else jnp.sum(jnp.sin(state))
+    )
+
+  return jax.grad(loss)
+
+
+def ejkernel() -> Callable | None:
+  """ejkernel's XLA gated_delta_rule as it is called for training, or None where it cannot be imported."""
+  try:
+    from ejkernel.kernels._xla.gated_delta_rule import gated_delta_rule
+  except ImportError:
+    return None
+
+  def run(r: Recurrence):
+    assert isinstance(r.erase, KeyErase)
+    o, state = gated_delta_rule(
+      query=r.q,
+      key=r.k,
+      value=r.v,
+      beta=r.erase.beta,
+      decay=r.log_decay[..., 0],
+      softmax_scale=1.0,
+      use_qk_l2norm=False,
+    )[:2]
+    return o.astype(r.v.dtype), state
+
+  return run
+
+
+def check(shape: Shape, dtype: str, length: int) -> float:
+  """The largest relative error of outputs, state and gradients against the reference, in float32 arithmetic.
+
+  The reference gets the same (rounded) inputs in float32.
+  """
+  r = inputs(shape, length=length, dtype=jnp.dtype(dtype), seed=int(time.time()))
+  exact = jax.tree.map(lambda x: x.astype(jnp.float32), r)
+  worst = 0.0
+  for got, want in (
+    (jax.jit(forward("auto"))(r), jax.jit(forward("reference"))(exact)),
+    (jax.jit(both(forward("auto")))(r), jax.jit(both(forward("reference")))(exact)),
+  ):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+      a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+      worst = max(worst, float(np.linalg.norm(a - b) / np.linalg.norm(b)))
+  return worst
+
+
+def medians(contestants: dict[str, Callable], r: Recurrence, seconds: float) -> dict[str, float]:
+  """Seconds a call of each, taken in turns for about ``seconds`` each."""
+  compiled = {name: jax.jit(fn).lower(r).compile() for name, fn in contestants.items()}
+  times: dict[str, list[float]] = {name: [] for name in compiled}
+  for fn in compiled.values():
+    jax.block_until_ready(fn(r))
+  spent = 0.0
+  while spent < seconds * len(compiled) or min(map(len, times.values())) < 3:
+    for name, fn in compiled.items():
+      start = time.perf_counter()
+      jax.block_until_ready(fn(r))
+      times[name].append(time.perf_counter() - start)
+      spent += times[name][-1]
+  return {name: statistics.median(t) for name, t in times.items()}
+
+
+def bench(name: str, batch: int | None, length: int | None, dtype: str, seconds: float) -> dict:
+  """One row: the error, then the times of all that can run the shape."""
+  shape = SHAPES[name]
+  r = inputs(shape, batch=batch, length=length, dtype=jnp.dtype(dtype))
+  error = check(shape, dtype, min(r.k.shape[1], 512) - 1)  # an odd length, for the tail of a chunk
+  if not error < _BOUNDS[dtype]:
+    raise SystemExit(
+      f"bench: {name}: error {error:.1e} against the reference exceeds {_BOUNDS[dtype]}"
+    )
+  runs = {"ours": forward("auto"), "reference": forward("reference")}
+  if (
+    r.decay == "scalar" and isinstance(r.erase, KeyErase) and r.k.shape == r.v.shape and ejkernel()
+  ):
+    runs["ejkernel"] = ejkernel()
+  row = {"shape": name, "dims": [*r.k.shape, *r.v.shape[2:]], "dtype": dtype, "error": error}
+  row["forward_s"] = medians(runs, r, seconds)
+  row["forward_backward_s"] = medians({k: both(f) for k, f in runs.items()}, r, seconds)
+  return row
+
+
+def linear(name: str, dtype: str, seconds: float) -> list[dict]:
+  """Time and memory of forward + backward at growing lengths."""
+  rows = []
+  for length in (2048, 4096, 8192, 16384, 32768):
+    r = inputs(SHAPES[name], length=length, dtype=jnp.dtype(dtype))
+    fn = both(forward("auto"))
+    memory = jax.jit(fn).lower(r).compile().memory_analysis()
+    row = {"shape": name, "length": length, "temp_bytes": memory.temp_size_in_bytes}
+    row["input_bytes"] = memory.argument_size_in_bytes
+    row["forward_backward_s"] = medians({"ours": fn}, r, seconds)["ours"]
+    rows.append(row)
+  return rows
+
+
+def _print_rows(rows: list[dict]) -> None:
+  names = sorted({n for row in rows for n in row["forward_s"]} - {"ours"}, reverse=True)
+  print(f"{'shape':<20}{'B T H K Hv V':>24}{'error':>9}", end="")
+  for phase in ("forward", "fwd + bwd"):
+    print(f"{phase + ' ms':>14}", *(f"{'/ ' + n:>11}" for n in names), end="")
+  print()
+  for row in rows:
+    dims = " ".join(map(str, row["dims"]))
+    print(f"{row['shape']:<20}{dims:>24}{row['error']:>9.0e}", end="")
+    for phase in ("forward_s", "forward_backward_s"):
+      times = row[phase]
+      ratios = (f"{times['ours'] / times[n]:>11.3f}" if n in times else f"{'-':>11}" for n in names)
+      print(f"{1e3 * times['ours']:>14.1f}", *ratios, end="")
+    print()
+  print("/ NAME: our time over NAME's, in this run")
+
+
+def _print_linear(rows: list[dict]) -> None:
+  print(
+    f"{'shape':<20}{'T':>8}{'fwd + bwd ms':>14}{'x':>6}{'temporary MiB':>15}{'x':>6}{'inputs MiB':>12}"
+  )
+  before = None
+  for row in rows:
+    ms, mib = 1e3 * row["forward_backward_s"], row["temp_bytes"] / 2**20
+    grown = ("", "") if before is None else (f"{ms / before[0]:.2f}", f"{mib / before[1]:.2f}")
+    print(
+      f"{row['shape']:<20}{row['length']:>8}{ms:>14.1f}{grown[0]:>6}{mib:>15.1f}{grown[1]:>6}",
+      end="",
+    )
+    print(f"{row['input_bytes'] / 2**20:>12.1f}")
+    before = ms, mib
+
+
+def _version(package: str) -> str | None:
+  try:
+    return importlib.metadata.version(package)
+  except importlib.metadata.PackageNotFoundError:
+    return None
+
+
+def main() -> None:
+  laptop = [n for n in SHAPES if n.startswith("cpu_")]
+  p = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  p.add_argument("--shapes", default=",".join(laptop), help=f"of: {', '.join(SHAPES)}")
+  p.add_argument("--batch", type=int, help="sequences; the shape's own by default")
+  p.add_argument("--length", type=int, help="tokens; the shape's own by default")
+  p.add_argument("--dtype", default="float32", choices=sorted(_BOUNDS))
+  p.add_argument("--seconds", type=float, default=2.0, help="of timing a contestant")
+  p.add_argument(
+    "--linear", action="store_true", help="time and memory against length, of the first shape"
+  )
+  p.add_argument("--out", type=pathlib.Path, help="directory for a JSON record")
+  a = p.parse_args()
+  names = a.shapes.split(",")
+  if wrong := [n for n in names if n not in SHAPES]:
+    p.error(f"unknown shape {', '.join(wrong)}; known: {', '.join(SHAPES)}")
+  if a.linear:
+    name = "cpu_gated_deltanet" if a.shapes == p.get_default("shapes") else names[0]
+    rows = linear(name, a.dtype, a.seconds)
+    _print_linear(rows)
+  else:
+    rows = []
+    for i, name in enumerate(names):
+      print(f"{i + 1}/{len(names)} {name}", file=sys.stderr)
+      rows.append(bench(name, a.batch, a.length, a.dtype, a.seconds))
+    _print_rows(rows)
+  if a.out:
+    today = datetime.date.today().isoformat()
+    record = {
+      "date": today,
+      "command": "python -m pallas_kernels.bench " + " ".join(sys.argv[1:]),
+      "device": f"{jax.devices()[0].device_kind}, {len(jax.devices())} x {jax.default_backend()}",
+      "processor": platform.processor() or platform.machine(),
+      "versions": {n: _version(n) for n in ("jax", "jaxlib", "ejkernel", "numpy")},
+      "rows": rows,
+    }
+    a.out.mkdir(parents=True, exist_ok=True)
+    path = a.out / f"{today}-{jax.default_backend()}{'-linear' if a.linear else ''}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+  main()
