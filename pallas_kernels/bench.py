@@ -65,7 +65,6 @@ def ejkernel() -> Callable | None:
       value=r.v,
       beta=r.erase.beta,
       decay=r.log_decay[..., 0],
-      softmax_scale=1.0,
       use_qk_l2norm=False,
     )[:2]
     return o.astype(r.v.dtype), state
