@@ -139,6 +139,7 @@ def by_position(
   """
   long = config.copy_and_resolve_references()
   long.data.seq_len = length
+  long.data.shuffle_tokens = 0  # Rows of every length then hold the same text.
   rows = mesh.shape["replica"] * mesh.shape["data"]
   batches = data.make_iterator(long.data, split="validation", batch_size=rows, seed=config.seed)
   place = placer(mesh, data.tokenizer(config.data).token_bytes())
@@ -200,10 +201,13 @@ def evaluate(
 def _print(result: dict[str, Any], workdir: str) -> None:
   console = Console(highlight=False)
   shown = "  ".join(f"{k} {v:.4f}" for k, v in result.items() if isinstance(v, float))
-  console.print(f"{workdir}, checkpoint {result['step']}, validation:  {shown}")
+  console.print(
+    f"{workdir}, checkpoint {result['step']}, validation:  {shown}", soft_wrap=True, markup=False
+  )
   if "by_position" not in result:
     return
-  table = Table(title="nats a target, by position in the document and length of the row")
+  console.print("Nats a target, by position in the document and by length of the row:")
+  table = Table()
   table.add_column("position")
   for length in result["by_position"]:
     table.add_column(str(length), justify="right")

@@ -6,8 +6,9 @@
       --config.optim.name=muon --config.data.train='/data/books/*.txt'
 
 A directory that holds a run goes on where its last whole checkpoint stands, exactly: the losses are
-those of a run that was never stopped. SIGTERM and Ctrl-C save a checkpoint and exit; a second one
-does not wait for that. Into the working directory go:
+those of a run that was never stopped (on GPUs, which add in any order unless XLA_FLAGS has
+--xla_gpu_deterministic_ops=true, nearly). SIGTERM and Ctrl-C save a checkpoint and exit; a second
+one does not wait for that. Into the working directory go:
 
   config.json               what the run was built from, every key
   checkpoints/STEP          arrays, optimiser, place in the data
@@ -21,7 +22,10 @@ Exit codes: 0 done; 2 bad input, told in one line; 3 a loss that is not finite; 
 by SIGTERM and SIGINT, saved. Compiled programs are kept in ~/.cache/attnlab between runs
 (JAX_COMPILATION_CACHE_DIR: elsewhere).
 
-Several hosts: run the same command on each, with --distributed.
+Several hosts: run the same command on each, with --distributed and a directory that all can see.
+TPU pods, SLURM and Open MPI name the hosts by themselves; elsewhere set JAX_COORDINATOR_ADDRESS
+(host:port of the first), JAX_NUM_PROCESSES and JAX_PROCESS_ID, and --distributed goes without
+saying.
 """
 
 import collections

@@ -5,7 +5,7 @@ from configs.base import base
 
 
 def get_config(arg: str = ""):
-  arg = parse_arg(arg, steps=24, pattern="linear_attention + softmax")
+  arg = parse_arg(arg, steps=60, pattern="linear_attention + softmax")
   config = base()
   config.model.pattern = arg.pattern
   config.model.num_layers = 2
@@ -20,7 +20,7 @@ def get_config(arg: str = ""):
   config.train.steps = arg.steps
   config.train.batch_size = 4
   config.train.log_every = 1
-  config.train.eval_every = 10
+  config.train.eval_every = 25
   config.train.eval_batches = 2
   config.train.checkpoint_every = 7
   config.train.sample_every = 0
