@@ -110,7 +110,7 @@ def check(config: ConfigDict, *, devices: int = 1, processes: int = 1) -> None:
     _at_least(1, "model", key, config.model[key])
   if not all(isinstance(p, str) for p in train.sample_prompts):
     raise UserError(f"config.train.sample_prompts = {train.sample_prompts} must be strings")
-  optim.check(config.optim, train.steps)
+  optim.check(config.optim)
 
   free = [axis for axis, n in mesh.items() if n == -1]
   fixed = 1

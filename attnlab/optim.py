@@ -27,11 +27,13 @@ _MUON_RMS = 0.2
 def schedule(config: ml_collections.ConfigDict, steps: int) -> optax.Schedule:
   """The learning rate of update number `count` = 0, 1, ..., `steps` - 1.
 
-  All begin with a linear warm-up whose first update already moves: `learning_rate * (count + 1) /
-  warmup_steps`. Then
-  constant: stays. cosine: half a cosine down to `final_fraction * learning_rate` at `steps`.
-  wsd (warm-up, stable, decay; MiniCPM, arXiv:2404.06395): stays, then falls linearly over the last
-  `decay_fraction * steps`.
+  All begin with a linear warm-up whose first update already moves:
+  `learning_rate * (count + 1) / warmup_steps`; a run may end before it does. Then
+
+    constant  stays;
+    cosine    half a cosine down to `final_fraction * learning_rate` at `steps`;
+    wsd       (warm-up, stable, decay; MiniCPM, arXiv:2404.06395) stays, then falls linearly to the
+              same over the last `decay_fraction * steps`.
 
   Args:
     config: the config's `optim` section.
@@ -50,7 +52,7 @@ def schedule(config: ml_collections.ConfigDict, steps: int) -> optax.Schedule:
   elif config.schedule == "wsd":
     decay = min(max(round(config.decay_fraction * steps), 1), max(steps - warmup, 1))
     parts = [optax.constant_schedule(peak), optax.linear_schedule(peak, final, decay)]
-    ends = [steps - decay]
+    ends = [max(steps - decay, warmup)]
   else:
     raise unknown("config.optim.schedule", config.schedule, SCHEDULES)
   return optax.join_schedules([warm, *parts], [warmup, *ends])
@@ -91,7 +93,7 @@ def optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTr
   return optax.chain(clip, update)
 
 
-def check(config: ml_collections.ConfigDict, steps: int) -> None:
+def check(config: ml_collections.ConfigDict) -> None:
   """Raises UserError for an `optim` section that cannot work."""
   if config.name not in OPTIMIZERS:
     raise unknown("config.optim.name", config.name, OPTIMIZERS)
@@ -109,11 +111,6 @@ def check(config: ml_collections.ConfigDict, steps: int) -> None:
   for key in ("final_fraction", "decay_fraction"):
     if not 0 <= config[key] <= 1:
       raise UserError(f"config.optim.{key} = {config[key]} must lie in [0, 1]")
-  if config.warmup_steps > steps:
-    raise UserError(
-      f"config.optim.warmup_steps = {config.warmup_steps} is longer than the run,"
-      f" config.train.steps = {steps}"
-    )
 
 
 def decay_mask(params: nnx.State) -> nnx.State:
