@@ -9,6 +9,7 @@ import difflib
 import functools
 import importlib
 import pkgutil
+import typing
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -181,7 +182,8 @@ def mixer(name: str) -> type[Mixer]:
 
 
 def configure(cls: type[Mixer], settings: Mapping[str, Any]) -> Any:
-  """``cls.Config`` from settings; UserError on a field that it does not have."""
+  """``cls.Config`` from settings; UserError on a field that it does not have, or a name that a field cannot be."""
+  hints = typing.get_type_hints(cls.Config)
   fields = [f.name for f in dataclasses.fields(cls.Config)]
   for key in settings:
     if key not in fields:
@@ -189,5 +191,10 @@ def configure(cls: type[Mixer], settings: Mapping[str, Any]) -> Any:
       hint = f"did you mean {near[0]!r}? " if near else ""
       raise UserError(
         f"mixer {cls.name!r} has no setting {key!r}: {hint}it has {', '.join(fields)}"
+      )
+    names = typing.get_args(hints[key]) if typing.get_origin(hints[key]) is typing.Literal else ()
+    if names and settings[key] not in names:
+      raise UserError(
+        f"mixer {cls.name!r}: {key}={settings[key]!r} must be one of {', '.join(names)}"
       )
   return cls.Config(**settings)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab import sharding
+from attnlab.errors import UserError
 from attnlab.mixers.base import Layer, Mixer, register
 from attnlab.mixers.linear import LinearMixer
 from attnlab.nn import Constant, HeadNorm, param
@@ -48,6 +49,10 @@ class HGRN2(LinearMixer):
   def sizes(cls, config: Config, d_model: int):
     shape = LinearMixer.Config(num_heads=config.num_heads, head_dim=config.head_dim)
     H, K, _, _ = super().sizes(shape, d_model)
+    if config.value_dim is None and d_model % H:
+      raise UserError(
+        f"mixer {cls.name!r}: {H} heads do not divide d_model={d_model}; set value_dim"
+      )
     return H, K, H, config.value_dim or d_model // H
 
   def __init__(self, config: Config, layer: Layer, key):
