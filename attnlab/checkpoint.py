@@ -187,10 +187,10 @@ def check_same_run(stored: dict[str, Any], config: ConfigDict, where: Path) -> N
       )
 
 
-def stored_config(workdir: Path) -> dict[str, Any] | None:
-  """The config of the run in a directory as JSON values; None if there is no run."""
-  path = Path(workdir) / "config.json"
-  if not path.exists():
+def stored_run(workdir: Path) -> dict[str, Any] | None:
+  """The config, as JSON values, of the run in a directory; None if it has no checkpoint yet."""
+  path, saved = Path(workdir) / "config.json", Path(workdir) / "checkpoints"
+  if not path.exists() or not any(p.name.isdigit() for p in saved.glob("*")):
     return None
   try:
     return json.loads(path.read_text())

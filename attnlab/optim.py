@@ -39,23 +39,19 @@ def schedule(config: ml_collections.ConfigDict, steps: int) -> optax.Schedule:
     config: the config's `optim` section.
     steps: updates in the whole run.
   """
-  peak, warmup = config.learning_rate, config.warmup_steps
+  peak, final, warmup = config.learning_rate, config.final_fraction, config.warmup_steps
+  rest = max(steps - warmup, 1)
   warm = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
-  final = config.final_fraction * peak
+  constant = optax.constant_schedule(peak)
   if config.schedule == "constant":
-    parts, ends = [optax.constant_schedule(peak)], []
-  elif config.schedule == "cosine":
-    parts, ends = (
-      [optax.cosine_decay_schedule(peak, max(steps - warmup, 1), config.final_fraction)],
-      [],
-    )
-  elif config.schedule == "wsd":
-    decay = min(max(round(config.decay_fraction * steps), 1), max(steps - warmup, 1))
-    parts = [optax.constant_schedule(peak), optax.linear_schedule(peak, final, decay)]
-    ends = [max(steps - decay, warmup)]
-  else:
-    raise unknown("config.optim.schedule", config.schedule, SCHEDULES)
-  return optax.join_schedules([warm, *parts], [warmup, *ends])
+    return optax.join_schedules([warm, constant], [warmup])
+  if config.schedule == "cosine":
+    return optax.join_schedules([warm, optax.cosine_decay_schedule(peak, rest, final)], [warmup])
+  if config.schedule == "wsd":
+    decay = min(max(round(config.decay_fraction * steps), 1), rest)
+    fall = optax.linear_schedule(peak, final * peak, decay)
+    return optax.join_schedules([warm, constant, fall], [warmup, max(steps - decay, warmup)])
+  raise unknown("config.optim.schedule", config.schedule, SCHEDULES)
 
 
 def optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTransformation:

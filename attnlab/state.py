@@ -16,7 +16,7 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from attnlab import sharding
-from attnlab.checkpoint import Checkpoints, paths, stored_config
+from attnlab.checkpoint import Checkpoints, paths, stored_run
 from attnlab.config import from_json, resolve
 from attnlab.errors import UserError
 from attnlab.model import Model
@@ -58,10 +58,10 @@ def make_init(
 
 
 def run_config(workdir: str | Path) -> ConfigDict:
-  """The resolved config of the run in a directory; UserError if there is none."""
-  stored = stored_config(Path(workdir))
+  """The resolved config of the run in a directory; UserError if it has no checkpoint."""
+  stored = stored_run(Path(workdir))
   if stored is None:
-    raise UserError(f"{workdir} holds no run: there is no config.json")
+    raise UserError(f"{workdir} holds no run: no config.json with a checkpoint beside it")
   return resolve(from_json(stored))
 
 

@@ -53,9 +53,10 @@ from attnlab.checkpoint import (
   check_same_run,
   first_non_finite,
   paths,
-  stored_config,
+  stored_run,
 )
 from attnlab.config import check, resolve, to_json
+from attnlab.errors import UserError
 from attnlab.evaluate import make_evaluate, placer
 from attnlab.signals import Signals, Stopped
 from attnlab.state import State, make_init, parameter_count
@@ -83,7 +84,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
   workdir = Path(workdir)
   config = resolve(config)
   check(config, devices=jax.device_count(), processes=jax.process_count())
-  if stored := stored_config(workdir):
+  if stored := stored_run(workdir):
     check_same_run(stored, config, workdir)
   mesh = sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh), Signals() as signals:
@@ -104,7 +105,7 @@ def _train(
   )
   token_bytes = data.tokenizer(config.data).token_bytes()
   place = placer(mesh, token_bytes, c.grad_accum)
-  evaluate = make_evaluate(config, mesh)
+  evaluate = make_evaluate(config, mesh) if c.eval_batches else None
   rate, tx = optim.schedule(config.optim, c.steps), optim.optimizer(config.optim, c.steps)
 
   # Where the run stands: the newest whole checkpoint, or the beginning.
@@ -112,6 +113,8 @@ def _train(
   checkpoints = Checkpoints(workdir / "checkpoints", c.keep_checkpoints)
   restored = checkpoints.restore(abstract, batches)
   step, state = restored or (0, init())
+  if step > c.steps:
+    raise UserError(f"{workdir} is {step} updates old, past config.train.steps = {c.steps}")
   update = make_update(graphdef, tx, abstract)
   if jax.process_index() == 0:
     workdir.mkdir(parents=True, exist_ok=True)
@@ -167,7 +170,7 @@ def _train(
       look(_AHEAD)
 
       last = step == c.steps
-      if c.eval_batches and (last or _due(step, c.eval_every)):
+      if evaluate and (last or _due(step, c.eval_every)):
         look(0)
         with recorder.pause():
           recorder.evaluation(step, evaluate(graphdef, state["model"]))
@@ -179,7 +182,7 @@ def _train(
         with recorder.pause():
           save()
     look(0)
-    if signals.stopped:
+    if signals.stopped and step < c.steps:
       save()
       checkpoints.wait()
       recorder.say(f"{signals.stopped.name}: stopped after update {step}, checkpoint saved")

@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from attnlab import sharding
+from attnlab import optim, sharding
 from attnlab.checkpoint import Checkpoints, NonFiniteError, check_same_run, paths
 from attnlab.config import to_json
 from attnlab.errors import UserError
@@ -86,6 +86,21 @@ def test_round_trip_with_the_iterator(tmp_path):
     step, got = c.restore(abstract(state[3]), restored)
   assert step == 3 and same(got, state[3])
   assert [int(next(restored)) for _ in range(5)] == [int(next(data)) for _ in range(5)]
+
+
+@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+def test_every_optimisers_state_comes_back(tmp_path, name):
+  config = base().optim
+  config.name = name
+  params = nnx.state(Two(), nnx.Param)
+  tx = optim.optimizer(config, 10)
+  _, optimizer = tx.update(params, tx.init(params), params)
+  state = {"model": {"params": params, "rest": nnx.State({})}, "optimizer": optimizer}
+  with checkpoints(tmp_path) as c:
+    c.save(1, state, iterator(), base())
+    c.wait()
+    _, got = c.restore(abstract(state))
+  assert same(got, state)
 
 
 def test_nothing_there_is_none(tmp_path):

@@ -183,6 +183,11 @@ def test_a_finished_run_is_not_run_again(whole, tmp_path):
   assert record(tmp_path / "run") == record(whole[0])
 
 
+def test_a_run_is_not_cut_short(whole):
+  with pytest.raises(UserError, match=r"60 updates old, past config.train.steps = 8"):
+    train(load(f"{TINY}:steps=8", ON_MANY), whole[0])
+
+
 def test_a_run_of_another_model_or_data_is_refused(whole):
   before = {p: p.stat().st_mtime_ns for p in whole[0].rglob("*")}
   for key, value in [("model.d_model", 48), ("data.seq_len", 32), ("train.batch_size", 8)]:
