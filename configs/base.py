@@ -20,7 +20,7 @@ from attnlab.config import parse_arg
 from attnlab.data import data_config
 from attnlab.errors import unknown
 
-_SEQ_LEN = 512
+_SEQ_LEN = 256
 
 
 def base() -> ConfigDict:
@@ -57,7 +57,7 @@ def base() -> ConfigDict:
   c.optim.name = "adamw"  # adamw, lion or muon (matrices; AdamW for the rest)
   c.optim.learning_rate = 3e-3  # at the peak; one rate for Muon's matrices and its AdamW part
   c.optim.schedule = "cosine"  # cosine, wsd (warm-up, stable, decay) or constant
-  c.optim.warmup_steps = 50
+  c.optim.warmup_steps = 20
   c.optim.final_fraction = 0.1  # of learning_rate, at the end of cosine and wsd
   c.optim.decay_fraction = 0.2  # of train.steps, wsd's last part
   c.optim.weight_decay = 0.1  # times the learning rate; never on gates, norms, biases
@@ -68,11 +68,11 @@ def base() -> ConfigDict:
   c.optim.muon_momentum = 0.95
 
   c.train = ConfigDict()
-  c.train.steps = 400  # optimiser updates
+  c.train.steps = 100  # optimiser updates
   c.train.batch_size = 8  # rows an update, over all processes and microbatches
   c.train.grad_accum = 1  # microbatches an update
   c.train.log_every = 1  # updates a line of metrics.jsonl; 0: never, as for those below
-  c.train.eval_every = 100  # and at the end
+  c.train.eval_every = 50  # and at the end
   c.train.eval_batches = 16  # microbatches of the validation split; 0: no evaluation
   c.train.checkpoint_every = 100  # and at the end
   c.train.keep_checkpoints = 2  # the newest ones
@@ -121,8 +121,8 @@ def size(name: str) -> ConfigDict:
 
 
 _RECIPES = {
-  # One pass on a laptop's two cores, in minutes.
-  "laptop": dict(train=dict(steps=400, batch_size=8), data=dict(seq_len=512)),
+  # On a laptop's two cores, in a minute or so at size tiny.
+  "laptop": dict(train=dict(steps=100, batch_size=8), data=dict(seq_len=256)),
   # Half a million tokens an update, 10 billion in all, at length 4096: what comparisons of 125m to
   # 1.3b models are usually made with.
   "pretrain": dict(
