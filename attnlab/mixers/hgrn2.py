@@ -60,7 +60,8 @@ class HGRN2(LinearMixer):
     bound = jnp.log(jnp.maximum(layer.index, 0.5) / (layer.count - layer.index))
     shape, axes = (self.H, self.K), ("heads", None)
     self.bound = param(key, lambda *_: jnp.full(shape, bound), shape, axes, weight_decay=False)
-    self.bounded = Constant(jnp.asarray(layer.index > 0))  # the first layer's bound is zero
+    first = jnp.asarray(layer.index == 0, jnp.float32)
+    self.first = Constant(first)  # its bound is zero
 
   def make_norm(self, layer: Layer):
     return HeadNorm(self.Hv, self.V, groups=1, eps=layer.norm_eps)
@@ -70,7 +71,7 @@ class HGRN2(LinearMixer):
     f, bound = f.astype(jnp.float32), sharding.put(self.bound[...], "heads", None)
     free = jax.nn.log_sigmoid(f)
     bounded = jnp.logaddexp(jax.nn.log_sigmoid(bound), jax.nn.log_sigmoid(-bound) + free)
-    return dict(q=jax.nn.silu(q), v=v, g=jnp.where(self.bounded[...], bounded, free))
+    return dict(q=jax.nn.silu(q), v=v, g=jnp.where(self.first[...] > 0, free, bounded))
 
   @staticmethod
   def equation(S, q, v, g):
