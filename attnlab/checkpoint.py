@@ -128,10 +128,7 @@ class Checkpoints:
         try:
           state, problem = self._load(candidate, abstract, data)
         except Exception as error:  # Orbax and tensorstore raise a dozen types for broken files.
-          causes = _causes(error)
-          if user_errors := [e for e in causes if isinstance(e, UserError)]:
-            raise user_errors[0] from None
-          problem = f"{type(causes[-1]).__name__}: {str(causes[-1])[:300]}"
+          problem = _root_cause(error)
       if problem is None:
         return candidate, state
       self._damaged.add(candidate)
@@ -257,13 +254,15 @@ def _other_shape(stored: dict[str, Any], wanted: PyTree) -> str | None:
   return None
 
 
-def _causes(error: BaseException | None) -> list[BaseException]:
-  """An error and what led to it: orbax wraps what tensorstore and data iterators raise."""
-  causes = []
-  while error is not None:
-    causes.append(error)
-    error = error.__cause__ or error.__context__
-  return causes
+def _root_cause(error: BaseException) -> str:
+  """What first went wrong, which orbax wraps; a UserError of the data iterator is raised again."""
+  while True:
+    if isinstance(error, UserError):
+      raise error from None
+    cause = error.__cause__ or error.__context__
+    if cause is None:
+      return f"{type(error).__name__}: {str(error)[:300]}"
+    error = cause
 
 
 def _name(path: tuple[Any, ...]) -> str:

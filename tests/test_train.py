@@ -23,7 +23,7 @@ import optax
 import pytest
 from flax import nnx
 
-from attnlab import data, evaluate, generate, metrics, sharding
+from attnlab import data, evaluate, generate, metrics, optim, sharding
 from attnlab.checkpoint import NonFiniteError
 from attnlab.config import load, resolve
 from attnlab.errors import UserError
@@ -32,10 +32,18 @@ from attnlab.signals import Signals, Stopped
 from attnlab.state import load_model, make_init, reading_mesh, run_config
 from attnlab.train import make_update, train
 
+pytestmark = pytest.mark.xdist_group("train")  # One worker: they share what is compiled.
+
 ROOT = Path(__file__).parent.parent
 TINY = "tests/tiny_config.py"
 STEPS = 60
-ON_MANY = {"mesh.data": 4, "mesh.model": 2}
+# Evaluation and sampling on many devices have tests of their own.
+ON_MANY = {
+  "mesh.data": 4,
+  "mesh.model": 2,
+  "train.eval_batches": 0,
+  "train.sample_prompts": (),
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -256,9 +264,8 @@ def test_a_bad_parameter_is_named(monkeypatch, tmp_path):
 
 def one_update(microbatches, tx, change=lambda state: state, rows=8):
   """The state before and after an update on real text, and what the update reports."""
-  overrides = {"train.batch_size": rows, "train.grad_accum": microbatches, **ON_MANY}
-  config = resolve(load(TINY, overrides))
-  mesh = sharding.make_mesh(config.mesh)
+  config = resolve(load(TINY, {"train.batch_size": rows, "train.grad_accum": microbatches}))
+  mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
   batch = next(data.make_iterator(config.data, split="train", batch_size=rows, seed=0))
   # Rows of unequal weight: the mean over microbatches is not the mean of their means.
   batch["weights"] *= np.arange(rows * 64).reshape(rows, 64) % 7 < np.arange(rows)[:, None]
@@ -282,12 +289,12 @@ def test_accumulated_gradients_are_the_whole_batchs():
 
 
 def test_an_update_keeps_its_state_split_and_in_place():
-  config = resolve(load(TINY, {"train.batch_size": 8, **ON_MANY}))
+  config = resolve(load(f"{TINY}:steps=8", ON_MANY))
   mesh = sharding.make_mesh(config.mesh)
-  tx = optax.sgd(1.0, momentum=0.9)
+  tx = optim.optimizer(config.optim, 8)
   with jax.set_mesh(mesh):
     graphdef, _, abstract = make_init(config, tx, mesh)
-    batch = next(data.make_iterator(config.data, split="train", batch_size=8, seed=0))
+    batch = next(data.make_iterator(config.data, split="train", batch_size=4, seed=0))
     batch = placer(mesh, data.tokenizer(config.data).token_bytes(), 1)(batch)
     compiled = make_update(graphdef, tx, abstract).lower(abstract, batch).compile()
   arrays = jax.tree.leaves(abstract)
