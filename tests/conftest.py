@@ -11,9 +11,14 @@ os.environ["XLA_FLAGS"] = (
 )
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config, log):
-  """Tests of one xdist_group run on one worker: they share what is compiled."""
-  from xdist.scheduler import LoadGroupScheduling
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+  """Tests of one xdist_group run on one worker (--dist loadgroup): they share what is compiled.
 
-  return LoadGroupScheduling(config, log)
+  pytest-xdist 3.8 writes a test's group into `_nodeid`; pytest 9.2 reads node ids from `_id`, so
+  that the groups are lost without this.
+  """
+  for item in items:
+    grouped = getattr(item, "_nodeid", item.nodeid)
+    if grouped != item.nodeid:
+      item._id = type(item._id).parse(grouped)
