@@ -1,9 +1,9 @@
-"""The quickstart: a 3:1 hybrid of KDA and softmax attention without position encoding, on bytes of Python's standard library.
+"""The quickstart: a 3:1 hybrid of KDA and softmax attention without position encoding, on Python's own sources.
 
   python -m attnlab.train --config=configs/quickstart.py --workdir=runs/quickstart
-    RESULT
+    1.818 bits per byte on held-out files; QUICK_TIME on two CPU cores
   python -m attnlab.train --config=configs/quickstart.py:softmax --workdir=runs/quickstart-softmax
-    RESULT_SOFTMAX
+    1.960 bits per byte on held-out files
 
 The second differs in the mixers alone: RoPE attention in every layer, of the same heads.
 """

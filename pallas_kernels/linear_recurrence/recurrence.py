@@ -51,7 +51,7 @@ class Recurrence:
   """The inputs of one recurrence over T tokens, for B sequences and Hv heads.
 
   Attributes:
-    q: what reads the state. ``q`` and ``k`` may have fewer heads (H) than ``v`` where H divides Hv: value head ``h`` then
+    q: what reads the state. ``q`` and ``k`` may have fewer heads (H) than ``v``, H dividing Hv: value head ``h`` then
       uses key head ``h // (Hv // H)``. No scale is applied.
     k: the keys under which values are written. float32, bfloat16 or float64; arithmetic is at least float32.
     v: the values.
