@@ -6,6 +6,7 @@ no gradient vanishes because something starts at zero.
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -80,13 +81,11 @@ class Case:
     # The second and third layer of four: neither end, where layer-dependent constants may degenerate.
     self.indices, self.keys = 1 + np.arange(LAYERS), jax.random.split(jax.random.key(0), LAYERS)
     self.built = jit(jax.vmap(self.build))(self.indices, self.keys)
-    self.graph, params, self.rest = nnx.split(self.built, nnx.Param, ...)
+    self.graph, params, rest = nnx.split(self.built, nnx.Param, ...)
     leaves, tree = jax.tree.flatten(params)
     moved = [np.asarray(x) + 0.1 * random(100 + i, *x.shape) for i, x in enumerate(leaves)]
-    self.stacked = jax.tree.unflatten(tree, moved)
-    # What hands values on is checked with both layers, anything else with one.
-    self.used = slice(0 if cls.shared(self.config, D) else 1, LAYERS)
-    self.params = jax.tree.map(lambda x: x[self.used], self.stacked)
+    self.stacked = jax.tree.unflatten(tree, moved), jax.device_get(rest)
+    self.params, self.rest = self.unstacked(1)  # of the layer that most tests use
     self.x = random(1, B, T, D)
     # The gradients of all outputs, as what a loss sends back.
     self.cotangent = random(2, B, T, D)
@@ -94,24 +93,24 @@ class Case:
   def build(self, index, key):
     return self.cls(self.config, Layer(D, index, 4), key)
 
-  def layer(self, params, rest):
-    return nnx.merge(self.graph, params, rest)
+  def unstacked(self, i):
+    return jax.tree.map(lambda x: x[i], self.stacked)
+
+  def layer(self, params, rest=None):
+    return nnx.merge(self.graph, params, self.rest if rest is None else rest)
 
   def shared(self, x):
-    """What is handed to the first layer."""
-    shapes = self.cls.shared(self.config, D)
-    return {k: sharding.zeros((*x.shape[:2], *shape), x.dtype) for k, shape in shapes.items()}
+    """What earlier layers hand on: here something of each token, so that it moves with the token."""
+    shapes = self.cls.shared(self.config, D).items()
+    return {
+      k: (x @ random(9, D, math.prod(s)).astype(x.dtype)).reshape(*x.shape[:2], *s)
+      for k, s in shapes
+    }
 
-  def forward(self, params, x, pos, ids=None, caches=None):
-    """The layers under test one after the other; with caches also the new ones."""
-    shared, new = self.shared(x), []
-    for i in range(len(jax.tree.leaves(params)[0])):
-      p = jax.tree.map(lambda y, i=i: y[i], params)
-      rest = jax.tree.map(lambda y, i=i: y[self.used][i], self.rest)
-      out = self.layer(p, rest)(x, Context(pos, ids, shared), caches and caches[i])
-      x, shared = out.y, shared | out.shared
-      new.append(out.cache)
-    return x, None if caches is None else new
+  def forward(self, params, x, pos, ids=None, cache=None):
+    """The layer; with a cache also the new one."""
+    out = self.layer(params)(x, Context(pos, ids, self.shared(x)), cache)
+    return out.y, out.cache
 
   def loss(self, params, x, cotangent, pos, ids):
     y, _ = self.forward(params, x, pos, ids)
@@ -131,37 +130,45 @@ class Case:
     """Outputs and gradients of the packed rows."""
     return self.gradients(self.x, self.cotangent, SEGMENTS)
 
+  def apply(self, layer, carry):
+    """((params, rest), (x, shared)) -> the output without residual, and (x, shared) for the next layer."""
+    x, shared = carry
+    out = self.layer(*layer)(x, Context(positions(np.ones(x.shape[:2])), None, shared))
+    return out.y, (x + out.y, shared | out.shared)
+
   @functools.cached_property
-  def outputs(self):
-    """(x) -> the outputs of whole sequences, without documents."""
-    return jit(lambda x: self.forward(self.params, x, positions(np.ones(x.shape[:2])))[0])
+  def step(self):
+    return jit(self.apply)
+
+  def outputs(self, x):
+    """Outputs of whole sequences, without documents."""
+    return np.asarray(self.step((self.params, self.rest), (x, self.shared(x)))[0])
 
   @functools.cached_property
   def alone(self):
     """Outputs of each row as one document: what reading it in pieces must give."""
-    return np.asarray(self.outputs(self.x))
+    return self.outputs(self.x)
 
-  def caches(self, max_len):
-    layer = jax.tree.map(lambda x: x[0], self.built)
-    return [layer.init_cache(B, max_len) for _ in range(LAYERS)[self.used]]
+  def cache(self, max_len):
+    return self.layer(self.params).init_cache(B, max_len)
 
   @functools.cached_property
   def prefill(self):
-    """(x, positions, ids, caches) -> outputs and caches."""
-    return jit(lambda x, pos, ids, caches: self.forward(self.params, x, pos, ids, caches))
+    """(x, positions, ids, cache) -> outputs and cache."""
+    return jit(lambda x, pos, ids, cache: self.forward(self.params, x, pos, ids, cache))
 
   @functools.cached_property
   def decode(self):
-    """(x, position of the first token, caches) -> outputs and caches, token by token, as one scan."""
+    """(x, position of the first token, cache) -> outputs and cache, token by token, as one scan."""
 
     def body(carry, token):
-      pos, caches = carry
-      y, caches = self.forward(self.params, token[:, None], pos[:, None], None, caches)
-      return (pos + 1, caches), y[:, 0]
+      pos, cache = carry
+      y, cache = self.forward(self.params, token[:, None], pos[:, None], None, cache)
+      return (pos + 1, cache), y[:, 0]
 
-    def run(x, first, caches):
-      (_, caches), y = jax.lax.scan(body, (first, caches), jnp.moveaxis(x, 1, 0))
-      return jnp.moveaxis(y, 0, 1), caches
+    def run(x, first, cache):
+      (_, cache), y = jax.lax.scan(body, (first, cache), jnp.moveaxis(x, 1, 0))
+      return jnp.moveaxis(y, 0, 1), cache
 
     return jit(run)
 
@@ -235,7 +242,7 @@ def test_equation(case):
     signals = layer.signals(x, Recent(layer, ctx, None), ctx)
     return {k: v for k, v in signals.items() if k not in layer.output_only}
 
-  layer = jax.tree.map(lambda x: x[1], case.layer(case.stacked, case.rest))
+  layer = case.layer(case.params)
   signals = jit(signals_of)(layer, x)
   state = layer.init_state(len(x))
   with jax.enable_x64(True):
@@ -311,16 +318,16 @@ def test_packed(case):
 
 def read(case, pieces, total):
   """Outputs of tokens that come in pieces of three, then one by one, from an empty cache."""
-  caches = first = case.caches(12)
+  cache = first = case.cache(12)
   done, out = 0, []
   for _ in range(pieces):
     pos = np.broadcast_to(done + np.arange(3), (B, 3))
-    y, caches = case.prefill(case.x[:, done : done + 3], pos, WHOLE[:, :3], caches)
+    y, cache = case.prefill(case.x[:, done : done + 3], pos, WHOLE[:, :3], cache)
     out.append(y)
     done += 3
   x = np.pad(case.x, ((0, 0), (0, 4), (0, 0)))[:, done : done + 4]
-  y, caches = case.decode(x, np.full(B, done), caches)
-  assert jax.tree.map(jax.typeof, caches) == jax.tree.map(jax.typeof, first)
+  y, cache = case.decode(x, np.full(B, done), cache)
+  assert jax.tree.map(jax.typeof, cache) == jax.tree.map(jax.typeof, first)
   return np.concatenate([*out, y], axis=1)[:, :total]
 
 
@@ -343,12 +350,12 @@ def test_left_padding(case, pieces):
   rows = np.arange(B)[:, None]
   noise = random(8, *ids.shape, D)
   x = np.where(ids[..., None] > 0, case.x[rows, np.maximum(columns, 0)], noise)
-  caches, y = case.caches(12), None
+  cache, y = case.cache(12), None
   for i in range(pieces):
     part = slice(3 * i, 3 * i + 3)
     pos = np.maximum(columns[:, part], 0)
-    y, caches = case.prefill(x[:, part], pos, ids[:, part], caches)
-  z, _ = case.decode(case.x[rows, lengths[:, None] + np.arange(4)], lengths, caches)
+    y, cache = case.prefill(x[:, part], pos, ids[:, part], cache)
+  z, _ = case.decode(case.x[rows, lengths[:, None] + np.arange(4)], lengths, cache)
   for b, n in enumerate(lengths):
     want = case.alone[b, : n + 4]
     np.testing.assert_allclose(y[b, 3 - n :], want[:n], rtol=1e-4, atol=1e-4)
@@ -358,7 +365,7 @@ def test_left_padding(case, pieces):
 def test_lengths(case):
   """Lengths around the engine's chunk of 64, one token and an odd number: all are prefixes of the longest."""
   x = random(5, 1, 65, D)
-  want = np.asarray(case.outputs(x))
+  want = case.outputs(x)
   assert np.isfinite(want).all()
   for n in (1, 63, 64):  # and T, which is odd
     np.testing.assert_allclose(case.outputs(x[:, :n]), want[:, :n], rtol=1e-4, atol=1e-4)
@@ -403,20 +410,13 @@ def test_stacked(case):
   one, stacked = jit(lambda key: case.build(2, key))(case.keys[1]), by_name(case.built)
   for name, value in by_name(one).items():
     np.testing.assert_allclose(stacked[name][1], value, rtol=1e-5, atol=1e-6)
-  x, pos = case.x, positions(WHOLE)
-
-  def apply(carry, layer):
-    x, shared = carry
-    out = case.layer(*layer)(x, Context(pos, None, shared))
-    return (x + out.y, shared | out.shared), None
-
-  step = jit(lambda carry, layer: apply(carry, layer)[0])
-  both = case.stacked, case.rest
-  in_turn = x, case.shared(x)
+  # The first layer of a kind is handed zeros.
+  first = jax.tree.map(np.zeros_like, case.shared(case.x))
+  in_turn = case.x, first
   for i in range(LAYERS):
-    in_turn = step(in_turn, jax.tree.map(lambda y, i=i: y[i], both))
-  scanned = jit(lambda x: jax.lax.scan(apply, (x, case.shared(x)), both)[0])(x)
-  np.testing.assert_allclose(scanned[0], in_turn[0], rtol=1e-4, atol=1e-4)
+    _, in_turn = case.step(case.unstacked(i), in_turn)
+  scan = jit(lambda x: jax.lax.scan(lambda c, l: case.apply(l, c)[::-1], (x, first), case.stacked))
+  np.testing.assert_allclose(scan(case.x)[0][0], in_turn[0], rtol=1e-4, atol=1e-4)
 
 
 def test_parameters(case):
@@ -444,26 +444,28 @@ def test_key_heads_fewer_than_devices():
 
 @pytest.fixture
 def inputs():
-  """Random inputs of two heads in float64, and a state."""
+  """Random q, k, v, g, beta and a state in float64, of two heads."""
   with jax.enable_x64(True):
 
     def unit(x):
       return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
     H, K = 2, 4
-    yield dict(
-      q=random(0, B, T, H, K),
-      k=unit(random(1, B, T, H, K)),
-      v=random(2, B, T, H, K + 1),
-      g=-jax.nn.softplus(random(3, B, T, H)),
-      beta=2 * jax.nn.sigmoid(random(4, B, T, H)),
-      state=random(5, B, H, K, K + 1),
+    yield (
+      random(0, B, T, H, K),
+      unit(random(1, B, T, H, K)),
+      random(2, B, T, H, K + 1),
+      -jax.nn.softplus(random(3, B, T, H)),
+      2 * jax.nn.sigmoid(random(4, B, T, H)),
+      random(5, B, H, K, K + 1),
     )
 
 
-def assert_same(a, b):
-  for x, y in zip(a, b, strict=True):
-    np.testing.assert_allclose(x, y, rtol=1e-10, atol=1e-10)  # float64, two ways to compute it
+def assert_same(pairs, inputs):
+  """Both of each pair of results: float64, two ways to compute one thing."""
+  for a, b in jit(pairs)(inputs):
+    for x, y in zip(a, b, strict=True):
+      np.testing.assert_allclose(x, y, rtol=1e-10, atol=1e-10)
 
 
 def channels(x, like):
@@ -471,57 +473,70 @@ def channels(x, like):
 
 
 def test_identities_of_the_delta_rule(inputs):
-  q, k, v, g, beta, S = inputs.values()
-  options = dict(initial_state=S, return_state=True)
-  delta = pk.delta_rule(q, k, v, beta, **options)
-  gated = pk.gated_delta_rule(q, k, v, g, beta, **options)
-  kda = pk.kda(q, k, v, channels(g, k), beta, **options)
-  # without decay: DeltaNet
-  assert_same(pk.gated_delta_rule(q, k, v, 0 * g, beta, **options), delta)
-  # the same decay in every channel: Gated DeltaNet
-  assert_same(kda, gated)
-  # one step a token
-  one = (k[..., None, :], v[..., None, :], beta[..., None])
-  assert_same(pk.gated_delta_product(q, *one, g, **options), gated)
-  assert_same(pk.gated_delta_product(q, *one, **options), delta)
-  # one step size for what is erased and what is written: KDA
-  b, w = channels(beta, k), channels(beta, v)
-  assert_same(pk.gdn2(q, k, v, channels(g, k), b, w, **options), kda)
-  # without decay, and erasing under the key itself
-  assert_same(pk.comba(q, k, v, 0 * g, beta, jnp.ones(2), **options), delta)
-  # without decay, one rate for all channels, and the key that is removed is the one that is written
-  step = beta[..., None]
-  scale = k.shape[-1] ** -0.5
-  rates = channels(beta, k)
-  assert_same(pk.rwkv7(q * scale, 0 * k, step * k, v, k, rates, **options), delta)
+  def pairs(inputs):
+    q, k, v, g, beta, S = inputs
+    options = dict(initial_state=S, return_state=True)
+    delta = pk.delta_rule(q, k, v, beta, **options)
+    gated = pk.gated_delta_rule(q, k, v, g, beta, **options)
+    kda = pk.kda(q, k, v, channels(g, k), beta, **options)
+    one = (k[..., None, :], v[..., None, :], beta[..., None])
+    erase, write = channels(beta, k), channels(beta, v)
+    scaled = q * k.shape[-1] ** -0.5
+    return [
+      # Without decay: DeltaNet.
+      (pk.gated_delta_rule(q, k, v, 0 * g, beta, **options), delta),
+      # The same decay in every channel: Gated DeltaNet.
+      (kda, gated),
+      # One step a token.
+      (pk.gated_delta_product(q, *one, g, **options), gated),
+      (pk.gated_delta_product(q, *one, **options), delta),
+      # One step size for what is erased and what is written: KDA.
+      (pk.gdn2(q, k, v, channels(g, k), erase, write, **options), kda),
+      # Without decay, erasing under the key itself.
+      (pk.comba(q, k, v, 0 * g, beta, jnp.ones(2), **options), delta),
+      # Without decay, one rate for all channels, and the key that is removed is the one that is written.
+      (pk.rwkv7(scaled, 0 * k, erase * k, v, k, erase, **options), delta),
+    ]
+
+  assert_same(pairs, inputs)
 
 
 def test_no_step_keeps_the_state(inputs):
-  q, k, v, g, beta, S = inputs.values()
-  o, after = pk.delta_rule(q, k, v, 0 * beta, initial_state=S, return_state=True)
+  q, k, v, g, beta, S = inputs
+  run = jit(functools.partial(pk.delta_rule, return_state=True))
+  o, after = run(q, k, v, 0 * beta, initial_state=S)
   np.testing.assert_array_equal(after, S)
   want = jnp.einsum("bthk,bhkv->bthv", q * k.shape[-1] ** -0.5, S)
   np.testing.assert_allclose(o, want, rtol=1e-12)
 
 
 def test_identities_of_decay(inputs):
-  q, k, v, g, beta, S = inputs.values()
-  options = dict(initial_state=S, return_state=True)
-  linear = pk.linear_attention(q, k, v, scale=1.0, **options)
-  constant = jnp.array([-0.1, -1.0])
-  lightning = pk.lightning_attention(q, k, v, constant, scale=1.0, **options)
-  assert_same(pk.gla(q, k, v, 0 * k, scale=1.0, **options), linear)
-  assert_same(pk.lightning_attention(q, k, v, 0 * constant, scale=1.0, **options), linear)
-  assert_same(pk.retention(q, k, v, constant, scale=1.0, **options), lightning)
-  # a constant step of one
-  assert_same(pk.ssd(v, jnp.ones_like(g), constant, k, q, **options), lightning)
-  # a token's own weight of one, without decay
-  assert_same(pk.rwkv6(q, k, v, 0 * k, jnp.ones((2, 4)), **options), linear)
-  # all of a trapezoid's weight on the token itself: Mamba-2 with step dt and decay g
-  dt = -g
-  zeros = (jnp.zeros((B, 2, 1, 4)), jnp.zeros((B, 2, 1, 5)))
-  rank = (q[..., None, :], k[..., None, :], v[..., None, :])
-  y, (after, *_) = pk.mamba3(
-    *rank, g, dt, jnp.ones_like(g), initial_state=(S, *zeros), return_state=True
-  )
-  assert_same((y[..., 0, :], after), pk.ssd(v, dt, -jnp.ones(2), k, q, **options))
+  def pairs(inputs):
+    q, k, v, g, _, S = inputs
+    options = dict(initial_state=S, return_state=True)
+    linear = pk.linear_attention(q, k, v, scale=1.0, **options)
+    constant = jnp.array([-0.1, -1.0])
+    lightning = pk.lightning_attention(q, k, v, constant, scale=1.0, **options)
+    ssd = pk.ssd(v, -g, -jnp.ones(2), k, q, **options)
+    nothing_before = (jnp.zeros((B, 2, 1, 4)), jnp.zeros((B, 2, 1, 5)))
+    y, (after, *_) = pk.mamba3(
+      *(x[..., None, :] for x in (q, k, v)),
+      g,
+      -g,
+      jnp.ones_like(g),
+      initial_state=(S, *nothing_before),
+      return_state=True,
+    )
+    return [
+      (pk.gla(q, k, v, 0 * k, scale=1.0, **options), linear),
+      (pk.lightning_attention(q, k, v, 0 * constant, scale=1.0, **options), linear),
+      (pk.retention(q, k, v, constant, scale=1.0, **options), lightning),
+      # A step of one.
+      (pk.ssd(v, jnp.ones_like(g), constant, k, q, **options), lightning),
+      # A token's own weight of one, without decay.
+      (pk.rwkv6(q, k, v, 0 * k, jnp.ones((2, 4)), **options), linear),
+      # All of the trapezoid's weight on the token itself: Mamba-2.
+      ((y[..., 0, :], after), ssd),
+    ]
+
+  assert_same(pairs, inputs)
