@@ -1,7 +1,7 @@
 """Gated DeltaProduct: two delta-rule steps a token (arXiv:2502.10297).
 
 python -m attnlab.train --config=configs/gated_delta_product.py
-  RESULT
+  100 updates of the tiny size, a minute or two on two CPU cores
 python -m attnlab.train --config=configs/gated_delta_product.py:size=1.3b,recipe=pretrain
   the paper's scale: 10 billion tokens, for accelerators; not run here
 """
