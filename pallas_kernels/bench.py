@@ -8,7 +8,7 @@
 Each row is checked first: outputs, final state and every gradient against the token-by-token reference on fresh inputs.
 Then all contestants of a row are timed in turn, again and again, and the median is told. "reference" is the scan over
 tokens; "ejkernel" is that library's XLA gated_delta_rule, on Gated DeltaNet's shapes, where it is installed
-(pip install --no-deps ejkernel).
+(pip install --no-deps ejkernel): with its default chunk of 256 tokens, and with 64, the faster one on CPUs.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def both(run: Callable) -> Callable:
   return jax.grad(loss)
 
 
-def ejkernel() -> Callable | None:
+def ejkernel(**options) -> Callable | None:
   """ejkernel's XLA gated_delta_rule as it is called for training, or None where it cannot be imported."""
   try:
     from ejkernel.kernels._xla.gated_delta_rule import gated_delta_rule
@@ -66,6 +66,7 @@ def ejkernel() -> Callable | None:
       beta=r.erase.beta,
       decay=r.log_decay[..., 0],
       use_qk_l2norm=False,
+      **options,
     )[:2]
     return o.astype(r.v.dtype), state
 
@@ -119,7 +120,7 @@ def bench(name: str, batch: int | None, length: int | None, dtype: str, seconds:
   if (
     r.decay == "scalar" and isinstance(r.erase, KeyErase) and r.k.shape == r.v.shape and ejkernel()
   ):
-    runs["ejkernel"] = ejkernel()
+    runs["ejkernel"], runs["ejkernel64"] = ejkernel(), ejkernel(chunk_size=64)
   row = {"shape": name, "dims": [*r.k.shape, *r.v.shape[2:]], "dtype": dtype, "error": error}
   row["forward_s"] = medians(runs, r, seconds)
   row["forward_backward_s"] = medians({k: both(f) for k, f in runs.items()}, r, seconds)
@@ -144,14 +145,14 @@ def _print_rows(rows: list[dict]) -> None:
   names = sorted({n for row in rows for n in row["forward_s"]} - {"ours"}, reverse=True)
   print(f"{'shape':<20}{'B T H K Hv V':>24}{'error':>9}", end="")
   for phase in ("forward", "fwd + bwd"):
-    print(f"{phase + ' ms':>14}", *(f"{'/ ' + n:>11}" for n in names), end="")
+    print(f"{phase + ' ms':>14}", *(f"{'/ ' + n:>12}" for n in names), end="")
   print()
   for row in rows:
     dims = " ".join(map(str, row["dims"]))
     print(f"{row['shape']:<20}{dims:>24}{row['error']:>9.0e}", end="")
     for phase in ("forward_s", "forward_backward_s"):
       times = row[phase]
-      ratios = (f"{times['ours'] / times[n]:>11.3f}" if n in times else f"{'-':>11}" for n in names)
+      ratios = (f"{times['ours'] / times[n]:>12.3f}" if n in times else f"{'-':>12}" for n in names)
       print(f"{1e3 * times['ours']:>14.1f}", *ratios, end="")
     print()
   print("/ NAME: our time over NAME's, in this run")
