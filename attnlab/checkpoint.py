@@ -118,7 +118,7 @@ class Checkpoints:
       (step, state), or None if there is no checkpoint.
 
     Raises:
-      UserError: none is whole; none of that step; arrays of another model.
+      UserError: none is whole, or not that of `step`; arrays of another model.
     """
     steps = self.steps()
     if step is not None and step not in steps:
@@ -131,12 +131,12 @@ class Checkpoints:
           problem = _root_cause(error)
       if problem is None:
         return candidate, state
+      damage = f"checkpoint {self._directory / str(candidate)} is damaged"
+      damage += f" ({' '.join(problem.split())})"
+      if step is not None:
+        raise UserError(damage)
       self._damaged.add(candidate)
-      logging.warning(
-        "checkpoint %s is damaged (%s); the one before it is used",
-        self._directory / str(candidate),
-        " ".join(problem.split()),
-      )
+      logging.warning("%s; the one before it is used", damage)
     if not steps:
       return None
     raise UserError(f"no checkpoint in {self._directory} can be read: all are damaged")

@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
-# Dense bf16 FLOPs a second of one JAX device, by a part of its device_kind. On v7x a device is one
-# of a chip's two cores; on v4 and later generations before it, a chip. From the vendors' data sheets.
+# Dense bf16 FLOPs a second of one JAX device, by a part of its device_kind, from the vendors' data
+# sheets. A device is a whole TPU chip from v4 on, but on v7x one of a chip's two cores.
 _PEAK_FLOPS = {
   "TPU v4": 275e12,
   "TPU v5 lite": 197e12,

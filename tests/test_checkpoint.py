@@ -210,6 +210,15 @@ def test_a_damaged_one_is_replaced_at_its_step(tmp_path):
   assert step == 3 and same(got, state[3])
 
 
+def test_one_asked_for_that_is_damaged_is_an_error(tmp_path):
+  state, _ = save(tmp_path)
+  flip(data_files(tmp_path, 2)[0])
+  with checkpoints(tmp_path) as c:
+    with pytest.raises(UserError, match="2 is damaged"):
+      c.restore(abstract(state[2]), step=2)
+    assert c.restore(abstract(state[1]), step=1)[0] == 1
+
+
 def test_all_damaged_is_an_error_that_touches_nothing(tmp_path):
   state, _ = save(tmp_path, (1, 2))
   for step in (1, 2):

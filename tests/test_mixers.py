@@ -205,9 +205,8 @@ def assert_close(got, want, bound, angle=None):
 def by_equation(cls, signals, state, tokens, layer):
   """The paper's update, token by token, for each sequence and head by itself."""
 
-  def wide(
-    x,
-  ):  # [B, T, Hv, ...]: constants for all tokens, key heads repeated for their value heads
+  def wide(x):
+    """[B, T, Hv, ...]: constants for all tokens, key heads repeated for their value heads."""
     x = x if x.shape[:2] == tokens else jnp.broadcast_to(x, (*tokens, *x.shape))
     return x if x.shape[2] == layer.Hv else jnp.repeat(x, layer.Hv // layer.H, axis=2)
 
