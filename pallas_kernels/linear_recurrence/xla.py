@@ -121,7 +121,7 @@ def _compare_channels_forward(*args):
 
 
 def _compare_channels_backward(args, dout):
-  """A quarter of the time of differentiating the levels.
+  """Half of the time of differentiating the levels.
 
   The decay of a row enters as ``rows * exp(row_decay)``, so its gradient is ``rows * drows``,
   whatever the levels; a column's is ``-cols * dcols``.
