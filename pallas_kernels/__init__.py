@@ -1,5 +1,6 @@
 """Kernels for efficient attention: arrays in, arrays out. Needs jax alone."""
 
+from pallas_kernels.block_sparse import block_sparse_attention, merge_attention
 from pallas_kernels.linear_recurrence import (
   KeyErase,
   LowRankErase,
@@ -29,6 +30,7 @@ __all__ = [
   "KeyErase",
   "LowRankErase",
   "Recurrence",
+  "block_sparse_attention",
   "comba",
   "delta_rule",
   "gated_delta_product",
@@ -41,6 +43,7 @@ __all__ = [
   "linear_recurrence",
   "linear_recurrence_step",
   "mamba3",
+  "merge_attention",
   "retention",
   "rwkv6",
   "rwkv7",

@@ -1,0 +1,97 @@
+"""The choice of blocks: exact, deterministic, and never of a later block or another document's."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def select_blocks(
+  scores: Float[Array, "B G T N"],
+  first: Int[Array, "B T"],
+  complete: Int[Array, "B T"],
+  current: Int[Array, "B T"],
+  *,
+  top_k: int,
+  initial: int = 0,
+  local: int = 0,
+) -> Int[Array, "B G T S"]:
+  """The blocks with the largest scores, besides forced ones, as ``block_sparse_attention`` takes them.
+
+  Args:
+    scores: of scored blocks, those of all documents of a row one after another (``Layout.table``).
+    first: the number among them of the first block of each query's document.
+    complete: how many of its document's blocks may be chosen by score: those that have a score and lie before it.
+    current: the number within the document of the block that the query is in; negative: there is none to choose.
+    top_k: how many blocks a query has, forced ones among them.
+    initial, local: so many of the document's first, and of its last blocks up to the current one, are always chosen.
+
+  Returns:
+    Numbers within the document, ascending, -1 at the end where there are fewer than ``min(top_k, N + local)``. Of equal
+    scores the lower number is taken. No gradient.
+
+  Raises:
+    ValueError: more blocks are forced than may be chosen.
+  """
+  if top_k < max(1, initial + local):
+    raise ValueError(f"top_k = {top_k} is less than the {initial} + {local} that are always chosen")
+  scores = jax.lax.stop_gradient(scores)
+  B, G, T, N = scores.shape
+  slots = jnp.arange(N) - first[..., None]
+  end = jnp.minimum(complete, current + 1 - local)
+  candidate = (slots >= initial) & (slots < end[..., None])
+  count = min(top_k - initial - local, N)
+  parts = []
+  if count:
+    values = jnp.where(candidate[:, None], scores, -jnp.inf)
+    values, best = jax.lax.top_k(values, count)  # of equal ones the first comes first
+    parts.append(jnp.where(values > -jnp.inf, best - first[:, None, :, None], -1))
+  recent = current[..., None] - jnp.arange(local)
+  head = jnp.arange(initial)
+  # Where they meet a block is forced twice: the local ones give way.
+  recent = jnp.where(recent >= initial, recent, -1)
+  head = jnp.where(head <= current[..., None], head, -1)
+  forced = jnp.concatenate([head, recent], axis=-1)[:, None]
+  parts.append(jnp.broadcast_to(forced, (B, G, T, forced.shape[-1])))
+  chosen = jnp.concatenate(parts, axis=-1).astype(jnp.int32)
+  last = jnp.iinfo(jnp.int32).max
+  chosen = jnp.sort(jnp.where(chosen < 0, last, chosen), axis=-1)
+  return jnp.where(chosen == last, -1, chosen)
+
+
+def over_queries(fn: Callable[..., Any], rows: int, *args: Any, checkpoint: bool = True) -> Any:
+  """``fn`` of some queries at a time, so that what it holds of every key is held for those alone.
+
+  Args:
+    fn: a function of arrays [B, rows, ...] to a tree of such arrays.
+    rows: how many queries at a time.
+    args: trees of arrays [B, T, ...]. The last part is padded with zeros.
+    checkpoint: compute ``fn`` again in the backward pass.
+
+  Returns:
+    The results for all T queries.
+  """
+  T = jax.tree.leaves(args)[0].shape[1]
+  rows = min(rows, T)
+  count = -(-T // rows)
+  if count == 1:
+    return fn(*args)
+
+  def cut(x):
+    x = jnp.pad(x, ((0, 0), (0, count * rows - T)) + ((0, 0),) * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(x.shape[0], count, rows, *x.shape[2:]), 1, 0)
+
+  def join(x):
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :T]
+
+  run = functools.partial(_apply, fn)
+  run = jax.checkpoint(run) if checkpoint else run
+  return jax.tree.map(join, jax.lax.map(run, jax.tree.map(cut, args)))
+
+
+def _apply(fn, args):
+  return fn(*args)

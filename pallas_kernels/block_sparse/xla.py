@@ -1,0 +1,199 @@
+"""Block-sparse attention in plain jax.numpy: the blocks of some queries at a time are gathered, on any platform.
+
+Memory is linear in Tq and Tk: the gathered blocks of one chunk of queries are all there is besides inputs and outputs.
+The backward pass gathers again, and adds the gradients of gathered blocks to those of k and v where they came from.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from pallas_kernels.block_sparse.reference import Blocks
+
+# Bytes of keys that are gathered at a time: on a CPU they should stay near its cache.
+_CPU, _ELSEWHERE = 1 << 23, 1 << 27
+
+_einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
+
+def check(*args) -> None:
+  """Serves every call."""
+
+
+def forward(q, k, v, sinks, blocks: Blocks, scale: float):
+  """As ``reference.forward``, but without the keys of the window."""
+  return _attend(q, k, v, sinks, blocks, scale)
+
+
+def _product(dtype, subscripts: str, x: Array, y: Array) -> Array:
+  """A product of the inputs' own precision, x being rounded to y's, with sums of ``dtype``."""
+  return _einsum(subscripts, x.astype(y.dtype), y, preferred_element_type=dtype)
+
+
+def _gather(x: Array, first: Array, size: int) -> Array:
+  """``size`` rows of x [B, h, T, D] from each ``first`` [B, h, n] on: [B, h, n, size, D]."""
+  rows = jax.vmap(lambda x, i: jax.lax.dynamic_slice_in_dim(x, i, size), (None, 0))
+  return jax.vmap(jax.vmap(rows))(x, first)
+
+
+def _scatter_add(x: Array, first: Array, rows: Array) -> Array:
+  """x [B, h, T, D] with rows [B, h, n, size, D] added where ``_gather`` took them from."""
+  numbers = jax.lax.ScatterDimensionNumbers(
+    update_window_dims=(1, 2), inserted_window_dims=(), scatter_dims_to_operand_dims=(0,)
+  )
+  add = functools.partial(jax.lax.scatter_add, dimension_numbers=numbers)
+  return jax.vmap(jax.vmap(lambda x, i, rows: add(x, i[:, None], rows)))(x, first, rows)
+
+
+class _Chunks:
+  """Queries in chunks: [chunks, B, Hkv, groups of a key head, queries, heads of a group, ...]; keys [B, Hkv, T, D]."""
+
+  def __init__(self, q, k, v, blocks: Blocks):
+    (self.B, self.Tq, H, _), (_, self.Tk, self.Hkv, _) = q.shape, k.shape
+    G, S = blocks.indices.shape[1], blocks.indices.shape[3]
+    self.groups, self.heads, self.size = G // self.Hkv, H // G, blocks.size
+    self.keys = S * blocks.size
+    row = self.B * G * self.keys * (k.shape[3] + v.shape[3]) * jnp.result_type(k).itemsize
+    budget = _CPU if jax.default_backend() == "cpu" else _ELSEWHERE
+    self.rows = max(1, min(self.Tq, budget // row))
+    self.count = -(-self.Tq // self.rows)
+    # A block at the end may reach past the last key.
+    self.k, self.v = (self._padded_keys(x) for x in (k, v))
+    indices = blocks.indices.reshape(self.B, self.Hkv, self.groups, -1, S)
+    indices = jnp.repeat(indices, blocks.query_block, axis=3)[:, :, :, : self.Tq]
+    layout = blocks.layout
+    self.blocks = (
+      self._cut(indices, 3, -1),
+      self._cut(layout.starts, 1),
+      self._cut(layout.positions, 0, -1),
+    )
+    self.window = blocks.window
+
+  def _padded_keys(self, x):
+    return jnp.pad(jnp.moveaxis(x, 2, 1), ((0, 0), (0, 0), (0, self.size - 1), (0, 0)))
+
+  def _cut(self, x: Array, axis: int, fill=0) -> Array:
+    """Whole chunks along the axis of queries, the chunks first."""
+    pad = [(0, 0)] * x.ndim
+    pad[axis] = (0, self.count * self.rows - self.Tq)
+    x = jnp.pad(x, pad, constant_values=fill)
+    return jnp.moveaxis(
+      x.reshape(*x.shape[:axis], self.count, self.rows, *x.shape[axis + 1 :]), axis, 0
+    )
+
+  def queries(self, x: Array, fill=0) -> Array:
+    """[B, Tq, H, ...] in chunks."""
+    shape = (self.B, self.Tq, self.Hkv, self.groups, self.heads, *x.shape[3:])
+    return self._cut(jnp.moveaxis(x.reshape(shape), 1, 3), 3, fill)
+
+  def join(self, x: Array) -> Array:
+    """The inverse of ``queries``."""
+    x = jnp.moveaxis(x, (0, 4), (1, 2))
+    x = x.reshape(self.B, self.count * self.rows, -1, *x.shape[6:])
+    return x[:, : self.Tq]
+
+  def first(self, blocks) -> Array:
+    """The first key of each block of a chunk, 0 where there is none: [B, Hkv, groups * rows * S]."""
+    indices, starts, _ = blocks
+    first = starts[:, None, None, :, None] + indices * self.size
+    first = jnp.where(indices >= 0, jnp.minimum(first, self.Tk - 1), 0)
+    return first.reshape(self.B, self.Hkv, -1)
+
+  def take(self, x: Array, first: Array, dtype) -> Array:
+    """The keys of all blocks of each query: [B, Hkv, groups, rows, keys, D]."""
+    x = _gather(x, first, self.size)
+    return x.reshape(self.B, self.Hkv, self.groups, self.rows, self.keys, -1).astype(dtype)
+
+  def mask(self, blocks) -> Array:
+    """[B, Hkv, groups, rows, 1, keys]: what each query sees of its blocks."""
+    indices, starts, positions = blocks
+    # Counted from the document's start, where no block can reach too far.
+    keys = indices[..., None] * self.size + jnp.arange(self.size)
+    last = (positions - starts)[:, None, None, :, None, None] - self.window
+    seen = (indices[..., None] >= 0) & (keys <= last) & (positions >= 0)[:, None, None]
+    return seen.reshape(*indices.shape[:4], 1, self.keys)
+
+
+def _forward(q, k, v, sinks, blocks, scale):
+  dtype, inputs = jnp.promote_types(q.dtype, jnp.float32), jnp.result_type(q, k, v)
+  chunks = _Chunks(q, k, v, blocks)
+
+  def one(xs):
+    q, blocks = xs
+    first = chunks.first(blocks)
+    k, v = (chunks.take(x, first, inputs) for x in (chunks.k, chunks.v))
+    logits = scale * _product(dtype, "bhgqrd,bhgqkd->bhgqrk", q.astype(inputs), k)
+    mask = chunks.mask(blocks)
+    logits = jnp.where(mask, logits, -jnp.inf)
+    top = jnp.max(logits, axis=-1)
+    if sinks is not None:
+      sink = sinks.astype(dtype).reshape(chunks.Hkv, chunks.groups, 1, chunks.heads)
+      top = jnp.maximum(top, sink)
+    top = jnp.where(top == -jnp.inf, 0, top)
+    p = jnp.exp(logits - top[..., None])
+    total = jnp.sum(p, axis=-1) + (0 if sinks is None else jnp.exp(sink - top))
+    some = total > 0
+    total = jnp.where(some, total, 1)
+    o = _product(dtype, "bhgqrk,bhgqkv->bhgqrv", p, v) / total[..., None]
+    return o.astype(q.dtype), jnp.where(some, top + jnp.log(total), -jnp.inf)
+
+  o, lse = jax.lax.map(one, (chunks.queries(q), chunks.blocks))
+  return chunks.join(o), chunks.join(lse)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend(q, k, v, sinks, blocks, scale):
+  return _forward(q, k, v, sinks, blocks, scale)
+
+
+def _attend_forward(q, k, v, sinks, blocks, scale):
+  o, lse = _forward(q, k, v, sinks, blocks, scale)
+  return (o, lse), (q, k, v, sinks, blocks, o, lse)
+
+
+def _attend_backward(scale, residuals, cotangents):
+  q, k, v, sinks, blocks, o, lse = residuals
+  do, dlse = cotangents
+  dtype, inputs = lse.dtype, jnp.result_type(q, k, v)
+  chunks = _Chunks(q, k, v, blocks)
+  # The softmax's derivative: dlogits = p (do . v - delta).
+  delta = jnp.sum(do.astype(dtype) * o.astype(dtype), axis=-1) - dlse
+  dsinks = None
+  if sinks is not None:
+    share = jnp.exp(sinks.astype(dtype) - lse)
+    dsinks = -jnp.sum(share * delta, axis=(0, 1)).astype(sinks.dtype)
+
+  def one(carry, xs):
+    dk, dv = carry
+    q, do, lse, delta, blocks = xs
+    first = chunks.first(blocks)
+    k, v = (chunks.take(x, first, inputs) for x in (chunks.k, chunks.v))
+    q, do = q.astype(inputs), do.astype(inputs)
+    logits = scale * _product(dtype, "bhgqrd,bhgqkd->bhgqrk", q, k)
+    mask = chunks.mask(blocks)
+    p = jnp.where(mask, jnp.exp(jnp.where(mask, logits - lse[..., None], 0)), 0)
+    dp = _product(dtype, "bhgqrv,bhgqkv->bhgqrk", do, v)
+    dlogits = scale * p * (dp - delta[..., None])
+
+    def back(subscripts, x, y):
+      rows = _product(dtype, subscripts, x, y)
+      return rows.reshape(*first.shape, chunks.size, -1)
+
+    dk = _scatter_add(dk, first, back("bhgqrk,bhgqrd->bhgqkd", dlogits, q))
+    dv = _scatter_add(dv, first, back("bhgqrk,bhgqrv->bhgqkv", p, do))
+    return (dk, dv), _product(dtype, "bhgqrk,bhgqkd->bhgqrd", dlogits, k)
+
+  zeros = jnp.zeros(chunks.k.shape, dtype), jnp.zeros(chunks.v.shape, dtype)
+  # A padding query sees nothing: whatever finite lse it has.
+  finite = jnp.where(lse == -jnp.inf, 0, lse)
+  xs = *(chunks.queries(x) for x in (q, do, finite, delta)), chunks.blocks
+  (dk, dv), dq = jax.lax.scan(one, zeros, xs)
+  dk, dv = (
+    jnp.moveaxis(dx[:, :, : chunks.Tk], 1, 2).astype(x.dtype) for dx, x in ((dk, k), (dv, v))
+  )
+  return chunks.join(dq).astype(q.dtype), dk, dv, dsinks, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)

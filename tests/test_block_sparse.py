@@ -1,0 +1,357 @@
+"""Block-sparse attention against a definition in numpy, float64, one query at a time; and the choice of blocks."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.block_sparse import (
+  Layout,
+  block_sparse_attention,
+  merge_attention,
+  over_queries,
+  select_blocks,
+  xla,
+)
+from pallas_kernels.softmax_attention import softmax_attention
+
+B, H, HKV, D, V = 2, 4, 2, 6, 5
+# Rows of different documents; one has one token alone.
+SEGMENTS = np.stack([np.repeat([1, 2, 3], [5, 14, 4]), np.repeat([3, 1, 2], [12, 1, 10])])
+# Compiled code is used once: most of XLA's time on a CPU is LLVM's optimisations.
+FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+jit = functools.partial(jax.jit, compiler_options=FAST)
+
+
+@pytest.fixture
+def float64():
+  with jax.enable_x64(True):
+    yield
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+  """A few queries at a time: a short sequence has several chunks, the last of them not whole."""
+  monkeypatch.setattr(xla, "_CPU", 1 << 14)
+
+
+def inputs(Tq, Tk=None, heads=(H, HKV), seed=0):
+  """q, k, v and sinks."""
+  rng = np.random.default_rng(seed)
+  Tk = Tk or Tq
+  shapes = (B, Tq, heads[0], D), (B, Tk, heads[1], D), (B, Tk, heads[1], V)
+  return [rng.normal(size=s) for s in (*shapes, (heads[0],))]
+
+
+def choices(groups, rows, blocks, slots, seed=1):
+  """Distinct blocks in no order for each group and row, some slots empty, and some blocks later than the row."""
+  rng = np.random.default_rng(seed)
+  out = np.full((B, groups, rows, slots), -1, np.int32)
+  for at in np.ndindex(B, groups, rows):
+    n = min(rng.integers(0, slots + 1), blocks)
+    out[at][:n] = rng.permutation(blocks)[:n]
+  return out
+
+
+def starts_of(segment_ids):
+  starts = np.zeros_like(segment_ids)
+  for t in range(1, segment_ids.shape[1]):
+    same = segment_ids[:, t] == segment_ids[:, t - 1]
+    starts[:, t] = np.where(same, starts[:, t - 1], t)
+  return starts
+
+
+def definition(
+  q,
+  k,
+  v,
+  indices,
+  sinks=None,
+  *,
+  block_size,
+  query_block=1,
+  window=0,
+  segment_ids=None,
+  query_positions=None,
+  starts=None,
+):
+  Tq, Tk = q.shape[1], k.shape[1]
+  position = range(Tq) if query_positions is None else query_positions
+  start = np.zeros((B, Tq), int) if segment_ids is None else starts_of(segment_ids)
+  start = start if starts is None else np.repeat(starts[:, None], Tq, 1)
+  o, lse = np.zeros((*q.shape[:3], v.shape[-1])), np.full(q.shape[:3], -np.inf)
+  for b, t, h in np.ndindex(*q.shape[:3]):
+    chosen = set(indices[b, h // (q.shape[2] // indices.shape[1]), t // query_block])
+
+    def sees(s, b=b, t=t, chosen=chosen):
+      if not start[b, t] <= s <= position[t]:
+        return False
+      return (s - start[b, t]) // block_size in chosen or position[t] - s < window
+
+    g = h // (q.shape[2] // k.shape[2])
+    seen = [s for s in range(Tk) if sees(s)]
+    logits = [q.shape[-1] ** -0.5 * q[b, t, h] @ k[b, s, g] for s in seen]
+    logits += [] if sinks is None else [sinks[h]]
+    if logits:
+      lse[b, t, h] = np.log(np.sum(np.exp(logits)))
+      for s, logit in zip(seen, logits, strict=False):
+        o[b, t, h] += np.exp(logit - lse[b, t, h]) * v[b, s, g]
+  return o, lse
+
+
+def attend(q, k, v, indices, sinks=None, **options):
+  return block_sparse_attention(q, k, v, indices, sinks=sinks, **options)
+
+
+def weighted(o, lse):
+  """A number of both results; a query that sees nothing has no part in it."""
+  rng = np.random.default_rng(4)
+  a, b = rng.normal(size=o.shape), rng.normal(size=lse.shape)
+  seen = lse > -jnp.inf
+  return (o * a).sum() + jnp.where(seen, jnp.where(seen, lse, 0) * b, 0).sum()
+
+
+def with_gradients(args, indices, **options):
+  def run(args, indices):
+    q, k, v, *sinks = args
+    out = attend(q, k, v, indices, *sinks, **options)
+    return weighted(*out), out
+
+  gradients, out = jit(jax.grad(run, has_aux=True))([jnp.asarray(x) for x in args], indices)
+  return out, gradients
+
+
+CASES = {
+  "a group a key head": dict(block_size=4),
+  "a group a query head": dict(block_size=4, groups=4),
+  "one key head": dict(block_size=3, heads=(4, 1), groups=2),
+  "blocks of queries": dict(block_size=4, query_block=5),
+  "tokens": dict(block_size=1, slots=7),
+  "more blocks than there are": dict(block_size=8, slots=9),
+  "one block": dict(block_size=64, slots=1),
+  "window": dict(block_size=4, window=6),
+  "sinks": dict(block_size=4, sinks=True),
+  "segments": dict(block_size=4, segment_ids=SEGMENTS),
+  "all": dict(block_size=4, window=3, segment_ids=SEGMENTS, sinks=True),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_matches_the_definition(float64, small_chunks, name):
+  """Outputs against the definition, and every gradient of both of them against JAX's derivative of the dense form."""
+  case, T = dict(CASES[name]), 23
+  heads = case.pop("heads", (H, HKV))
+  args = inputs(T, heads=heads)[: 4 if case.pop("sinks", 0) else 3]
+  rows = -(-T // case.get("query_block", 1))
+  blocks = -(-T // case["block_size"])
+  indices = choices(case.pop("groups", heads[1]), rows, blocks, case.pop("slots", 3))
+  got, gradients = with_gradients(args, indices, **case)
+  dense, dense_gradients = with_gradients(args, indices, **case, backend="reference")
+  q, k, v, *sinks = args
+  want = definition(q, k, v, indices, *sinks, **case)
+  for g, d, w in zip(got, dense, want, strict=True):
+    np.testing.assert_allclose(g, w, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(d, w, rtol=1e-12, atol=1e-12)
+  for g, d in zip(gradients, dense_gradients, strict=True):
+    np.testing.assert_allclose(g, d, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", [0, 4])
+def test_caches(float64, small_chunks, window):
+  """A cache whose slots are not all filled, with a row that has padding on the left, and one that has nothing else."""
+  q, k, v, sinks = inputs(5, 29)
+  k[:, 20:], v[:, 20:] = 1e30, -1e30
+  for starts in (np.array([0, 7]), np.array([17, 22])):
+    options = dict(block_size=4, window=window, starts=starts)
+    options["query_positions"] = np.arange(15, 20)
+    indices = choices(HKV, 5, 8, 3)
+    got = jit(functools.partial(attend, **options))(q, k, v, indices, sinks)
+    for g, w in zip(got, definition(q, k, v, indices, sinks, **options), strict=True):
+      np.testing.assert_allclose(g, w, rtol=1e-12, atol=1e-12)
+
+
+def test_all_blocks_are_full_attention(float64, small_chunks):
+  """Outputs and gradients."""
+  args = inputs(23)[:3]
+  indices = np.broadcast_to(np.arange(6), (B, HKV, 23, 6))
+  got = with_gradients(args, indices, block_size=4, segment_ids=SEGMENTS)
+
+  def full(args):
+    out = softmax_attention(*args, segment_ids=SEGMENTS)
+    return weighted(*out), out
+
+  gradients, out = jit(jax.grad(full, has_aux=True))([jnp.asarray(x) for x in args])
+  for g, w in zip(jax.tree.leaves(got), jax.tree.leaves((out, gradients)), strict=True):
+    np.testing.assert_allclose(g, w, rtol=1e-9, atol=1e-12)
+
+
+def test_bitwise_causal(small_chunks):
+  q, k, v, sinks = (x.astype(np.float32) for x in inputs(23))
+  indices = choices(HKV, 23, 6, 3)
+  run = jit(lambda *a: attend(*a, block_size=4, window=3, segment_ids=SEGMENTS))
+  before = run(q, k, v, indices, sinks)
+  for x in (q, k, v):
+    x[:, 13:] = 1e6
+  after = run(q, k, v, indices, sinks)
+  jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[:, :13], b[:, :13]), before, after)
+
+
+def test_bfloat16():
+  """Against float64 on the same rounded inputs: p and o are rounded once (2^-9 each); dlogits is a difference, 1 %."""
+  rounded = [jnp.asarray(x, jnp.bfloat16) for x in inputs(60)[:3]]
+  indices = choices(HKV, 60, 8, 4)
+
+  def run(dtype, backend):
+    args = [x.astype(dtype) for x in rounded]
+    (o, lse), gradients = with_gradients(args, indices, block_size=8, backend=backend)
+    assert o.dtype == dtype and lse.dtype == jnp.promote_types(dtype, jnp.float32)
+    return [np.asarray(x, np.float64) for x in (o, *gradients)]
+
+  got = run(jnp.bfloat16, "xla")
+  with jax.enable_x64(True):
+    want = run(jnp.float64, "reference")
+  for g, w, bound in zip(got, want, [2**-8, 1e-2, 1e-2, 1e-2], strict=True):
+    assert np.linalg.norm(g - w) < bound * np.linalg.norm(w)
+
+
+def test_merging_is_attention_over_the_union(float64):
+  """The window and what lies before it, some of which some queries do not have."""
+  q, k, v, _ = inputs(23)
+  halves = [np.full((B, HKV, 23, 3), -1), np.full((B, HKV, 23, 3), -1)]
+  halves[0][...], halves[1][:, :, 5:] = [0, 1, 2], [3, 4, 5]
+
+  def merged(q, k, v):
+    out = merge_attention(*(attend(q, k, v, i, block_size=4) for i in halves))
+    return weighted(*out), out
+
+  got = jit(jax.grad(merged, (0, 1, 2), has_aux=True))(q, k, v)
+  indices = np.concatenate(halves, axis=-1)
+  out, gradients = with_gradients([q, k, v], indices, block_size=4)
+  for g, w in zip(jax.tree.leaves(got), jax.tree.leaves((gradients, out)), strict=True):
+    np.testing.assert_allclose(g, w, rtol=1e-9, atol=1e-12)
+
+
+def test_memory_is_linear_in_length():
+  """Of forward and backward: at twice the length at most 2.1 times the bytes."""
+
+  def temporary(T):
+    x = jax.ShapeDtypeStruct((1, T, 2, 16), jnp.float32)
+    indices = jax.ShapeDtypeStruct((1, 2, T, 4), jnp.int32)
+
+    def loss(q, k, v, indices):
+      return jnp.sum(attend(q, k, v, indices, block_size=64)[0])
+
+    compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x, indices).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  sizes = [temporary(T) for T in (8192, 16384, 32768)]
+  assert sizes[1] <= 2.1 * sizes[0] and sizes[2] <= 2.1 * sizes[1]
+
+
+def test_residuals_are_inputs_and_outputs():
+  q, k, v, _ = (jnp.asarray(x, jnp.float32) for x in inputs(64))
+  indices = jnp.asarray(choices(HKV, 64, 8, 4))
+  run = lambda *a: jax.vjp(lambda *a: attend(*a, indices, block_size=8), *a)  # noqa: E731
+  (o, lse), vjp = jit(run)(q, k, v)
+  kept = sum(x.size for x in jax.tree.leaves(vjp))
+  layout = 64 + B * 64
+  assert kept <= sum(x.size for x in (q, k, v, o, lse, indices)) + layout
+
+
+@pytest.mark.parametrize("size, stride", [(4, 4), (4, 2), (5, 3), (1, 1)])
+@pytest.mark.parametrize("documents", [False, True])
+def test_layout(size, stride, documents):
+  """The table of complete blocks against a walk through each document."""
+  layout = Layout.together(B, 23, jnp.asarray(SEGMENTS) if documents else None)
+  ids = SEGMENTS if documents else np.ones_like(SEGMENTS)
+  starts = starts_of(ids)
+  np.testing.assert_array_equal(layout.within, np.arange(23) - starts)
+  columns, first = layout.table(size, stride)
+  complete = layout.complete(size, stride)
+  for b in range(B):
+    want = []
+    for start in np.unique(starts[b]):
+      end = np.flatnonzero(starts[b] == start)[-1] + 1
+      assert np.all(first[b, start:end] == len(want))
+      want += range(start, end - size + 1, stride)
+    assert columns[b].tolist() == want + [-1] * (columns.shape[1] - len(want))
+    for t in range(23):
+      blocks = range(starts[b, t], t - size + 2, stride)
+      assert complete[b, t] == len(blocks)
+
+
+def by_hand(scores, first, complete, current, top_k, initial, local):
+  """One query: the forced blocks, then the best of the others by score and number."""
+  forced = {j for j in range(initial) if j <= current}
+  forced |= {current - i for i in range(local) if current - i >= 0}
+  others = [j for j in range(min(complete, current + 1)) if j not in forced and j >= initial]
+  others = [j for j in others if j <= current - local]
+  others.sort(key=lambda j: (-scores[first + j], j))
+  chosen = sorted([*forced, *others[: top_k - initial - local]])
+  return chosen
+
+
+@pytest.mark.parametrize("top_k, initial, local", [(1, 0, 0), (3, 0, 1), (5, 1, 2), (20, 2, 3)])
+def test_selection(top_k, initial, local):
+  """Against a sort by hand, with ties (scores of few values), documents, and forced blocks that meet."""
+  size, T = 3, 23
+  layout = Layout.together(B, T, jnp.asarray(SEGMENTS))
+  columns, first = layout.table(size, size)
+  N = columns.shape[1]
+  scores = np.random.default_rng(3).integers(0, 3, (B, 2, T, N)).astype(np.float32)
+  current, complete = layout.within // size, layout.complete(size, size)
+  first, complete, current = (np.asarray(x) for x in (first, complete, current))
+  got = select_blocks(scores, first, complete, current, top_k=top_k, initial=initial, local=local)
+  for b, g, t in np.ndindex(B, 2, T):
+    args = scores[b, g, t], first[b, t], complete[b, t], current[b, t]
+    want = by_hand(*args, top_k, initial, local)
+    assert got[b, g, t].tolist() == want + [-1] * (got.shape[-1] - len(want))
+
+
+def test_nothing_to_choose_where_there_is_only_padding():
+  nothing = -jnp.ones((1, 1), jnp.int32)
+  got = select_blocks(
+    jnp.ones((1, 1, 1, 4)), 0 * nothing, 0 * nothing, nothing, top_k=3, initial=1, local=1
+  )
+  assert np.all(got == -1)
+
+
+def test_queries_in_parts_are_all_queries():
+  x = {"a": jnp.arange(14.0).reshape(2, 7), "b": jnp.ones((2, 7, 3))}
+  fn = lambda x, y: (x["a"] * 2, x["b"] + y[..., None])  # noqa: E731
+  for rows in (1, 3, 7, 100):
+    got = over_queries(fn, rows, x, x["a"])
+    jax.tree.map(np.testing.assert_array_equal, got, fn(x, x["a"]))
+
+
+@pytest.mark.parametrize(
+  "name, change",
+  [
+    ("q", dict(q=np.zeros((B, 6, H)))),
+    ("k", dict(k=np.zeros((B, 6, HKV, D + 1)))),
+    ("v", dict(v=np.zeros((B, 7, HKV, V)))),
+    ("block_indices", dict(block_indices=np.zeros((B, 3, 6, 2), int))),
+    ("block_indices", dict(block_indices=np.zeros((B, HKV, 5, 2), int))),
+    ("block_indices", dict(query_block=2)),
+    ("block_size", dict(block_size=0)),
+    ("window", dict(window=-1)),
+    ("sinks", dict(sinks=np.zeros(HKV))),
+    ("starts", dict(starts=np.zeros(B, int))),
+    ("segment_ids", dict(segment_ids=np.zeros((B, 5), int))),
+    ("segment_ids", dict(query_positions=np.arange(6), segment_ids=np.zeros((B, 6), int))),
+    ("query_positions", dict(k=np.zeros((B, 7, HKV, D)), v=np.zeros((B, 7, HKV, V)))),
+  ],
+)
+def test_bad_arguments_are_named(name, change):
+  q, k, v, _ = inputs(6)
+  args = dict(q=q, k=k, v=v, block_indices=np.zeros((B, HKV, 6, 2), int), block_size=2)
+  with pytest.raises(ValueError, match=rf"^{name}\b"):
+    block_sparse_attention(**args | change)
+
+
+def test_more_forced_blocks_than_may_be_chosen():
+  zeros = jnp.zeros((1, 1), jnp.int32)
+  with pytest.raises(ValueError, match="top_k = 2"):
+    select_blocks(jnp.ones((1, 1, 1, 4)), zeros, zeros, zeros, top_k=2, initial=1, local=2)
