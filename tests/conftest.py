@@ -2,8 +2,23 @@
 
 import os
 
+import pytest
+
 # Before jax starts: its flags are read once.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
   os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+  """Tests of one xdist_group run on one worker (--dist loadgroup): they share what is compiled.
+
+  pytest-xdist 3.8 writes a test's group into `_nodeid`; pytest 9.2 reads node ids from `_id`, so
+  that the groups are lost without this.
+  """
+  for item in items:
+    grouped = getattr(item, "_nodeid", item.nodeid)
+    if grouped != item.nodeid:
+      item._id = type(item._id).parse(grouped)
