@@ -1,23 +1,39 @@
 """Rotations that accumulate over time: the angle of a state with complex eigenvalues."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
+
+# 2 pi as a number of few bits, whose small multiples are exact in float32, and the rest (Cody and Waite).
+_TURN = (6.28125, 2 * math.pi - 6.28125)
+
+
+def wrap(angle: Float[Array, "..."]) -> Float[Array, "..."]:
+  """An angle in radians less whole turns, in [-pi, pi].
+
+  float32's 2 pi is 2e-7 too large: with ``% (2 * jnp.pi)`` every turn that is taken away leaves that error, and a state
+  that has rotated 10 000 times is off by 2e-3.
+  """
+  turns = jnp.round(angle * (0.5 / math.pi))
+  return (angle - turns * _TURN[0]) - turns * _TURN[1]
 
 
 def cumulative_angle(
   turn: Float[Array, "B T H A"], starts: Bool[Array, "B T"] | None = None
 ) -> Float[Array, "B T H A"]:
-  """Sums of angles over time modulo 2 pi, from zero again at every token where ``starts`` is set.
+  """Sums of angles over time, ``wrap``ped, from zero again at every token where ``starts`` is set.
 
-  An associative scan of sums that stay within one turn: the error does not grow with T, as that of a plain cumulative
-  sum does.
+  An associative scan of sums that stay within half a turn: in float32 the angle after 65536 tokens is within 1e-3 of
+  the truth, where a plain cumulative sum of turns of 3 radians is off by 0.04.
   """
+  turn = wrap(turn)
   if starts is None:
-    return jax.lax.associative_scan(lambda a, b: (a + b) % (2 * jnp.pi), turn, axis=1)
+    return jax.lax.associative_scan(lambda a, b: wrap(a + b), turn, axis=1)
 
   def join(a, b):
-    return a[0] | b[0], jnp.where(b[0], b[1], (a[1] + b[1]) % (2 * jnp.pi))
+    return a[0] | b[0], jnp.where(b[0], b[1], wrap(a[1] + b[1]))
 
   return jax.lax.associative_scan(join, (starts[..., None, None], turn), axis=1)[1]
 

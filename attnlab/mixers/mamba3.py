@@ -184,7 +184,7 @@ class Mamba3(LinearMixer):
     alpha = exp(Delta A), beta = (1 - lambda) Delta alpha, gamma = lambda Delta; sums over the ranks.
     """
     S, last_B, last_x, phi = state
-    phi = (phi + jnp.pi * jnp.tanh(theta) * dt) % (2 * jnp.pi)
+    phi = (phi + jnp.pi * jnp.tanh(theta) * dt + jnp.pi) % (2 * jnp.pi) - jnp.pi
     N, R = B.shape[1], B.shape[0]
     rotation = jnp.eye(N)
     for i, angle in enumerate(phi):
