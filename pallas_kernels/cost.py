@@ -250,7 +250,7 @@ def describe(eqn) -> dict:
 
 # A line of a schedule: an address, perhaps a label (LB: the first bundle of a loop), a ">" for each loop around it.
 _BUNDLE = re.compile(
-  r"\s*(?:0x)?[0-9a-f]+\s*(?:(LH|LB|LE|PB|PF|CT)\s*)?:\s*((?:>\s*)*)\{", re.ASCII
+  r"\s*(?:0x)?[0-9a-f]+\s*(?:(LH|LB|LE|PB|PF|CT)\s*)?:\s*((?:>\s*)*)\{(\})?", re.ASCII
 )
 _UNITS = "final_hlo-static-per-bundle-utilization"
 _VMEM = re.compile(
@@ -265,23 +265,23 @@ def read_schedule(text: str, trips: list[tuple[int, int | None]]) -> dict:
     text: a final_bundles dump; depth 1 is one step of the pipeline over the grid.
     trips: of ``trip_counts``.
   """
-  bundles: list[list] = []  # [depth, count] of each loop, in order of its first bundle
-  open_loops: list[int] = []
-  straight = 0
+  bundles: list[list[int]] = []  # [depth, count] of each loop, in order of its first bundle
+  inside: dict[int, int] = {}  # depth -> the loop, of those that the bundle is in
+  depth = straight = 0
   for line in text.splitlines():
     if not (m := _BUNDLE.match(line)):
       continue
-    depth = m.group(2).count(">")
-    del open_loops[depth:]
-    if depth and (m.group(1) == "LB" or len(open_loops) < depth):
-      del open_loops[depth - 1 :]
-      while len(open_loops) < depth:
-        open_loops.append(len(bundles))
-        bundles.append([len(open_loops), 0])
-    if depth:
-      bundles[open_loops[-1]][1] += 1
-    else:
+    label, marks, empty = m.groups()
+    # An empty bundle waits for a branch; it has no marks, and belongs to where the branch is.
+    depth = depth if empty else marks.count(">")
+    if not depth:
       straight += 1
+      continue
+    # Near its end a loop holds bundles of its surroundings: only a label begins another.
+    if label == "LB" or depth not in inside:
+      inside = {d: i for d, i in inside.items() if d < depth} | {depth: len(bundles)}
+      bundles.append([depth, 0])
+    bundles[inside[depth]][1] += 1
   step = sum(count for depth, count in bundles if depth == 1)
   inner = [(depth, count) for depth, count in bundles if depth > 1]
   known = [d for d, _ in inner] == [d for d, _ in trips] and all(n for _, n in trips)
@@ -456,8 +456,12 @@ def environment(dump: str | None = None, cycles: bool = False) -> dict[str, str]
 def _last_words(stderr: str, code: int) -> str:
   """One line of what a process said before it died."""
   how = f"the compiler ended with {signal.Signals(-code).name if code < 0 else f'exit {code}'}"
-  hits = re.findall(r"(?:Check failed|RET_CHECK failure|INTERNAL|F\d{4} [\d:.]+ +\d+ ).*", stderr)
-  lines = hits or [line for line in stderr.splitlines() if line.strip()]
+  hits = re.findall(r"(?:Check failed|RET_CHECK failure|INTERNAL:|F\d{4} [\d:.]+ +\d+ ).*", stderr)
+  lines = hits or [
+    line
+    for line in stderr.splitlines()
+    if line.strip() and not re.search("TPU_ACCELERATOR_TYPE|symbolize", line)
+  ]
   return f"{how}: {lines[0].strip()[:200]}" if lines else how
 
 
