@@ -1,4 +1,4 @@
-"""What all tests share: eight virtual devices, no accelerator, runtime checks of array shapes."""
+"""What all tests share: eight virtual devices, no accelerator, test groups that stay together."""
 
 import os
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
 from attnlab.errors import UserError
@@ -34,7 +35,7 @@ class SlidingWindowAttention(SoftmaxAttention):
     super().__init__(config, layer, key)
     self.window = config.window
 
-  def init_cache(self, batch: int, max_len: int, dtype: jnp.dtype = jnp.float32) -> Cache:
+  def init_cache(self, batch: int, max_len: int, dtype: jax.typing.DTypeLike = jnp.float32) -> Cache:
     return super().init_cache(batch, self.window, dtype)
 
   def remember(self, cache, k, v, ctx):

@@ -61,7 +61,7 @@ def inputs(
   *,
   batch: int | None = None,
   length: int | None = None,
-  dtype: jnp.dtype = jnp.float32,
+  dtype: jax.typing.DTypeLike = jnp.float32,
   correlation: float = 0.0,
   seed: int = 0,
 ) -> Recurrence:
