@@ -132,7 +132,7 @@ def mixers_of(model: ConfigDict) -> Iterator[tuple[Mixer, int]]:
     yield block.mixer, 1
   if m.blocks is not None:
     for block in m.blocks.layers:
-      yield block.mixer, block.mixer_norm.scale.get_value().shape[0]
+      yield block.mixer, len(jax.tree.leaves(block.mixer_norm)[0])
 
 
 def _core_flops(model: ConfigDict, length: int, decode: bool) -> float:

@@ -188,7 +188,7 @@ def evaluate(
   mesh = reading_mesh(config.train.batch_size // config.train.grad_accum)
   step, graphdef, model = load_model(workdir, config, mesh, step)
   with jax.set_mesh(mesh):
-    result = {"step": step} | make_evaluate(config, mesh)(graphdef, model)
+    result: dict[str, Any] = {"step": step} | make_evaluate(config, mesh)(graphdef, model)
     tokens = config.train.eval_batches * config.train.batch_size * config.data.seq_len
     for times in lengths:
       length = round(times * config.data.seq_len)

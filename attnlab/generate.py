@@ -124,7 +124,8 @@ def decode(
     return count + 1, key, logits, cache, ended | (token == eos_id), out
 
   rows = temperature.shape[0]
-  start = (0, key, logits, cache, jnp.zeros(rows, bool), jnp.full((rows, max_tokens), eos_id))
+  zero = jnp.zeros((), jnp.int32)
+  start = (zero, key, logits, cache, jnp.zeros(rows, bool), jnp.full((rows, max_tokens), eos_id))
   count, *_, out = jax.lax.while_loop(unfinished, step, start)
   return out, count
 

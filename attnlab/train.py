@@ -325,6 +325,7 @@ def main(_) -> int | None:
   except NonFiniteError as error:
     print(f"error: not finite: {error}", file=sys.stderr)
     return 3
+  return None
 
 
 if __name__ == "__main__":

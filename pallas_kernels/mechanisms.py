@@ -7,6 +7,8 @@ All take arrays [batch, time, heads, dim] and return the outputs [B, T, Hv, V] a
   initial_state, return_state, segment_ids, chunk_size, backend: as in ``linear_recurrence``.
 """
 
+import functools
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -233,9 +235,9 @@ def mamba3(
   o = jnp.moveaxis(o.reshape(batch, T, R, H, -1), 2, 3).astype(f32)
   # Read r of a token runs before its writes r' > r: those are added here, as is the token's own write.
   later = jnp.triu(jnp.ones((R, R), f32), 1)
-  precision = dict(precision="highest", preferred_element_type=f32)
-  o += jnp.einsum("bthrn,bthsn,rs,bthsp->bthrp", C, B_before, later, v, **precision)
-  o += jnp.einsum("bthrn,bthsn,bth,bthsp->bthrp", C, B, own, x, **precision)
+  einsum = functools.partial(jnp.einsum, precision="highest", preferred_element_type=f32)
+  o += einsum("bthrn,bthsn,rs,bthsp->bthrp", C, B_before, later, v)
+  o += einsum("bthrn,bthsn,bth,bthsp->bthrp", C, B, own, x)
   if return_state:
-    S += jnp.einsum("bhrn,bh,bhrp->bhnp", B[:, -1], own[:, -1], x[:, -1], **precision)
+    S += einsum("bhrn,bh,bhrp->bhnp", B[:, -1], own[:, -1], x[:, -1])
   return o.astype(x.dtype), (S, B[:, -1], x[:, -1]) if return_state else None

@@ -94,7 +94,9 @@ class Mixer(nnx.Module):
   class Config:
     pass
 
-  def init_cache(self, batch: int, max_len: int, dtype: jax.typing.DTypeLike = jnp.float32) -> Cache:
+  def init_cache(
+    self, batch: int, max_len: int, dtype: jax.typing.DTypeLike = jnp.float32
+  ) -> Cache:
     """An empty cache for ``batch`` sequences of up to ``max_len`` tokens, activations in ``dtype``."""
     raise NotImplementedError
 

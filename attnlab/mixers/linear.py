@@ -169,7 +169,9 @@ class LinearMixer(Mixer):
     """The state before the first token, every array [B, H, ...]; zeros."""
     return jnp.zeros((batch, self.Hv, self.K, self.V), jnp.float32)
 
-  def init_cache(self, batch: int, max_len: int, dtype: jax.typing.DTypeLike = jnp.float32) -> Cache:
+  def init_cache(
+    self, batch: int, max_len: int, dtype: jax.typing.DTypeLike = jnp.float32
+  ) -> Cache:
     del max_len
     recent = {
       name: jnp.zeros((batch, layer.width - 1, layer.channels), dtype)

@@ -78,7 +78,9 @@ class MultiHeadLatentAttention(Mixer):
       return 2.0 * self.H * (2 * c.kv_lora_rank + c.rope_dim) * length
     return self.H * (c.nope_dim + c.rope_dim + c.value_dim) * (length + 1.0)
 
-  def init_cache(self, batch: int, max_len: int, dtype: jax.typing.DTypeLike = jnp.float32) -> Cache:
+  def init_cache(
+    self, batch: int, max_len: int, dtype: jax.typing.DTypeLike = jnp.float32
+  ) -> Cache:
     """``latent`` is c, then the key with RoPE."""
     kept = {"latent": (self.config.kv_lora_rank + self.config.rope_dim,)}
     return new_cache(batch, max_len, kept, dtype)

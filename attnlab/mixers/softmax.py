@@ -94,7 +94,9 @@ class SoftmaxAttention(Mixer):
     seen = w if decode else w - w * (w - 1) / 2 / length
     return 4.0 * self.H * self.K * seen
 
-  def init_cache(self, batch: int, max_len: int, dtype: jax.typing.DTypeLike = jnp.float32) -> Cache:
+  def init_cache(
+    self, batch: int, max_len: int, dtype: jax.typing.DTypeLike = jnp.float32
+  ) -> Cache:
     kept = {"k": (self.Hkv, self.K), "v": (self.Hkv, self.K)}
     return new_cache(batch, max_len, kept, dtype)
 

@@ -35,7 +35,9 @@ class SlidingWindowAttention(SoftmaxAttention):
     super().__init__(config, layer, key)
     self.window = config.window
 
-  def init_cache(self, batch: int, max_len: int, dtype: jax.typing.DTypeLike = jnp.float32) -> Cache:
+  def init_cache(
+    self, batch: int, max_len: int, dtype: jax.typing.DTypeLike = jnp.float32
+  ) -> Cache:
     return super().init_cache(batch, self.window, dtype)
 
   def remember(self, cache, k, v, ctx):

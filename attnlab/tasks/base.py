@@ -125,7 +125,7 @@ class TaskSource:
     rng = np.random.default_rng([self._seed, split, int(i)])
     example = self._task.example(rng, self._seq_len)
     n = len(example.inputs)
-    row = {key: np.zeros(self._seq_len, np.int32) for key in ("inputs", "targets")}
+    row: dict[str, Any] = {key: np.zeros(self._seq_len, np.int32) for key in ("inputs", "targets")}
     row["weights"] = np.zeros(self._seq_len, np.float32)
     for key, value in example._asdict().items():
       row[key][:n] = value

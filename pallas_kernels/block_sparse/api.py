@@ -1,6 +1,7 @@
 """Block-sparse attention: the blocks are given, by whatever mechanism chose them."""
 
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -70,7 +71,7 @@ def block_sparse_attention(
   (B, Tq), Tk = q.shape[:2], k.shape[1]
   if query_positions is None:
     layout = Layout.together(B, Tq, segment_ids)
-    where = {} if segment_ids is None else dict(segment_ids=segment_ids)
+    where: dict[str, Any] = {} if segment_ids is None else dict(segment_ids=segment_ids)
   else:
     starts = jnp.zeros(B, jnp.int32) if starts is None else starts
     layout = Layout.cached(query_positions, starts)
