@@ -16,7 +16,7 @@ pallas_call of one program on one chip:
   the kernel's matmuls, once for bfloat16 and as often as the precision asks for float32, over the peak.
 - x floor: bundles over the larger floor. busiest: the unit with the fewest idle slots, and the part it works.
 - VMEM: what the kernel allocates, of it for spilled registers. temp: HBM that the whole program allocates beside
-  its arguments and results. around: HBM bytes read and written by what XLA does between the kernels.
+  its arguments and results. around: what XLA's own instructions, before and between the kernels, write to HBM.
 
 Everything is of one TensorCore, which has half of the bandwidth of a v4, v5p and 7x chip.
 
@@ -55,6 +55,7 @@ import numpy as np
 
 from pallas_kernels.linear_recurrence import linear_recurrence
 from pallas_kernels.linear_recurrence.shapes import SHAPES, inputs
+from pallas_kernels.short_conv import short_conv
 
 INSTALL = f'pip install "jax[tpu]=={jax.__version__}"'
 
@@ -140,6 +141,39 @@ def _recurrence_cases() -> Iterator[Case]:
       yield Case("linear_recurrence", phase, name, "128 tokens x head", units, run)
 
 
+# Channels of the short convolutions, with 4 taps: Qwen3-Next's over q, k and v at once, Mamba-2 2.7B's over x, B
+# and C, and Kimi Linear's over each of q, k and v.
+_CONVOLUTIONS = {"qwen3_next": 8192, "mamba2": 5376, "kimi_linear": 4096}
+
+
+def _short_conv_cases() -> Iterator[Case]:
+  T = 8192
+
+  def build(D, phase, packed):
+    def array(*shape, dtype=jnp.bfloat16):
+      return jax.ShapeDtypeStruct(shape, dtype)
+
+    x, weight = array(1, T, D), array(4, D, dtype=jnp.float32)
+    ids = array(1, T, dtype=jnp.int32) if packed else None
+
+    def forward(x, weight, ids):
+      return short_conv(x, weight, segment_ids=ids, backend="tpu")[0]
+
+    def both(x, weight, ids, dy):
+      y, vjp = jax.vjp(lambda *a: forward(*a, ids), x, weight)
+      return y, vjp(dy)
+
+    return (forward, (x, weight, ids)) if phase == "forward" else (both, (x, weight, ids, x))
+
+  for name, D in _CONVOLUTIONS.items():
+    for packed in (False, True):
+      for phase in ("forward", "forward_backward"):
+        shape = name + "_packed" * packed
+        run = functools.partial(build, D, phase, packed)
+        unit = "128 tokens x 128 channels"
+        yield Case("short_conv", phase, shape, unit, T * D / 128**2, run)
+
+
 def _spec_case(spec: str) -> Case:
   """The case of "module:function"."""
   module, function = spec.split(":")
@@ -150,7 +184,7 @@ def _spec_case(spec: str) -> Case:
 
 def cases() -> dict[str, Case]:
   """All cases by name. To add a kernel, add a function that yields its cases."""
-  return {case.name: case for make in (_recurrence_cases,) for case in make()}
+  return {case.name: case for make in (_recurrence_cases, _short_conv_cases) for case in make()}
 
 
 # --- what the kernel is asked to do, from its jaxpr ---
@@ -330,6 +364,17 @@ def _dumped(folder: str, kind: str) -> dict[str, str]:
   return found
 
 
+def _matched(calls: list[dict], kernels: list[str]) -> list[str | None]:
+  """The kernel of each call: the first that is left whose name has the call's in it, or else any."""
+  left, found = list(kernels), []
+  for call in sorted(calls, key=lambda c: -len(c["call"])):
+    name = next((k for k in left if call["call"] in k), left[0] if left else None)
+    found.append((call, name))
+    if name:
+      left.remove(name)
+  return [next(name for c, name in found if c is call) for call in calls]
+
+
 def read_dump(folder: str, calls: list[dict], kernels: list[str]) -> list[dict]:
   """The calls with what the dump says of each.
 
@@ -341,13 +386,9 @@ def read_dump(folder: str, calls: list[dict], kernels: list[str]) -> list[dict]:
   units = _dumped(folder, _UNITS)
   profile = "".join(open(p).read() for p in glob.glob(f"{folder}/*static_llo_profile*"))
   cycles = dict(re.findall(r'hlo_op_name: "([^"]*)"\s+estimated_cycles: (\d+)', profile))
-  by_call = collections.defaultdict(list)
-  for name in kernels:
-    by_call[re.sub(r"\.\d+$", "", name)].append(name)
+  names = _matched(calls, kernels)
   rows = []
-  for i, call in enumerate(calls):
-    named = by_call[call["call"]]
-    name = named.pop(0) if named else kernels[i]
+  for call, name in zip(calls, names, strict=True):
     row = dict(call)
     trips = row.pop("trips")
     if name in schedules:
@@ -363,24 +404,21 @@ def read_dump(folder: str, calls: list[dict], kernels: list[str]) -> list[dict]:
 
 
 def _around(hlo: str) -> int:
-  """Bytes read and written by the instructions of the entry computation that are not TPU kernels."""
-  sizes, total = {}, 0
-  entry = hlo[hlo.index("\nENTRY ") :]
-  for line in entry.splitlines()[1:]:
-    m = re.match(r"\s*(?:ROOT )?%([\w.\-]+) = (.*?) ([\w\-]+)\((.*)", line)
+  """Bytes written to HBM by the instructions of the entry computation that are not TPU kernels."""
+  total = 0
+  for line in hlo[hlo.index("\nENTRY ") :].splitlines()[1:]:
+    m = re.match(r"\s*(?:ROOT )?%[\w.\-]+ = (.*?) ([\w\-]+)\((.*)", line)
     if not m:
       continue
-    name, shape, op, rest = m.groups()
-    sizes[name] = sum(
-      math.prod(map(int, filter(None, dims.split(",")))) * jnp.dtype(_DTYPES[kind]).itemsize
-      for kind, dims in re.findall(r"\b(\w+)\[([\d,]*)\]", shape)
-      if kind in _DTYPES
-    )
-    free = ("parameter", "tuple", "get-tuple-element", "bitcast", "constant")
-    if op in free or "tpu_custom_call" in rest:
+    shapes, op, rest = m.groups()
+    free = op in ("parameter", "tuple", "get-tuple-element", "bitcast", "constant")
+    # What ends in -start or -done moves arrays to VMEM, which is layout S(1), or says so again.
+    if free or op.endswith(("-start", "-done")) or "tpu_custom_call" in rest:
       continue
-    operands = set(re.findall(r"%([\w.\-]+)", rest.split("), ")[0]))
-    total += sizes[name] + sum(sizes.get(o, 0) for o in operands)
+    for kind, dims, layout in re.findall(r"\b(\w+)\[([\d,]*)\](\{[^}]*\})?", shapes):
+      if kind in _DTYPES and "S(" not in layout:
+        sizes = map(int, filter(None, dims.split(",")))
+        total += math.prod(sizes) * jnp.dtype(_DTYPES[kind]).itemsize
   return total
 
 
@@ -532,12 +570,7 @@ def _cycles_of_the_dead(dump: str) -> list[int | None]:
   if not path.exists():
     return []
   calls = json.loads(path.read_text())
-  kernels = sorted(_dumped(dump, "final_bundles"))
-  names = {call["call"] for call in calls}
-  others = [k for k in kernels if k != "TLP" and not k.startswith("<")]
-  kernels = [k for k in kernels if re.sub(r"\.\d+$", "", k) in names] or others
-  if len(kernels) != len(calls):
-    return []
+  kernels = [k for k in sorted(_dumped(dump, "final_bundles")) if k != "TLP" and k[0] != "<"]
   return [row.get("cycles") for row in read_dump(dump, calls, kernels)]
 
 
@@ -613,7 +646,7 @@ def print_table(rows: list[dict]) -> None:
     for name in ("kernel", "shape", "chip"):
       table.add_column(name, overflow="fold")
     names = ["a step", "bundles", "cycles", "HBM", "MXU", "x floor", "busiest"]
-    for name in (*names, "VMEM MiB", "spilled", "temp MiB", "around"):
+    for name in (*names, "VMEM MiB", "spilled MiB", "temp MiB", "around MiB"):
       table.add_column(name, justify="right")
     for row in (r for r in rows if r["unit"] == unit):
       head = f"{row['phase']}: {row['call']}" if row["call"] else row["phase"]

@@ -214,3 +214,124 @@ def test_step_takes_one_token_and_its_state():
     short_conv_step(x, weight, before, bias)
   with pytest.raises(ValueError, match="^state must"):
     short_conv_step(x[:, :1], weight, before[:, 1:], bias)
+
+
+# --- the TPU kernels, in Pallas's interpreter ---
+
+
+def packed_ids(B, T, seed=3):
+  """Segments of three tokens on average, so that taps meet their ends everywhere."""
+  return np.cumsum(np.random.default_rng(seed).random((B, T)) < 0.3, axis=1)
+
+
+def run_and_gradients(backend, args, segment_ids, dy, dafter):
+  def run(*args):
+    return short_conv(*args, segment_ids=segment_ids, backend=backend)
+
+  @jax.jit
+  def both(*args):
+    out, vjp = jax.vjp(run, *args)
+    return out, vjp((dy, dafter))
+
+  return both(*args)
+
+
+# Lengths around the taps, a register's 8 rows and a block's 128; channels around the 128 lanes; one or two halo
+# registers; the last inputs, which are the final state, in one piece of a block, in two, and in two blocks.
+@pytest.mark.parametrize(
+  "T, channels, W, packed",
+  [
+    (1, 5, 4, True),
+    (2, 130, 4, False),
+    (9, 5, 1, True),
+    (34, 5, 12, True),
+    (128, 128, 4, False),
+    (513, 5, 4, True),
+  ],
+)
+def test_kernel_matches_xla(T, channels, W, packed):
+  """In float32 both add the same few numbers in another order; the weight's and bias's sums are over B T of them."""
+  rng = np.random.default_rng(T)
+  B = 2
+  shapes = (B, T, channels), (W, channels), (channels,), (B, W - 1, channels)
+  args = [jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes]
+  ids = packed_ids(B, T) if packed else None
+  dy, dafter = (jnp.asarray(rng.normal(size=shapes[i]), jnp.float32) for i in (0, 3))
+  got = run_and_gradients("interpret", args, ids, dy, dafter)
+  exact = jax.tree.map(lambda x: x.astype(jnp.float64), (args, ids, dy, dafter))
+  want = run_and_gradients("xla", *exact)
+  for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    assert g.dtype == jnp.float32
+    np.testing.assert_allclose(g, w, rtol=1e-6, atol=1e-6 * np.abs(w).max(initial=0))
+
+
+def test_kernel_in_bfloat16():
+  """Rounded once, at the end: half a bfloat16 ulp, 2^-9 of the value; sums of the weights stay float32."""
+  x, weight, bias, before = (jnp.asarray(a, jnp.float32) for a in inputs(140))
+  x, before = x.astype(jnp.bfloat16), before.astype(jnp.bfloat16)
+  ids = packed_ids(2, 140)
+  args = (x, weight, bias, before), ids, x, before
+  (y, after), (dx, dweight, dbias, dbefore) = run_and_gradients("interpret", *args)
+  assert y.dtype == after.dtype == dx.dtype == dbefore.dtype == jnp.bfloat16
+  exact = jax.tree.map(lambda x: x.astype(jnp.float64), args)
+  (wy, wafter), (wdx, wdweight, wdbias, wdbefore) = run_and_gradients("xla", *exact)
+  for g, w in ((y, wy), (dx, wdx), (after, wafter), (dbefore, wdbefore)):
+    # float32 sums before the rounding leave something where they cancel
+    np.testing.assert_allclose(g.astype(jnp.float64), w, rtol=2**-8, atol=1e-6)
+  for g, w in ((dweight, wdweight), (dbias, wdbias)):
+    np.testing.assert_allclose(g, w, rtol=1e-6, atol=1e-6 * np.abs(w).max())
+
+
+def test_kernel_is_bitwise_causal():
+  """Across pieces and blocks of the kernel, and in what an interrupted sequence would give."""
+  x, weight, bias, before = (jnp.asarray(a, jnp.float32) for a in inputs(520))
+  run = jax.jit(functools.partial(short_conv, backend="interpret"))
+  y = run(x, weight, bias, before)[0]
+  for cut in (6, 127, 513):
+    later = run(x.at[:, cut:].set(jnp.nan), weight, bias, before)[0]
+    np.testing.assert_array_equal(y[:, :cut], later[:, :cut])
+
+
+def test_kernel_keeps_segments_apart():
+  """Not even NaN crosses from one segment to another, forward or backward."""
+  x, weight, bias, before = (jnp.asarray(a, jnp.float32) for a in inputs(140))
+  ids = np.repeat([[1, 2, 3]], [70, 10, 60], axis=1).repeat(2, axis=0)
+  spoiled = x.at[:, 70:80].set(jnp.nan)
+
+  def loss(x):
+    y, after = short_conv(x, weight, bias, before, segment_ids=ids, backend="interpret")
+    return jnp.sum(jnp.sin(y)) + jnp.sum(after), y
+
+  dx, y = jax.jit(jax.grad(loss, has_aux=True))(spoiled)
+  for a in (dx, y):
+    assert np.isnan(a[:, 70:80]).any()
+    assert np.isfinite(a[:, :70]).all() and np.isfinite(a[:, 80:]).all()
+
+
+def test_kernel_without_races_or_unwritten_memory():
+  from jax.experimental.pallas import tpu as pltpu
+
+  from pallas_kernels import segments
+  from pallas_kernels.short_conv import tpu, xla
+
+  x, weight, bias, before = (jnp.asarray(a, jnp.float32) for a in inputs(130))
+  runs = segments.runs(jnp.asarray(packed_ids(2, 130), jnp.int32))
+  mode = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)
+  args = x, weight, bias, before, runs
+  pairs = [(tpu.forward(*args, interpret=mode), xla.forward(*args))]
+  args = *args, x, before
+  pairs.append((tpu.backward(*args, interpret=mode), xla.backward(*args)))
+  for got, want in pairs:
+    for g, w in zip(got, want, strict=True):
+      np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5)
+  from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+  assert not interpret_pallas_call.races.races_found
+
+
+def test_kernel_refuses_float64():
+  x, weight, bias, before = inputs(5)
+  with pytest.raises(NotImplementedError, match="float64"):
+    short_conv(x, weight, bias, before, backend="interpret")
+  with pytest.raises(ValueError, match="unknown backend"):
+    short_conv(x, weight, bias, before, backend="triton")
