@@ -5,11 +5,10 @@
     python -m pallas_kernels.bench --linear                     time and memory against length
     python -m pallas_kernels.bench --out benchmarks/records     also writes a dated JSON record
 
-Each row is checked first: outputs, final state and every gradient against the token-by-token reference in float64, on fresh
-inputs.
-Then all contestants of a row are timed in turn, again and again, and the median is told. "reference" is the scan over
-tokens; "ejkernel" is that library's XLA gated_delta_rule, on Gated DeltaNet's shapes, where it is installed
-(pip install --no-deps ejkernel): with its default chunk of 256 tokens, and with 64, the faster one on CPUs.
+Each row is checked first: outputs, final state and every gradient against the token-by-token reference in float64, on
+fresh inputs. Then all contestants of a row are timed in turn, again and again, and the median is told. "reference" is
+the scan over tokens; "ejkernel" is that library's XLA gated_delta_rule, on Gated DeltaNet's shapes, where it is
+installed (pip install --no-deps ejkernel): with its default chunk of 256 tokens, and with 64, the faster one on CPUs.
 """
 
 import argparse

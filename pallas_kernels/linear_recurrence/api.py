@@ -7,11 +7,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch, segments
-from pallas_kernels.linear_recurrence import reference, xla
+from pallas_kernels.linear_recurrence import reference, tpu, xla
 from pallas_kernels.linear_recurrence.recurrence import Recurrence
 
-_CHUNKED = {"xla": xla}
-_ORDER = {"cpu": ["xla"], "gpu": ["xla"], "tpu": ["xla"]}
+# "interpret" runs the TPU kernels in Pallas's interpreter, for tests on any machine.
+_CHUNKED = {
+  "xla": (xla.forward, xla.backward),
+  "tpu": (tpu.forward, tpu.backward),
+  "interpret": (
+    functools.partial(tpu.forward, interpret=True),
+    functools.partial(tpu.backward, interpret=True),
+  ),
+}
+_ORDER = {"cpu": ["xla"], "gpu": ["xla"], "tpu": ["tpu", "xla"]}
 
 
 def linear_recurrence(
@@ -35,7 +43,8 @@ def linear_recurrence(
       first segment of each row, the final state is the last one's.
     chunk_size: tokens handled together, a power of two; ``None`` lets the backend choose. Changes rounding only.
     return_state: whether the final state is wanted.
-    backend: "auto", "xla" (chunked) or "reference" (token by token).
+    backend: "auto", "tpu" (Pallas kernels), "xla" (chunked, any platform), "reference" (token by token), or
+      "interpret": the TPU kernels in Pallas's interpreter, on any machine.
 
   Returns:
     The outputs in v's dtype, and the final state in float32 (float64 for float64 inputs), or ``None``.
@@ -56,7 +65,9 @@ def linear_recurrence(
   elif initial_state.shape != state_shape:
     raise ValueError(f"initial_state must have shape {state_shape}; got {initial_state.shape}")
   initial_state = initial_state.astype(r.accumulate_dtype)
-  name = dispatch.choose(backend, {"xla": lambda: None, "reference": lambda: None}, _ORDER)
+  serves = {name: lambda: tpu.supports(r, chunk_size) for name in ("tpu", "interpret")}
+  serves |= {name: lambda: None for name in ("xla", "reference")}
+  name = dispatch.choose(backend, serves, _ORDER)
   runs = None if segment_ids is None else segments.runs(segment_ids)
 
   if name == "reference":
@@ -86,18 +97,21 @@ def linear_recurrence_step(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _chunked(backend, chunk_size, r, initial_state, runs):
-  o, final, _ = _CHUNKED[backend].forward(r, initial_state, runs, chunk_size)
+  forward, _ = _CHUNKED[backend]
+  o, final, _ = forward(r, initial_state, runs, chunk_size, keep=False)
   return o, final
 
 
 def _chunked_forward(backend, chunk_size, r, initial_state, runs):
-  o, final, boundaries = _CHUNKED[backend].forward(r, initial_state, runs, chunk_size)
+  forward, _ = _CHUNKED[backend]
+  o, final, boundaries = forward(r, initial_state, runs, chunk_size, keep=True)
   return (o, final), (r, runs, boundaries)
 
 
 def _chunked_backward(backend, chunk_size, residuals, cotangents):
   r, runs, boundaries = residuals
-  dr, dinitial = _CHUNKED[backend].backward(r, runs, chunk_size, boundaries, *cotangents)
+  _, backward = _CHUNKED[backend]
+  dr, dinitial = backward(r, runs, chunk_size, boundaries, *cotangents)
   return dr, dinitial, None
 
 

@@ -319,8 +319,10 @@ def forward(
   initial_state: Float[Array, "B Hv K V"],
   runs: Int[Array, "B T"] | None,
   chunk: int | None,
-) -> tuple[Array, Array, Array]:
-  """Outputs [B, T, Hv, V], the final state, and the states that ``backward`` starts from.
+  *,
+  keep: bool,
+) -> tuple[Array, Array, Array | None]:
+  """Outputs [B, T, Hv, V], the final state, and if ``keep`` the states that ``backward`` starts from.
 
   ``chunk`` is a power of two; its effect on the result is rounding only.
   """
@@ -331,7 +333,7 @@ def forward(
   def body(carry, i):
     S, o = carry
     end, part = _group(S, bonus, _read(tokens, i, size), _read(runs, i, size, extra=1), chunk)
-    return (end, _write(o, part, i, size)), S
+    return (end, _write(o, part, i, size)), S if keep else None
 
   start = initial_state, jnp.zeros_like(tokens.v)
   (final, o), boundaries = jax.lax.scan(body, start, jnp.arange(groups))
