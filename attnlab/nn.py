@@ -218,7 +218,7 @@ class TokenShift(nnx.Module):
     segment_ids: Int[Array, "B T"] | None = None,
   ) -> tuple[Float[Array, "B T D"], Float[Array, "B 1 D"]]:
     """The shifted tokens, and the last one for the call after this."""
-    first = jnp.zeros_like(x[:, :1]) if state is None else state.astype(x.dtype)
+    first = jnp.zeros_like(x[:, :1]) if state is None else sharding.like(state, x)
     before = jnp.concatenate([first, x[:, :-1]], axis=1)
     if segment_ids is not None:
       ids = jnp.concatenate([segment_ids[:, :1], segment_ids[:, :-1]], axis=1)

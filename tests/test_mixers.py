@@ -404,6 +404,25 @@ def test_sharded(case):
   assert_close(split, grads, 1e-4, 1 - 1e-8)
 
 
+def test_cached_on_a_mesh(case):
+  """Prefill, then decoding in a loop, where devices share the batch and the heads. Traced alone: shardings are types."""
+
+  def run(params, x, pos, ids):
+    cache = case.layer(params).init_cache(B, 12)
+    _, cache = case.forward(params, x[:, :3], pos[:, :3], ids[:, :3], cache)
+
+    def body(i, cache):
+      return case.forward(params, x[:, 3:4], pos[:, 3:4] + i, None, cache)[1]
+
+    return jax.lax.fori_loop(0, 2, body, cache)
+
+  mesh = sharding.make_mesh(dict(replica=1, data=4, model=2))
+  with jax.set_mesh(mesh):
+    params = jax.device_put(case.params, sharding.shardings(case.params, mesh))
+    batch = [case.x, positions(WHOLE), WHOLE]
+    jax.eval_shape(run, params, *jax.device_put(batch, sharding.batch_sharding(mesh)))
+
+
 def test_stacked(case):
   """Layers built by vmap over their number and scanned are those built one by one and applied in turn."""
   one, stacked = jit(lambda key: case.build(2, key))(case.keys[1]), by_name(case.built)
