@@ -110,6 +110,7 @@ class Model(nnx.Module):
       raise unknown("config.model.remat", config.remat, REMAT)
     self.dtype = jnp.dtype(config.dtype).name
     self.remat, self.z_loss, self.d_model = config.remat, config.z_loss, D
+    self.dense = config.dense  # at call time: the weights are the same
     self.shared = tuple(sorted(_shared(config, specs + pattern.tail).items()))
     keys = jax.random.split(key, 5)
     init = jax.nn.initializers.normal(D**-0.5)
@@ -149,7 +150,7 @@ class Model(nnx.Module):
     Returns:
       The loss, and metrics: nll (nats), accuracy, both means by weight; weight; the layers' scalars.
     """
-    ctx = Context(batch["positions"], batch["segment_ids"])
+    ctx = Context(batch["positions"], batch["segment_ids"], dense=self.dense)
     x, _, aux = self._layers(self._embed(batch["inputs"]), ctx, None)
     nll, lse, correct = cross_entropy(x, self._head(), batch["targets"])
     w = batch["weights"]
@@ -163,7 +164,7 @@ class Model(nnx.Module):
 
   def token_nll(self, batch: dict[str, Array]) -> Float[Array, "B T"]:
     """The loss of each target in nats, whatever its weight."""
-    ctx = Context(batch["positions"], batch["segment_ids"])
+    ctx = Context(batch["positions"], batch["segment_ids"], dense=self.dense)
     x, _, _ = self._layers(self._embed(batch["inputs"]), ctx, None)
     return cross_entropy(x, self._head(), batch["targets"])[0]
 
@@ -176,7 +177,8 @@ class Model(nnx.Module):
     """Logits of every token, float32."""
     if positions is None:
       positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape)
-    x, _, _ = self._layers(self._embed(inputs), Context(positions, segment_ids), None)
+    ctx = Context(positions, segment_ids, dense=self.dense)
+    x, _, _ = self._layers(self._embed(inputs), ctx, None)
     return self._logits(x)
 
   def prefill(
@@ -197,7 +199,7 @@ class Model(nnx.Module):
     real = (segment_ids > 0).astype(jnp.int32)
     positions = jnp.maximum(cache["position"][:, None] + jnp.cumsum(real, axis=1) - 1, 0)
     layers = {k: v for k, v in cache.items() if k != "position"}
-    ctx = Context(positions, segment_ids)
+    ctx = Context(positions, segment_ids, dense=self.dense)
     x, layers, _ = self._layers(self._embed(tokens), ctx, layers)
     position = cache["position"] + real.sum(axis=1)
     return self._logits(x[:, -1:])[:, 0], layers | {"position": position}

@@ -44,6 +44,7 @@ def base() -> ConfigDict:
   c.model.mlp.routed_scale = 1.0  # multiplies the routed experts' sum
   c.model.mlp.balance = 0.01  # weight of the balance loss
   c.model.mlp.dense_layers = 0  # leading layers that keep the dense MLP
+  c.model.dense = False  # sparse mixers see everything, with the same weights
   c.model.tie_embeddings = True
   c.model.remat = "none"  # what the backward pass recomputes: attnlab.model lists the policies
   c.model.dtype = "float32"  # of activations: float32 or bfloat16. Parameters are always float32

@@ -28,6 +28,12 @@ SIZES = dict(
   value_dim=6,
   state_dim=8,
   window=3,
+  block_size=2,
+  top_k=2,
+  pool_size=2,
+  pool_stride=1,
+  initial=0,
+  local=1,
   nope_dim=8,
   rope_dim=4,
   kv_lora_rank=12,
@@ -47,8 +53,11 @@ def cases():
     for variant, settings in {"default": {}, **cls.variants}.items():
       identity = f"{name}-{variant}"
       # One worker takes all tests of a case: they share compiled functions.
-      group = pytest.mark.xdist_group(identity)
-      yield pytest.param((cls, dict(settings)), id=identity, marks=group)
+      marks = [pytest.mark.xdist_group(identity)]
+      # Selection and kernel are the same for all sparse mixers: their further settings are for the long run.
+      if cls.family == "sparse" and variant != "default":
+        marks.append(pytest.mark.slow)
+      yield pytest.param((cls, dict(settings)), id=identity, marks=marks)
 
 
 @pytest.fixture(scope="module", params=cases())

@@ -50,11 +50,13 @@ class Context:
     segment_ids: documents packed in a row; nothing passes from one to another. None: one document a row. With a cache,
       id 0 marks padding on the left of a prompt.
     shared: what earlier layers left for later ones (``Mixer.shared``), by name.
+    dense: sparse mixers select everything: the same weights as full attention, and the first stage of some recipes.
   """
 
   positions: Int[Array, "B T"]
   segment_ids: Int[Array, "B T"] | None = None
   shared: dict[str, Array] = dataclasses.field(default_factory=dict)
+  dense: bool = dataclasses.field(default=False, metadata=dict(static=True))
 
 
 @jax.tree_util.register_dataclass

@@ -103,6 +103,17 @@ class SoftmaxAttention(Mixer):
   def __call__(
     self, x: Float[Array, "B T D"], ctx: Context, cache: Cache | None = None
   ) -> MixerOutput:
+    q, k, v = self.heads_of(x, ctx)
+    if cache is None:
+      where = together(ctx)
+    else:
+      cache, k, v, where = self.remember(cache, k, v, ctx)
+    sinks = None if self.sinks is None else sharding.put(self.sinks[...], "heads")
+    o = attend(q, k, v, where, sinks=sinks, window=self.window)
+    return MixerOutput(self.output(o, x), cache)
+
+  def heads_of(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[Array, Array, Array]:
+    """q [B, T, H, K], k and v [B, T, Hkv, K] of the tokens, with norm and RoPE."""
     c = self.config
     q = sharding.split(self.q_proj(x), self.H, self.K)
     k = sharding.split(self.k_proj(x), self.Hkv, self.K)
@@ -110,16 +121,14 @@ class SoftmaxAttention(Mixer):
     if c.qk_norm:
       q, k = self.q_norm(q), self.k_norm(k)
     q, k = (rope(y, ctx.positions, c.rope_theta, c.rope_fraction) for y in (q, k))
-    if cache is None:
-      where = together(ctx)
-    else:
-      cache, k, v, where = self.remember(cache, k, v, ctx)
-    sinks = None if self.sinks is None else sharding.put(self.sinks[...], "heads")
-    o = attend(q, k, v, where, sinks=sinks, window=self.window)
+    return q, k, v
+
+  def output(self, o: Float[Array, "B T H K"], x: Float[Array, "B T D"]) -> Array:
+    """What leaves the layer: the output gate, if there is one, and the projection."""
     if self.gate_proj is not None:
       gate = sharding.split(self.gate_proj(x), self.H, self.gate_width)
       o = (o * jax.nn.sigmoid(gate.astype(jnp.float32))).astype(x.dtype)
-    return MixerOutput(self.out_proj(sharding.merge(o, 2)), cache)
+    return self.out_proj(sharding.merge(o, 2))
 
   def remember(
     self, cache: Cache, k: Array, v: Array, ctx: Context

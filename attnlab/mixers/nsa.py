@@ -1,0 +1,230 @@
+"""Native sparse attention (arXiv:2502.11089)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from attnlab import sharding
+from attnlab.mixers.attention import append_to_ring, attend, new_cache, together
+from attnlab.mixers.base import MixerOutput, register
+from attnlab.mixers.infllm2 import check_sizes, overlapping
+from attnlab.mixers.sparse import (
+  SparseMixer,
+  at_a_time,
+  by_document,
+  grouped,
+  products,
+  softmax_over,
+)
+from attnlab.nn import Linear, fan_in, param, rope
+from pallas_kernels.block_sparse import over_queries, select_blocks
+
+
+class NSABase(SparseMixer):
+  """Three branches, weighed by gates: attention to summaries of pools, to the blocks that these make look important,
+  and to a window (equation 5)."""
+
+  @dataclasses.dataclass(frozen=True, kw_only=True)
+  class Config(SparseMixer.Config):
+    """The paper's sizes (section 4.1).
+
+    Attributes:
+      block_size: l', tokens of a block.
+      top_k: n, blocks of a query, forced ones among them.
+      initial, local: blocks always chosen at the document's start, and up to the query's own.
+      window: how many tokens the third branch sees.
+    """
+
+    block_size: int = 64
+    top_k: int = 16
+    initial: int = 1
+    local: int = 2
+    window: int = 512
+
+  @classmethod
+  def pool_sizes(cls, config: Config) -> tuple[int, int]:
+    """l and d: tokens of a pool, and from one pool to the next."""
+    raise NotImplementedError
+
+  def __init__(self, config, layer, key):
+    self.pool_size, self.pool_stride = self.pool_sizes(config)
+    check_sizes(self.name, config, self.pool_size, self.pool_stride)
+    super().__init__(config, layer, key)
+    self.branch_proj = Linear(jax.random.fold_in(key, 1), layer.d_model, self.H * 3)
+
+  def gates(self, x):
+    """Of the three branches: [B, T, H, 3], float32."""
+    gates = sharding.split(self.branch_proj(x), self.H, 3)
+    return jax.nn.sigmoid(gates.astype(jnp.float32))
+
+  def pool_shapes(self, max_len):
+    shape = (max(max_len // self.pool_stride, 1), self.Hkv, self.K)
+    return {"k": shape, "v": shape}
+
+  def core_flops(self, length, decode):
+    """Of three attentions; the first one's weights are the scores."""
+    c = self.config
+
+    def attention(most, keys):
+      w = min(most, keys)
+      return 4.0 * self.H * self.K * (w if decode else w - w * (w - 1) / 2 / keys)
+
+    branches = attention(c.block_size * c.top_k, length) + attention(c.window, length)
+    return branches + attention(length, length) / self.pool_stride
+
+  def compressed(self, place, q, pools):
+    """Attention to the pools, and the blocks that it points to (equations 7 to 11)."""
+    c, k, v = self.config, pools.values["k"], pools.values["v"]
+    B, N, Hkv = k.shape[:3]
+    # How often each pool that reaches into a block counts in equation 9.
+    ones = np.ones(c.block_size // self.pool_stride), np.ones(self.pool_size // self.pool_stride)
+    times = jnp.asarray(np.convolve(*ones), jnp.float32)
+
+    def some(q, first, complete, within):
+      p = softmax_over(products(grouped(q, Hkv), k, self.K**-0.5), pools.visible(first, complete))
+      o = jnp.einsum("bgrtn,bngv->btgrv", p.astype(q.dtype), v.astype(q.dtype), precision="highest")
+      p = by_document(jax.lax.stop_gradient(p).sum(axis=2), first)
+      scores = overlapping(p, self.pool_size, self.pool_stride, c.block_size) @ times.astype(
+        p.dtype
+      )
+      current, zero = within // c.block_size, jnp.zeros_like(first)
+      forced = dict(initial=c.initial, local=c.local)
+      chosen = select_blocks(scores, zero, current + 1, current, top_k=c.top_k, **forced)
+      return o.reshape(q.shape), chosen.swapaxes(1, 2)
+
+    rows = at_a_time(4 * B * q.shape[2] * N)
+    args = q, pools.first, pools.complete, place.layout.within
+    o, chosen = over_queries(some, rows, *args)
+    return o, chosen.swapaxes(1, 2)
+
+
+class PoolMLP(nnx.Module):
+  """``W_2 silu(W_1 [x_1 + e_1; ...; x_l + e_l])``: one vector for the l vectors of a pool and their places in it."""
+
+  def __init__(self, key, size: int, channels: int):
+    a, b, c = jax.random.split(key, 3)
+    normal = jax.nn.initializers.normal(0.02)
+    self.places = param(a, normal, (size, channels), (None, None), weight_decay=False)
+    self.up = param(b, fan_in(), (size * channels, channels), (None, None))
+    self.down = param(c, fan_in(), (channels, channels), (None, None))
+
+  def weights(self):
+    return {name: sharding.put(getattr(self, name)[...], None, None) for name in _MLP}
+
+  @staticmethod
+  def apply(weights, x):
+    """[B, n, size, heads, K] -> [B, n, heads, K]."""
+    places, up, down = (weights[name].astype(x.dtype) for name in _MLP)
+    x = jnp.moveaxis(x + places[:, None], 2, 3)
+    return jax.nn.silu(x.reshape(*x.shape[:3], -1) @ up) @ down
+
+
+_MLP = ("places", "up", "down")
+
+
+@register(
+  "nsa",
+  family="sparse",
+  paper="arXiv:2502.11089",
+  title="compressed, selected and window attention, gated",
+  variants={"gqa": dict(num_heads=4, num_kv_heads=2, qk_norm=True)},
+)
+class NativeSparseAttention(NSABase):
+  """As in the paper: each branch has keys and values of its own, a pool's summary is an MLP of its tokens and their
+  places in it, and the gates are sigmoids of the input.
+
+  Selected and window keys have RoPE; pools are summarised, and compared with the query, without it, as their places
+  are learned: the paper does not say.
+  """
+
+  @dataclasses.dataclass(frozen=True, kw_only=True)
+  class Config(NSABase.Config):
+    """Attributes:
+    pool_size: l, tokens of a pool, a multiple of pool_stride.
+    pool_stride: d, tokens from one pool to the next; block_size is a multiple of it too.
+    """
+
+    pool_size: int = 32
+    pool_stride: int = 16
+
+  @classmethod
+  def pool_sizes(cls, config):
+    return config.pool_size, config.pool_stride
+
+  def __init__(self, config, layer, key):
+    super().__init__(config, layer, key)
+    keys = jax.random.split(jax.random.fold_in(key, 2), 6)
+    for i, name in enumerate(("k_pool", "v_pool", "k_near", "v_near")):
+      setattr(self, f"{name}_proj", Linear(keys[i], layer.d_model, self.Hkv * self.K))
+    self.k_mlp = PoolMLP(keys[4], self.pool_size, self.K)
+    self.v_mlp = PoolMLP(keys[5], self.pool_size, self.K)
+
+  def weights(self):
+    return {"k_mlp": self.k_mlp.weights(), "v_mlp": self.v_mlp.weights()}
+
+  def init_cache(self, batch, max_len, dtype=jnp.float32):
+    """Selected keys and values whole, the window's in a ring, of the pools' what the next pool needs."""
+    shape = (self.Hkv, self.K)
+    tail = jnp.zeros((batch, self.pool_size - 1, *shape), dtype)
+    near = new_cache(batch, self.config.window, {"k": shape, "v": shape}, dtype)
+    cache = super().init_cache(batch, max_len, dtype)
+    return cache | {"near": near, "tail": {"k_pool": tail, "v_pool": tail}}
+
+  def __call__(self, x, ctx, cache=None):
+    c = self.config
+
+    def heads(name, n, norm):
+      y = sharding.split(getattr(self, name)(x), n, self.K)
+      return norm(y) if c.qk_norm else y
+
+    plain, values = heads("q_proj", self.H, self.q_norm), lambda y: y
+    q, k, k_near = (
+      rope(y, ctx.positions, c.rope_theta, c.rope_fraction)
+      for y in (
+        plain,
+        heads("k_proj", self.Hkv, self.k_norm),
+        heads("k_near_proj", self.Hkv, self.k_norm),
+      )
+    )
+    near = {"k": k_near, "v": heads("v_near_proj", self.Hkv, values)}
+    pool = {
+      "k_pool": heads("k_pool_proj", self.Hkv, self.k_norm),
+      "v_pool": heads("v_pool_proj", self.Hkv, values),
+    }
+    where = together(ctx)
+    if cache is not None:
+      ring, near, where = append_to_ring(cache["near"], near, ctx)
+      pool = {n: append_to_tail(cache["tail"][n], y) for n, y in pool.items()}
+      tail = {n: y[:, y.shape[1] - self.pool_size + 1 :] for n, y in pool.items()}
+      cache = cache | {"near": ring, "tail": jax.tree.map(sharding.like, tail, cache["tail"])}
+    near = attend(q, near["k"], near["v"], where, window=c.window)
+    gates = self.gates(x)
+    signals = {"plain": plain, "gates": gates}
+    new = {"k": k, "v": heads("v_proj", self.Hkv, values)}
+    o, cache, aux = self.sparse(q, signals, new, pool, ctx, cache)
+    o = o + (gates[..., 2:] * near).astype(o.dtype)
+    return MixerOutput(self.output(o, x), cache, aux)
+
+  def summarise(self, place, tokens, cache, weights):
+    positions = place.layout.positions
+
+    def pools(tokens):
+      return {n: PoolMLP.apply(weights[f"{n}_mlp"], tokens[f"{n}_pool"]) for n in ("k", "v")}
+
+    tokens = {name: tokens[name] for name in ("k_pool", "v_pool")}
+    offset = positions[0] - self.pool_size + 1  # of the tail, behind which the new tokens are
+    return place.pools(pools, tokens, self.pool_size, self.pool_stride, cache, offset)
+
+  def mix(self, place, q, signals, tokens, pools, weights):
+    o, chosen = self.compressed(place, signals["plain"], pools)
+    selected = place.attend(q, tokens["k"], tokens["v"], chosen, self.config.block_size)[0]
+    gates = signals["gates"]
+    return (gates[..., :1] * o + gates[..., 1:2] * selected).astype(q.dtype), {}
+
+
+def append_to_tail(tail, new):
+  """The tokens behind those that the last call left."""
+  return jnp.concatenate([sharding.like(tail, new), new], axis=1)

@@ -1,0 +1,33 @@
+"""InfLLM-V2 in every layer (arXiv:2509.24663); `--config.model.dense=True` trains the same weights densely.
+
+python -m attnlab.train --config=configs/infllm2.py
+  100 updates of the tiny size, a minute or two on two CPU cores
+python -m attnlab.train --config=configs/infllm2.py:size=1.3b,recipe=pretrain
+  the paper's scale: 10 billion tokens, for accelerators; not run here
+"""
+
+from configs.base import single
+
+
+def get_config(arg: str = ""):
+  tiny = dict(
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    block_size=16,
+    top_k=6,
+    pool_size=8,
+    pool_stride=4,
+    local=2,
+  )
+  small = dict(
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=64,
+    block_size=32,
+    top_k=6,
+    pool_size=16,
+    pool_stride=8,
+    local=2,
+  )
+  return single("infllm2", arg, tiny=tiny, small=small)

@@ -1,0 +1,15 @@
+"""Native sparse attention in every layer, as flash-linear-attention has it (arXiv:2502.11089).
+
+python -m attnlab.train --config=configs/nsa_fla.py
+  100 updates of the tiny size, a minute or two on two CPU cores
+python -m attnlab.train --config=configs/nsa_fla.py:size=1.3b,recipe=pretrain
+  the paper's scale: 10 billion tokens, for accelerators; not run here
+"""
+
+from configs.base import single
+
+
+def get_config(arg: str = ""):
+  tiny = dict(num_heads=4, num_kv_heads=2, head_dim=16, block_size=16, top_k=6, window=32)
+  small = dict(num_heads=4, num_kv_heads=2, head_dim=64, block_size=32, top_k=6, window=64)
+  return single("nsa_fla", arg, tiny=tiny, small=small)
