@@ -53,7 +53,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.linear_recurrence import linear_recurrence
+from pallas_kernels.linear_recurrence import linear_recurrence, linear_recurrence_step
 from pallas_kernels.linear_recurrence.shapes import SHAPES, inputs
 from pallas_kernels.short_conv import short_conv
 
@@ -105,6 +105,7 @@ class Case:
     unit: the work that costs are told for, in words.
     units: how many of them the program does.
     build: returns the function and its arguments, which may be ShapeDtypeStructs.
+    donate: positions of the arguments that the results may overwrite.
   """
 
   kernel: str
@@ -113,24 +114,32 @@ class Case:
   unit: str
   units: float
   build: Callable[[], tuple[Callable, tuple]]
+  donate: tuple[int, ...] = ()
 
   @property
   def name(self) -> str:
     return f"{self.kernel}/{self.phase}/{self.shape}"
 
 
+def _projected(tree):
+  """[B, T, heads, D] as a projection gives it, [B, T, heads D]: tiled otherwise, one is a copy of the other."""
+  return jax.tree.map(lambda x: x.reshape(*x.shape[:2], -1) if x.ndim == 4 else x, tree)
+
+
 def _recurrence_cases() -> Iterator[Case]:
   def build(shape, phase):
     r = jax.eval_shape(lambda: inputs(shape, dtype=jnp.bfloat16))
 
-    def forward(r):
-      return linear_recurrence(r, backend="tpu")[0]
+    def forward(projected):
+      own = jax.tree.map(lambda x, like: x.reshape(like.shape), projected, r)
+      return _projected(linear_recurrence(own, backend="tpu")[0])
 
-    def both(r, do):
-      o, vjp = jax.vjp(forward, r)
+    def both(projected, do):
+      o, vjp = jax.vjp(forward, projected)
       return o, vjp(do)
 
-    return (forward, (r,)) if phase == "forward" else (both, (r, r.v))
+    arguments = jax.eval_shape(_projected, r)
+    return (forward, (arguments,)) if phase == "forward" else (both, (arguments, arguments.v))
 
   for name, shape in SHAPES.items():
     if name.startswith("cpu_"):
@@ -141,9 +150,27 @@ def _recurrence_cases() -> Iterator[Case]:
       yield Case("linear_recurrence", phase, name, "128 tokens x head", units, run)
 
 
-# Channels of the short convolutions, with 4 taps: Qwen3-Next's over q, k and v at once, Mamba-2 2.7B's over x, B
-# and C, and Kimi Linear's over each of q, k and v.
-_CONVOLUTIONS = {"qwen3_next": 8192, "mamba2": 5376, "kimi_linear": 4096}
+def _step_cases() -> Iterator[Case]:
+  B = 64
+
+  def build(shape, dtype):
+    r = jax.eval_shape(lambda: inputs(shape, batch=B, length=1, dtype=jnp.bfloat16))
+    state = jax.ShapeDtypeStruct((B, r.v.shape[2], r.k.shape[3], r.v.shape[3]), dtype)
+    return functools.partial(linear_recurrence_step, backend="tpu"), (r, state)
+
+  for name, shape in SHAPES.items():
+    if name.startswith("cpu_"):
+      continue
+    for dtype in ("float32", "bfloat16"):
+      run = functools.partial(build, shape, jnp.dtype(dtype))
+      units = B * shape.value_heads
+      phase = f"{dtype}_state"
+      yield Case("linear_recurrence_step", phase, name, "1 token x head", units, run, (1,))
+
+
+# Channels of the short convolutions, with 4 taps: Qwen3-Next's over q, k and v at once, and Mamba-2 2.7B's over
+# x, B and C.
+_CONVOLUTIONS = {"qwen3_next": 8192, "mamba2": 5376}
 
 
 def _short_conv_cases() -> Iterator[Case]:
@@ -184,7 +211,11 @@ def _spec_case(spec: str) -> Case:
 
 def cases() -> dict[str, Case]:
   """All cases by name. To add a kernel, add a function that yields its cases."""
-  return {case.name: case for make in (_recurrence_cases, _short_conv_cases) for case in make()}
+  return {
+    case.name: case
+    for make in (_recurrence_cases, _step_cases, _short_conv_cases)
+    for case in make()
+  }
 
 
 # --- what the kernel is asked to do, from its jaxpr ---
@@ -439,7 +470,7 @@ def compile_case(case: Case, topology: str, dump: str | None = None) -> list[dic
   args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args)
   # Kernels that ask what chip they are for are told by the mesh.
   with use_abstract_mesh(Mesh(np.array(devices[:1]), ("x",)).abstract_mesh):
-    traced = jax.jit(fn).trace(*args)
+    traced = jax.jit(fn, donate_argnums=case.donate).trace(*args)
     calls = [describe(eqn) for eqn in pallas_calls(traced.jaxpr.jaxpr)]
     if dump:
       # What the parent needs should the compiler end this process.
@@ -637,19 +668,24 @@ def _mib(n) -> str:
 
 
 def print_table(rows: list[dict]) -> None:
-  """The table as text, a block for each unit of work."""
+  """The table as text, a block for each family of kernels."""
   from rich.console import Console
   from rich.table import Table
 
-  for unit in dict.fromkeys(row["unit"] for row in rows):
-    table = Table(title=f"cost of {unit}, in cycles of one core", title_justify="left")
-    for name in ("kernel", "shape", "chip"):
-      table.add_column(name, overflow="fold")
+  console = Console()
+  if not console.is_terminal:
+    console = Console(width=170)  # a file takes the table whole
+  for kernel, unit in dict.fromkeys((row["kernel"], row["unit"]) for row in rows):
+    table = Table(title=f"{kernel}: {unit}, in cycles of one core", title_justify="left")
+    for name in ("program", "shape", "chip"):
+      table.add_column(name, no_wrap=True)
     names = ["a step", "bundles", "cycles", "HBM", "MXU", "x floor", "busiest"]
     for name in (*names, "VMEM MiB", "spilled MiB", "temp MiB", "around MiB"):
       table.add_column(name, justify="right")
-    for row in (r for r in rows if r["unit"] == unit):
-      head = f"{row['phase']}: {row['call']}" if row["call"] else row["phase"]
+    for row in (r for r in rows if r["kernel"] == kernel):
+      head = row["phase"].replace("forward_backward", "both")
+      call = row["call"].removeprefix(row["kernel"]).lstrip("_")
+      head += f": {call}" if call not in ("", row["phase"]) else ""
       if row["error"]:
         table.add_row(head, row["shape"], row["chip"], "[red]error[/]", *[""] * 10)
         continue
@@ -661,9 +697,8 @@ def print_table(rows: list[dict]) -> None:
       texts.append(row["busiest"] or "-")
       sizes = ("vmem_bytes", "spilled_bytes", "temp_bytes", "around_bytes")
       table.add_row(head, row["shape"], row["chip"], *texts, *(_mib(row[s]) for s in sizes))
-    console = Console()
-    # Redirected, the table is as wide as it is.
-    (console if console.is_terminal else Console(width=170)).print(table)
+    console.print(table)
+
   if any(row["loops"] for row in rows):
     print("* a loop inside the kernel counted once")
   for row in rows:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch, segments
-from pallas_kernels.linear_recurrence import reference, tpu, xla
+from pallas_kernels.linear_recurrence import reference, step_tpu, tpu, xla
 from pallas_kernels.linear_recurrence.recurrence import Recurrence
 
 # "interpret" runs the TPU kernels in Pallas's interpreter, for tests on any machine.
@@ -20,6 +20,7 @@ _CHUNKED = {
   ),
 }
 _ORDER = {"cpu": ["xla"], "gpu": ["xla"], "tpu": ["tpu", "xla"]}
+_STEP_ORDER = {"cpu": ["reference"], "gpu": ["reference"], "tpu": ["tpu", "reference"]}
 
 
 def linear_recurrence(
@@ -74,25 +75,54 @@ def linear_recurrence(
     o, final = reference.linear_recurrence(r, initial_state, runs)
   elif T == 1:
     # a token in a segment of its own still continues the initial state: it is the first segment
-    o, final = reference.token_step(r, initial_state)
+    step = "reference" if name == "xla" else name
+    o, final = linear_recurrence_step(r, initial_state, backend=step)
   else:
     o, final = _chunked(name, chunk_size, r, initial_state, runs)
   return o, final if return_state else None
 
 
 def linear_recurrence_step(
-  r: Recurrence, state: Float[Array, "B Hv K V"]
+  r: Recurrence, state: Float[Array, "B Hv K V"], *, backend: str = "auto"
 ) -> tuple[Float[Array, "B 1 Hv V"], Float[Array, "B Hv K V"]]:
-  """One token (T == 1) from a state: the decode step. The state is read and written once, in float32 arithmetic.
+  """One token (T == 1) from a state: the decode step, in float32 arithmetic.
+
+  Args:
+    r: the token of every sequence.
+    state: as ``linear_recurrence`` returns it, or in bfloat16.
+    backend: "auto", "tpu" (a Pallas kernel that reads and writes the state once), "reference" (any platform), or
+      "interpret": the kernel in Pallas's interpreter, on any machine.
 
   Returns:
     The output in v's dtype and the new state in the dtype of ``state``.
+
+  Raises:
+    ValueError: shapes that do not fit.
+    NotImplementedError: a backend that was named cannot serve the call.
   """
   r.validate()
   if r.k.shape[1] != 1:
     raise ValueError(f"a step takes one token; got {r.k.shape[1]}")
+  serves = {name: lambda: step_tpu.supports(r, state) for name in ("tpu", "interpret")}
+  name = dispatch.choose(backend, serves | {"reference": lambda: None}, _STEP_ORDER)
+  return _reference_step(r, state) if name == "reference" else _step(name == "interpret", r, state)
+
+
+def _reference_step(r, state):
   o, new = reference.token_step(r, state)
   return o, new.astype(state.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _step(interpret, r, state):
+  return step_tpu.step(r, state, interpret=interpret)
+
+
+# Nobody trains on sequences of one token: the gradients are the reference's.
+_step.defvjp(
+  lambda interpret, r, state: (_step(interpret, r, state), (r, state)),
+  lambda _, inputs, cotangents: jax.vjp(_reference_step, *inputs)[1](cotangents),
+)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

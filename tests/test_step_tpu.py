@@ -1,0 +1,127 @@
+"""The TPU kernel of one token, in Pallas's interpreter, against the recurrence's definition in float64."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.linear_recurrence import (
+  linear_recurrence,
+  linear_recurrence_step,
+  reference,
+  step_tpu,
+)
+from pallas_kernels.linear_recurrence.shapes import Shape, inputs
+
+# Decay, erase, the state an erase reads, bonus: all that a mechanism can be.
+DECAYS = ("none", "constant", "scalar", "channel")
+CASES = [
+  *itertools.product(DECAYS, ("none", "key", "low_rank"), ("decayed",), (False,)),
+  *itertools.product(("scalar", "channel"), ("key", "low_rank"), ("undecayed",), (False,)),
+  *itertools.product(("none", "constant", "scalar", "channel"), ("none",), ("decayed",), (True,)),
+]
+step = functools.partial(linear_recurrence_step, backend="interpret")
+
+
+def make(case, B=2, H=2, Hv=4, K=16, V=8, dtype=jnp.float32):
+  decay, erase, reads, bonus = case
+  shape = Shape(H, K, Hv, V, decay, erase, reads, bonus, batch=B, length=1)
+  state = jax.random.normal(jax.random.key(1), (B, Hv, K, V))
+  return inputs(shape, dtype=dtype), state
+
+
+def exact(r, state):
+  """By the definition, in float64."""
+  with jax.enable_x64(True):
+    r, state = jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), (r, state))
+    return jax.tree.map(np.asarray, reference.token_step(r, state))
+
+
+def assert_close(got, want, bound):
+  for g, w in zip(got, want, strict=True):
+    error = np.linalg.norm(np.asarray(g, np.float64) - w) / np.linalg.norm(w)
+    assert error < bound, error
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(str(x) for x in c if x))
+def test_matches_the_definition(case):
+  """A handful of roundings of 2^-24 a number, and sums over 16 channels."""
+  r, state = make(case)
+  assert_close(jax.jit(step)(r, state), exact(r, state), 5e-7)
+
+
+# One head of a key for many of a value; an odd number; values wider than the lanes; several grid steps a sequence.
+@pytest.mark.parametrize(
+  "sizes", [(1, 1, 6, 16, 8), (3, 3, 3, 5, 7), (2, 1, 1, 8, 260), (1, 2, 6, 256, 512)]
+)
+def test_any_shape(sizes):
+  r, state = make(("channel", "key", "decayed", False), *sizes)
+  assert_close(jax.jit(step)(r, state), exact(r, state), 1e-6)
+
+
+def test_bfloat16_state():
+  """The state is rounded once, on its way back: 2^-9 a number. Outputs are read before."""
+  r, state = make(("scalar", "key", "decayed", False), K=32, V=32)
+  state = state.astype(jnp.bfloat16)
+  o, new = jax.jit(step)(r, state)
+  assert o.dtype == jnp.float32 and new.dtype == jnp.bfloat16
+  want_o, want = exact(r, state)
+  assert_close([o], [want_o], 5e-7)
+  np.testing.assert_allclose(np.asarray(new, np.float64), want, rtol=2**-8, atol=1e-6)
+
+
+def test_bfloat16_tokens():
+  r, state = make(("channel", "low_rank", "undecayed", False), dtype=jnp.bfloat16)
+  o, new = jax.jit(step)(r, state)
+  assert o.dtype == jnp.bfloat16 and new.dtype == jnp.float32
+  want_o, want = exact(r, state)
+  assert_close([new], [want], 5e-7)
+  assert_close([o], [want_o], 2**-8)
+
+
+def test_gradients():
+  r, state = make(("channel", "key", "decayed", False))
+
+  def loss(backend, r, state):
+    o, new = linear_recurrence_step(r, state, backend=backend)
+    return jnp.sum(jnp.sin(o)) + jnp.sum(jnp.sin(new))
+
+  got, want = (jax.grad(loss, argnums=(1, 2))(b, r, state) for b in ("interpret", "reference"))
+  for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-6)
+
+
+def test_is_the_recurrence_of_one_token():
+  r, state = make(("scalar", "key", "decayed", False))
+  o, new = linear_recurrence(r, state, return_state=True, backend="interpret")
+  for a, b in zip((o, new), step(r, state), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_no_races_and_no_unwritten_memory():
+  from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+  r, state = make(("channel", "key", "decayed", False), K=8)
+  mode = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)
+  assert_close(step_tpu.step(r, state, interpret=mode), exact(r, state), 5e-7)
+  assert not interpret_pallas_call.races.races_found
+
+
+def test_refusals_say_why():
+  r, state = make(("scalar", "key", "decayed", False))
+  with pytest.raises(NotImplementedError, match="float16"):
+    step(r, state.astype(jnp.float16))
+  with pytest.raises(ValueError, match="unknown backend"):
+    linear_recurrence_step(r, state, backend="xla")
+  two = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=1), r)
+  with pytest.raises(ValueError, match="one token"):
+    step(two, state)
+  with jax.enable_x64(True):
+    wide = dataclasses.replace(r, q=jnp.asarray(np.asarray(r.q, np.float64)))
+    with pytest.raises(NotImplementedError, match="float64"):
+      step(wide, state)
