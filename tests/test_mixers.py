@@ -414,7 +414,7 @@ def test_sharded(case):
 
 
 def test_cached_on_a_mesh(case):
-  """Prefill, then decoding in a loop, where devices share the batch and the heads. Traced alone: shardings are types."""
+  """Prefill, then decoding in a loop, where devices share batch and heads. Traced alone: shardings are types."""
 
   def run(params, x, pos, ids):
     cache = case.layer(params).init_cache(B, 12)

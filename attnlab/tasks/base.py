@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Int32
+from jaxtyping import Float32, Int, Int32
 
 from attnlab import errors
 from attnlab.errors import UserError
@@ -26,6 +26,18 @@ class Example(NamedTuple):
   inputs: Int32[np.ndarray, "n"]
   targets: Int32[np.ndarray, "n"]
   weights: Float32[np.ndarray, "n"]
+
+
+def labelled(
+  inputs: Int32[np.ndarray, "n"],
+  where: Int[np.ndarray, "labels"],
+  values: Int[np.ndarray, "labels"],
+) -> Example:
+  """An example whose targets are `values` at the positions `where`, and that has no others."""
+  targets = np.zeros(len(inputs), np.int32)
+  weights = np.zeros(len(inputs), np.float32)
+  targets[where], weights[where] = values, 1.0
+  return Example(np.asarray(inputs, np.int32), targets, weights)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,9 +3,10 @@
 import dataclasses
 
 import numpy as np
+from jaxtyping import Int32, Int64
 
 from attnlab.errors import UserError
-from attnlab.tasks.base import Example, Task, register
+from attnlab.tasks.base import Example, Task, labelled, register
 
 
 @register("mqar")
@@ -53,17 +54,24 @@ class MQAR(Task):
     keys = 1 + rng.choice(half - 1, pairs, replace=False)
     values = half + rng.choice(self.vocab_size - half, pairs, replace=False)
     context = 2 * pairs
-    space = (seq_len - context) // 2
-    law = np.arange(1, space + 1, dtype=np.float64) ** (self.power_a - 1)
-    queries = context + 2 * rng.choice(space, pairs, replace=False, p=law / law.sum())
-
     inputs = np.zeros(seq_len, np.int32)
     inputs[0:context:2], inputs[1:context:2] = keys, values
+    queries = context + 2 * gaps(rng, pairs, (seq_len - context) // 2, self.power_a)
     inputs[queries] = keys
     if self.random_non_queries:
-      free = inputs == 0
-      inputs[free] = rng.integers(self.vocab_size, size=int(free.sum()), dtype=np.int32)
-    targets = np.zeros(seq_len, np.int32)
-    weights = np.zeros(seq_len, np.float32)
-    targets[queries], weights[queries] = values, 1.0
-    return Example(inputs, targets, weights)
+      fill(rng, inputs, self.vocab_size)
+    return labelled(inputs, queries, values)
+
+
+def gaps(
+  rng: np.random.Generator, count: int, space: int, power_a: float
+) -> Int64[np.ndarray, "n"]:
+  """`count` different numbers below `space`, g drawn with probability proportional to (g + 1)^(power_a - 1)."""
+  law = np.arange(1, space + 1, dtype=np.float64) ** (power_a - 1)
+  return rng.choice(space, count, replace=False, p=law / law.sum())
+
+
+def fill(rng: np.random.Generator, inputs: Int32[np.ndarray, "T"], vocab_size: int) -> None:
+  """Puts random ids of the whole vocabulary where the input is 0."""
+  free = inputs == 0
+  inputs[free] = rng.integers(vocab_size, size=int(free.sum()), dtype=np.int32)

@@ -6,6 +6,7 @@ nothing but the inputs.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +58,11 @@ def short_conv(
     initial_state = jnp.zeros((B, weight.shape[0] - 1, D), x.dtype)
   runs = None if segment_ids is None else segments.runs(segment_ids)
   serves = functools.partial(tpu.check, x, weight)
-  backends = {"xla": lambda: None, "tpu": serves, "interpret": serves}
+  backends: dict[str, Callable[[], None]] = {
+    "xla": lambda: None,
+    "tpu": serves,
+    "interpret": serves,
+  }
   name = dispatch.choose(backend, backends, _ORDER)
   return _conv(name, x, weight, bias, initial_state.astype(x.dtype), runs)
 
