@@ -1,7 +1,7 @@
 """Gated DeltaNet: the delta rule with a decay a head (arXiv:2412.06464).
 
 python -m attnlab.train --config=configs/gated_deltanet.py
-  3.09 bits per byte on held-out files after 100 updates of the tiny size, a minute or two on two CPU cores
+  3.09 bits per byte on held-out files after 100 updates of the tiny size, about a minute on two CPU cores
 python -m attnlab.train --config=configs/gated_deltanet.py:size=1.3b,recipe=pretrain
   the paper's scale: 10 billion tokens, for accelerators; not run here
 """

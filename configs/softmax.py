@@ -1,7 +1,7 @@
 """Full softmax attention with RoPE in every layer: the baseline (arXiv:1706.03762).
 
 python -m attnlab.train --config=configs/softmax.py
-  3.39 bits per byte on held-out files after 100 updates of the tiny size, a minute or two on two CPU cores
+  3.39 bits per byte on held-out files after 100 updates of the tiny size, about a minute on two CPU cores
 python -m attnlab.train --config=configs/softmax.py:size=1.3b,recipe=pretrain
   the paper's scale: 10 billion tokens, for accelerators; not run here
 """
