@@ -45,10 +45,10 @@ def _parts(x: Array, count: int) -> list[Array]:
   return parts
 
 
-def dot3(a: Array, b: Array, form=NN) -> Array:
-  """A product of float32 arrays in three passes: 16 bits of each operand."""
+def dot3(a: Array, b: Array) -> Array:
+  """``a b`` in three passes: 16 bits of each operand. One product three times as deep: sums stay in the matrix unit."""
   (ah, al), (bh, bl) = _parts(a, 2), _parts(b, 2)
-  return _product(ah, bh, form) + (_product(ah, bl, form) + _product(al, bh, form))
+  return _product(jnp.concatenate([ah, ah, al], axis=1), jnp.concatenate([bh, bl, bh]), NN)
 
 
 def dot_ones(x: Array, ones: Array, *, left: bool = False, parts: int = 3) -> Array:
@@ -89,45 +89,55 @@ def _iota(shape, axis, block: int = 1):
 # --- the triangular system ---
 
 
-def unit_lower_inverse(L: Float[Array, "C C"], exact: bool) -> Float[Array, "C C"]:
-  """``(I + L)^-1`` for strictly lower triangular ``L``; C is 16 times a power of two.
+def unit_lower_inverses(Ls: list[Float[Array, "C C"]], exact: bool) -> list[Float[Array, "C C"]]:
+  """``(I + L)^-1`` for strictly lower triangular matrices ``L``; C is 16 times a power of two.
 
   Diagonal blocks of 16 rows by substitution in float32, all of them at once: side by side in lanes,
   a row of every block is one row. Then blocks are joined two by two as in ``triangular.py``, only
-  the rows of the second of two blocks being computed.
+  the rows of the second of two blocks being computed. Each step is one of a long chain; what keeps
+  the machine busy meanwhile is that several matrices go through it side by side.
   """
-  C = L.shape[0]
+  C = Ls[0].shape[0]
   product = functools.partial(dot, form=NN, exact=True) if exact else dot3
   row, block = _iota((_BASE, C), 0), _iota((_BASE, C), 1, _BASE)
-  packed = L[:_BASE]
-  for b in range(1, C // _BASE):
-    packed = jnp.where(block == b, L[b * _BASE : (b + 1) * _BASE], packed)
-  X = jnp.where(_iota((_BASE, C), 1) == block * _BASE + row, 1.0, 0.0)
+  eye = jnp.where(_iota((_BASE, C), 1) == block * _BASE + row, 1.0, 0.0)
+  packed = [
+    functools.reduce(
+      lambda x, y: jnp.where(block == y[0], y[1], x), enumerate(_blocks(L, _BASE)), L[:_BASE]
+    )
+    for L in Ls
+  ]
+  Xs = [eye] * len(Ls)
   for s in range(_BASE - 1):  # rows up to s are done
-    column = jnp.take_along_axis(packed, block * _BASE + s, axis=1)
-    X = X - column * X[s : s + 1]
-  blocks = [jnp.where(block == b, X, 0.0) for b in range(C // _BASE)]
+    at = block * _BASE + s
+    Xs = [
+      X - jnp.take_along_axis(P, at, axis=1) * X[s : s + 1] for X, P in zip(Xs, packed, strict=True)
+    ]
+  Xs = [jnp.concatenate([jnp.where(block == b, X, 0.0) for b in range(C // _BASE)]) for X in Xs]
   h = _BASE
   while h < C:
-    n = h // _BASE
-    pairs = range(0, len(blocks), 2 * n)
-    second = jnp.concatenate([x for p in pairs for x in blocks[p + n : p + 2 * n]])
-    between = jnp.where(_sees(C, h), product(second, L), 0.0)
-    second = second - product(between, jnp.concatenate(blocks))
-    for i, p in enumerate(pairs):
-      for m in range(n):
-        start = (i * n + m) * _BASE
-        blocks[p + n + m] = second[start : start + _BASE]
+    sees = _sees(C, h)
+    halves = [_halves(X, h) for X in Xs]
+    between = [
+      jnp.where(sees, product(second, L), 0.0) for (_, second), L in zip(halves, Ls, strict=True)
+    ]
+    Xs = [
+      _join(first, second - product(b, X), h)
+      for (first, second), b, X in zip(halves, between, Xs, strict=True)
+    ]
     h *= 2
-  return jnp.concatenate(blocks)
+  return Xs
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def solve(
-  A: Float[Array, "C C"], R: Float[Array, "C V"], beta: Float[Array, "C C"] | None, exact: bool
-) -> Float[Array, "C V"]:
+  As: list[Float[Array, "C C"]],
+  Rs: list[Float[Array, "C V"]],
+  betas: list[Float[Array, "C C"] | None],
+  exact: bool,
+) -> list[Float[Array, "C V"]]:
   """``(I + beta A)^-1 (beta R)`` for strictly lower triangular A; ``beta`` of a row in all its lanes, or none (1)."""
-  return _solve_forward(A, R, beta, exact)[0]
+  return _solve_forward(As, Rs, betas, exact)[0]
 
 
 def _lanes(x: Array, n: int) -> Array:
@@ -143,15 +153,20 @@ def _times(x: Array, rows: Array | None) -> Array:
   return x if rows is None else x * _lanes(rows, x.shape[1])
 
 
-def _solve_forward(A, R, beta, exact):
-  X = unit_lower_inverse(_times(A, beta), exact)
-  U = dot(X, _times(R, beta), NN, exact)
-  return U, (A, R, beta, X, U)
+def _solve_forward(As, Rs, betas, exact):
+  Xs = unit_lower_inverses([_times(A, b) for A, b in zip(As, betas, strict=True)], exact)
+  systems = zip(Xs, Rs, betas, strict=True)
+  Us = [dot(X, _times(R, beta), NN, exact) for X, R, beta in systems]
+  return Us, (As, Rs, betas, Xs, Us)
 
 
-def _solve_backward(exact, residuals, dU):
+def _solve_backward(exact, residuals, dUs):
+  parts = [_solve_one_backward(exact, *x) for x in zip(*residuals, dUs, strict=True)]
+  return tuple(list(x) for x in zip(*parts, strict=True))
+
+
+def _solve_one_backward(exact, A, R, beta, X, U, dU):
   """Entries of A's gradient on and above the diagonal are not masked: what made A knows them zero."""
-  A, R, beta, X, U = residuals
   dR = dot(X, dU, TN, exact)
   dL = -dot(dR, U, NT, exact)
   if beta is None:
@@ -400,13 +415,31 @@ def _stack(parts: list[Array]) -> Array:
   return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
 
-def chunk(
-  St: Float[Array, "V K"], x: Chunk, masks: Masks, *, undecayed: bool, base: int, exact: bool
-) -> tuple[Float[Array, "C V"], Float[Array, "V K"]]:
-  """Outputs and the next state (transposed) of one chunk.
+def chunks(
+  Sts: list[Float[Array, "V K"]],
+  xs: list[Chunk],
+  masks: Masks,
+  *,
+  undecayed: bool,
+  base: int,
+  exact: bool,
+) -> tuple[list[Float[Array, "C V"]], list[Float[Array, "V K"]]]:
+  """Outputs and next states (transposed) of one chunk of several heads.
 
   ``undecayed``: which state an erase reads. ``base``: of ``compare_channels``. ``exact``: float32 products.
   """
+  heads = [_head(St, x, masks, undecayed, base, exact) for St, x in zip(Sts, xs, strict=True)]
+  requests = [next(head) for head in heads]
+  while len(requests[0]) != 2:
+    answers = requests
+    if requests[0]:
+      answers = solve(*(list(x) for x in zip(*requests, strict=True)), exact)
+    requests = [head.send(answer) for head, answer in zip(heads, answers, strict=True)]
+  return tuple(list(r) for r in zip(*requests, strict=True))
+
+
+def _head(St, x: Chunk, masks: Masks, undecayed: bool, base: int, exact: bool):
+  """One head: yields the triangular system it needs solved (None: none), is sent the solution, yields the results."""
   C = x.q.shape[0]
   product = functools.partial(dot, exact=exact)
   channel = x.G is not None and x.G_row is None
@@ -454,13 +487,16 @@ def chunk(
 
   # What is written, and what each token reads of it.
   o = seen[0]
-  if x.a is None:
-    written = [x.v if x.beta is None else solve(compared[1][0], x.v - seen[1], x.beta, exact)]
-    o = o + product(compared[0][0], written[0], NN)
-  else:
+  if x.a is not None:
     given = jnp.split(product(_stack([compared[0][0], compared[1][0]]), x.v, NN), 2)
-    written = [x.v, solve(-compared[1][1], given[1] + seen[1], None, exact)]
-    o = o + given[0] + product(compared[0][1], written[1], NN)
+    erased = yield -compared[1][1], given[1] + seen[1], None
+    written = [x.v, erased]
+    o = o + given[0] + product(compared[0][1], erased, NN)
+  else:
+    system = () if x.beta is None else (compared[1][0], x.v - seen[1], x.beta)
+    solution = yield system
+    written = [solution if system else x.v]
+    o = o + product(compared[0][0], written[0], NN)
   if x.bonus is not None:
     o = o + jnp.sum(x.q * x.k * x.bonus, axis=1, keepdims=True) * x.v
 
@@ -469,4 +505,4 @@ def chunk(
     cols = [_times(c, left) for c in cols]
   else:
     written = [_times(w, left) for w in written]
-  return o, _times(St, keep) + product(_stack(written), _stack(cols), TN)
+  yield o, _times(St, keep) + product(_stack(written), _stack(cols), TN)
