@@ -105,6 +105,7 @@ def check(config: ConfigDict, *, devices: int = 1, processes: int = 1) -> None:
     _at_least(0, "train", key, train[key])
   _at_least(0, "train", "sample_tokens", train.sample_tokens)
   _at_least(0, "train", "sample_temperature", train.sample_temperature)
+  _at_least(0, "train", "stop_accuracy", train.stop_accuracy)
   _at_least(1, "data", "seq_len", config.data.seq_len)
   for key in ("num_layers", "d_model"):
     _at_least(1, "model", key, config.model[key])

@@ -160,8 +160,9 @@ def _train(
         f" {_kept(checkpoints)}"
       ) from None
 
+  last = step == c.steps or _reached(c.stop_accuracy, workdir, step)
   try:
-    while step < c.steps and not signals.stop(step):
+    while not last and not signals.stop(step):
       batch = next(batches)
       index = batch["index"]
       state, results = update(state, place(batch))
@@ -173,7 +174,9 @@ def _train(
       if evaluate and (last or _due(step, c.eval_every)):
         look(0)
         with recorder.pause():
-          recorder.evaluation(step, evaluate(graphdef, state["model"]))
+          values = evaluate(graphdef, state["model"])
+          recorder.evaluation(step, values)
+        last |= values["accuracy"] >= c.stop_accuracy > 0
       if token_bytes.any() and (last or _due(step, c.sample_every)):
         look(0)
         with recorder.pause():
@@ -182,7 +185,7 @@ def _train(
         with recorder.pause():
           save()
     look(0)
-    if signals.stopped and step < c.steps:
+    if signals.stopped and not last:
       save()
       checkpoints.wait()
       recorder.say(f"{signals.stopped.name}: stopped after update {step}, checkpoint saved")
@@ -190,7 +193,7 @@ def _train(
   finally:
     checkpoints.close()
     recorder.close()
-  return _summarise(config, workdir, state)
+  return _summarise(config, workdir, state, step)
 
 
 # --- the pieces -----------------------------------------------------------------------------------
@@ -253,6 +256,12 @@ def _due(step: int, every: int) -> bool:
   return every > 0 and step % every == 0
 
 
+def _reached(accuracy: float, workdir: Path, step: int) -> bool:
+  """Whether the run ended at `step` because its validation had this accuracy."""
+  records = [r for r in metrics.read(workdir / "metrics.jsonl") if r["step"] == step]
+  return any(r.get("eval/accuracy", -1) >= accuracy > 0 for r in records)
+
+
 def _blame(model: PyTree, norms: np.ndarray) -> str:
   """Names the first parameter, or else the first gradient, that is not finite."""
   if path := first_non_finite(model):
@@ -289,7 +298,7 @@ def _headline(
   )
 
 
-def _summarise(config: ConfigDict, workdir: Path, state: State) -> dict[str, Any]:
+def _summarise(config: ConfigDict, workdir: Path, state: State, step: int) -> dict[str, Any]:
   """Draws the plot, writes summary.json and returns what is in it."""
   records = metrics.read(workdir / "metrics.jsonl")
   lines = [r for r in records if "loss" in r]
@@ -299,8 +308,8 @@ def _summarise(config: ConfigDict, workdir: Path, state: State) -> dict[str, Any
   summary = {
     "pattern": config.model.pattern,
     "parameters": parameter_count(state["model"]),
-    "steps": config.train.steps,
-    "tokens": config.train.steps * config.train.batch_size * config.data.seq_len,
+    "steps": step,
+    "tokens": step * config.train.batch_size * config.data.seq_len,
     "seconds": max((r["seconds"] for r in records), default=0.0),
     "tokens_per_second": statistics.median(speeds) if speeds else None,
     "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",

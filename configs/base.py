@@ -75,6 +75,7 @@ def base() -> ConfigDict:
   c.train.log_every = 1  # updates a line of metrics.jsonl; 0: never, as for those below
   c.train.eval_every = 50  # and at the end
   c.train.eval_batches = 16  # microbatches of the validation split; 0: no evaluation
+  c.train.stop_accuracy = 0.0  # of the validation split, at which the run ends early; 0: never
   c.train.checkpoint_every = 100  # and at the end
   c.train.keep_checkpoints = 2  # the newest ones
   c.train.sample_every = 200  # and at the end, for text data

@@ -137,7 +137,7 @@ def group_word(task, x, where):
   for i in range(1, len(x)):
     state = tuple(permutations[x[i]][s] for s in state)
     out[i] = permutations.index(state)
-  return out
+  return out if task.everywhere else {i: out[i]}
 
 
 def state_exchange(task, x, where):
@@ -190,6 +190,7 @@ SOLVED = [
   ("group_word", dict(group="s4"), 32, group_word),
   ("group_word", dict(group="a5"), 32, group_word),
   ("group_word", dict(group="s5", swaps_only=True), 32, group_word),
+  ("group_word", dict(everywhere=False), 32, group_word),
   ("state_exchange", {}, 40, state_exchange),
   ("needle_retention", {}, 64, needle),
   ("needle_filtering", {}, 64, needle),

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from attnlab import tasks
+from attnlab import data, tasks
 from attnlab.errors import UserError
 from attnlab.tasks import Example, Task, TaskSource
 from attnlab.tasks import base as tasks_base
@@ -85,6 +85,18 @@ def test_adding_a_task(monkeypatch):
     source("ones", {"length": 9}, 5)
   with pytest.raises(ValueError, match="two tasks are called 'ones'"):
     tasks.register("ones")(type("Twos", (Ones,), {}))
+
+
+def test_validation_examples_have_a_seed_of_their_own():
+  """Settings are chosen on one set, results told of another; neither depends on the run's seed."""
+  keys = dict(name="task", seq_len=32, task="mqar", task_args=SMALL["mqar"][0])
+
+  def first(validation_seed, seed, split="validation"):
+    source = data.open_source(keys | {"validation_seed": validation_seed}, split, seed)
+    return source[0]["inputs"].tolist()
+
+  assert first(0, 0) == first(0, 1) != first(1, 0)
+  assert first(0, 0, "train") == first(1, 0, "train") != first(0, 1, "train")
 
 
 # --- MQAR ---------------------------------------------------------------------------------------

@@ -191,6 +191,20 @@ def test_a_finished_run_is_not_run_again(whole, tmp_path):
   assert record(tmp_path / "run") == record(whole[0])
 
 
+def test_a_run_ends_when_it_is_accurate_enough(tmp_path):
+  """A task with one possible answer is learned at once; the run that has ended so is not gone on with."""
+  task = {"data.name": "task", "data.task": "palindrome", "data.seq_len": 8}
+  config = load(TINY + ":pattern=linear_attention", task | {"model.num_layers": 1})
+  config.data.task_args = dict(vocab_size=2)
+  keys = dict(steps=50, batch_size=8, eval_every=5, eval_batches=1, stop_accuracy=0.99)
+  config.train.update(keys)
+  first = train(config, tmp_path)
+  assert first["steps"] in (5, 10, 15) and first["eval/accuracy"] == 1
+  before = record(tmp_path)
+  again = train(config, tmp_path)
+  assert again["steps"] == first["steps"] and record(tmp_path) == before
+
+
 def test_a_run_is_not_cut_short(whole):
   with pytest.raises(UserError, match=r"60 updates old, past config.train.steps = 8"):
     train(load(f"{TINY}:steps=8", ON_MANY), whole[0])

@@ -17,7 +17,7 @@ from attnlab.tokenizer import Tokenizer
 
 SOURCES = ("text", "tokens", "task")
 
-# Validation has one order, whatever the seed of the run, and a task's has the same examples.
+# Validation has one order, whatever the seed of the run.
 # Shuffled all the same: neighbours in a directory are alike, and the first few batches should
 # stand for all.
 VALIDATION_SEED = 0
@@ -56,6 +56,8 @@ def data_config() -> ml_collections.ConfigDict:
       # A task's name (attnlab/tasks/), and what differs from its defaults.
       "task": "mqar",
       "task_args": ml_collections.ConfigDict(),
+      # Of a task's validation examples. Settings are chosen on one, and results told of another.
+      "validation_seed": 0,
       # Rows are shuffled within windows of this many tokens after packing, so that a batch is not
       # one stretch of one document. That much is read again on resuming.
       "shuffle_tokens": 1 << 20,
@@ -89,7 +91,7 @@ def resolve(config: Mapping[str, Any]) -> ml_collections.ConfigDict:
     raise UserError(f"config.data.seq_len={out.seq_len}: at least 2")
   if not 0 < out.validation_fraction < 1:
     raise UserError(f"config.data.validation_fraction={out.validation_fraction}: between 0 and 1")
-  for key in ("workers", "shuffle_tokens"):
+  for key in ("workers", "shuffle_tokens", "validation_seed"):
     if out[key] < 0:
       raise UserError(f"config.data.{key}={out[key]}: not negative")
   if out.name == "text" and out.tokenizer == "ids":
@@ -137,7 +139,7 @@ def open_source(config: Mapping[str, Any], split: str, seed: int = 0) -> Example
   if split not in files_lib.SPLITS:
     raise errors.unknown("split", split, files_lib.SPLITS)
   if config.name == "task":
-    seed = seed if split == "train" else VALIDATION_SEED
+    seed = seed if split == "train" else config.validation_seed
     return tasks.TaskSource(_task(config), config.seq_len, seed, split)
   tok = tokenizer(config)
 

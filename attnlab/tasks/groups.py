@@ -25,10 +25,12 @@ class GroupWord(Task):
 
   Attributes:
     group: "s3", "s4", "a5" or "s5": permutations of three to five things, of a5 the even ones.
+    everywhere: the product so far is a target at every element; False: at the last alone.
     swaps_only: draws the identity and exchanges of two things alone, which generate the group (not a5).
   """
 
   group: str = "s3"
+  everywhere: bool = True
   swaps_only: bool = False
 
   def __post_init__(self):
@@ -55,7 +57,8 @@ class GroupWord(Task):
       product = int(table[product, g])
       products.append(product)
     inputs = np.append(len(group), word)
-    return labelled(inputs, np.arange(1, seq_len), np.array(products))
+    where = np.arange(1, seq_len) if self.everywhere else np.array([seq_len - 1])
+    return labelled(inputs, where, np.array(products)[where - 1])
 
 
 @functools.lru_cache(maxsize=8)
