@@ -1,0 +1,147 @@
+"""What the kernels cost on TPUs that are not there: compiled by the real TPU compiler, on any Linux machine.
+
+    python -m pallas_kernels.cost                                        every kernel, shape and chip
+    python -m pallas_kernels.cost --chips v6e --kernels linear_recurrence --shapes kimi_linear,mamba2
+    python -m pallas_kernels.cost --cycles v6e                           the compiler's own estimate too, slower
+    python -m pallas_kernels.cost --out benchmarks/records               also tpu_cost.csv and tpu_cost.png
+    python -m pallas_kernels.cost --spec my_module:my_function           any function that returns (fn, arguments)
+    python -m pallas_kernels.cost --readme README.md                     its table, from benchmarks/records
+
+libtpu, a package, compiles for a described chip with no chip there (pip install "jax[tpu]"). A row is one
+pallas_call of one program on one chip:
+
+- bundles: VLIW instructions of the final schedule, a cycle each at the least; a grid step, and a unit of work
+  (128 tokens of a head, for the recurrence). The same on every machine.
+- cycles: the compiler's own static estimate, with its stalls, where it survives making one.
+- HBM, MXU: the floors, in cycles. Bytes of the pallas_call's operands and results over the bandwidth; FLOPs of
+  the kernel's matmuls, once for bfloat16 and as often as the precision asks for float32, over the peak.
+- x floor: bundles over the larger floor. busiest: the unit with the fewest idle slots, and the part it works.
+- VMEM: what the kernel allocates, of it for spilled registers. temp: HBM that the whole program allocates beside
+  its arguments and results. around: what XLA's own instructions, before and between the kernels, write to HBM.
+
+Everything is of one TensorCore, which has half of the bandwidth of a v4, v5p and 7x chip.
+
+Limits. Waits for memory and stalls of the matrix units are no bundles. Both sides of a pl.when count. A loop inside the
+kernel counts as often as it runs where its trip count is known and the compiler kept it as one loop; elsewhere it
+counts once, which the row says ("once").
+"""
+
+import argparse
+import concurrent.futures
+import importlib.util
+import pathlib
+import sys
+import time
+
+import jax
+
+from pallas_kernels.cost import report
+from pallas_kernels.cost.cases import cases
+from pallas_kernels.cost.chips import CHIPS
+from pallas_kernels.cost.compiler import measure, serve
+
+RECORD = "benchmarks/records/tpu_cost.csv"
+INSTALL = f'pip install "jax[tpu]=={jax.__version__}"'
+
+
+def _progress(done: int, total: int, label: str, start: float) -> None:
+  left = (time.monotonic() - start) / done * (total - done)
+  text = f"cost: {done}/{total} {label}, about {left / 60:.0f} min {left % 60:02.0f} s left"
+  if sys.stderr.isatty():
+    print(f"\r{text:<100}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+  else:
+    print(text, file=sys.stderr, flush=True)
+
+
+def survey(chips: list[str], names: list[str], cycles: list[str], jobs: int) -> list[dict]:
+  """The table's rows for these chips and cases, ``jobs`` chips at a time, with a progress line.
+
+  Estimated cycles are asked for on the chips of ``cycles``.
+  """
+  found: dict[tuple[str, str], list[dict]] = {}
+  start = time.monotonic()
+
+  def work(chip):
+    for name, answer in measure(chip, names, cycles=chip in cycles):
+      found[chip, name] = report.records(name, chip, answer)
+      _progress(len(found), len(chips) * len(names), f"{chip} {name}", start)
+
+  with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+    list(pool.map(work, chips))
+  return [row for name in names for chip in chips for row in found[chip, name]]
+
+
+def _chosen(p, what: str, given: str | None, known: list[str]) -> list[str]:
+  names = given.split(",") if given else known
+  if wrong := [n for n in names if n not in known]:
+    p.error(f"unknown {what} {', '.join(wrong)}; known: {', '.join(known)}")
+  return names
+
+
+def main(argv: list[str] | None = None) -> None:
+  argv = sys.argv[1:] if argv is None else argv
+  if argv[:1] == ["--child"]:
+    return serve(argv[1], argv[3:], argv[2])
+  known = cases()
+  p = argparse.ArgumentParser(
+    prog="python -m pallas_kernels.cost",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  kernels, phases, shapes = (
+    list(dict.fromkeys(getattr(c, f) for c in known.values())) for f in ("kernel", "phase", "shape")
+  )
+  p.add_argument("--chips", help=f"of: {', '.join(CHIPS)}")
+  p.add_argument("--kernels", help=f"of: {', '.join(kernels)}")
+  p.add_argument("--phases", help=f"of: {', '.join(phases)}")
+  p.add_argument("--shapes", help=f"of: {', '.join(shapes)}")
+  p.add_argument("--spec", help="MODULE:FUNCTION[:ARGUMENT],... that return (fn, arguments)")
+  p.add_argument(
+    "--cycles", metavar="CHIPS", help="ask for estimates; slow on v5e and v5p, where they crash"
+  )
+  p.add_argument("--jobs", type=int, default=1, choices=(1, 2), help="chips compiled for at a time")
+  p.add_argument(
+    "--out", type=pathlib.Path, help="folder of tpu_cost.csv and .png; other rows there stay"
+  )
+  p.add_argument("--readme", type=pathlib.Path, help="a file whose table is made from the record")
+  a = p.parse_args(argv)
+  if a.readme:
+    table = report.read(a.readme.resolve().parent / RECORD)
+    a.readme.write_text(report.with_table(a.readme.read_text(), table))
+    return
+  if importlib.util.find_spec("libtpu") is None:
+    sys.exit(f"cost: the TPU compiler, libtpu, is not installed (Linux only): {INSTALL}")
+  chips = _chosen(p, "chip", a.chips, list(CHIPS))
+  chosen = [
+    (_chosen(p, what, given, all_of))
+    for what, given, all_of in (
+      ("kernel", a.kernels, kernels),
+      ("phase", a.phases, phases),
+      ("shape", a.shapes, shapes),
+    )
+  ]
+  names = [
+    c.name
+    for c in known.values()
+    if c.kernel in chosen[0] and c.phase in chosen[1] and c.shape in chosen[2]
+  ]
+  names = a.spec.split(",") if a.spec else names
+  if not names:
+    p.error("no kernel has these phases and shapes")
+  cycles = _chosen(p, "chip", a.cycles, list(CHIPS)) if a.cycles else []
+  rows = survey(chips, names, cycles, a.jobs)
+  report.print_table(rows)
+  if a.out:
+    a.out.mkdir(parents=True, exist_ok=True)
+    table, image = a.out / "tpu_cost.csv", a.out / "tpu_cost.png"
+    if not a.spec:
+      rows = report.merged(report.read(table) if table.exists() else [], rows)
+    table.write_text(report.to_csv(rows))
+    report.plot(rows, image)
+    print(f"wrote {table} and {image}")
+  if any(row["error"] for row in rows):
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,142 @@
+"""The programs whose cost is told. To add a kernel, add a function that yields its cases to ``cases``."""
+
+import dataclasses
+import functools
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.linear_recurrence import linear_recurrence, linear_recurrence_step
+from pallas_kernels.linear_recurrence.shapes import SHAPES, inputs
+from pallas_kernels.short_conv import short_conv
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One program to compile.
+
+  Attributes:
+    kernel, phase, shape: its name, in three parts.
+    unit: the work that costs are told for, in words.
+    units: how many of them the program does.
+    build: returns the function and its arguments, which may be ShapeDtypeStructs.
+    donate: positions of the arguments that the results may overwrite.
+  """
+
+  kernel: str
+  phase: str
+  shape: str
+  unit: str
+  units: float
+  build: Callable[[], tuple[Callable, tuple]]
+  donate: tuple[int, ...] = ()
+
+  @property
+  def name(self) -> str:
+    return f"{self.kernel}/{self.phase}/{self.shape}"
+
+
+def _projected(tree):
+  """[B, T, heads, D] as a projection gives it, [B, T, heads D]: tiled otherwise, one is a copy of the other."""
+  return jax.tree.map(lambda x: x.reshape(*x.shape[:2], -1) if x.ndim == 4 else x, tree)
+
+
+def _recurrence_cases() -> Iterator[Case]:
+  def build(shape, phase):
+    r = jax.eval_shape(lambda: inputs(shape, dtype=jnp.bfloat16))
+
+    def forward(projected):
+      own = jax.tree.map(lambda x, like: x.reshape(like.shape), projected, r)
+      return _projected(linear_recurrence(own, backend="tpu")[0])
+
+    def both(projected, do):
+      o, vjp = jax.vjp(forward, projected)
+      return o, vjp(do)
+
+    arguments = jax.eval_shape(_projected, r)
+    return (forward, (arguments,)) if phase == "forward" else (both, (arguments, arguments.v))
+
+  for name, shape in SHAPES.items():
+    if name.startswith("cpu_"):
+      continue
+    units = shape.batch * shape.value_heads * shape.length / 128
+    for phase in ("forward", "forward_backward"):
+      run = functools.partial(build, shape, phase)
+      yield Case("linear_recurrence", phase, name, "128 tokens x head", units, run)
+
+
+def _step_cases() -> Iterator[Case]:
+  B = 64
+
+  def build(shape, dtype):
+    r = jax.eval_shape(lambda: inputs(shape, batch=B, length=1, dtype=jnp.bfloat16))
+    state = jax.ShapeDtypeStruct((B, r.v.shape[2], r.k.shape[3], r.v.shape[3]), dtype)
+    return functools.partial(linear_recurrence_step, backend="tpu"), (r, state)
+
+  for name, shape in SHAPES.items():
+    if name.startswith("cpu_"):
+      continue
+    for dtype in ("float32", "bfloat16"):
+      run = functools.partial(build, shape, jnp.dtype(dtype))
+      units = B * shape.value_heads
+      phase = f"{dtype}_state"
+      yield Case("linear_recurrence_step", phase, name, "1 token x head", units, run, (1,))
+
+
+# Channels of the short convolutions, with 4 taps: Qwen3-Next's over q, k and v at once, and Mamba-2 2.7B's over
+# x, B and C.
+_CONVOLUTIONS = {"qwen3_next": 8192, "mamba2": 5376}
+
+
+def _short_conv_cases() -> Iterator[Case]:
+  T = 8192
+
+  def build(D, phase, packed):
+    def array(*shape, dtype=jnp.bfloat16):
+      return jax.ShapeDtypeStruct(shape, dtype)
+
+    x, weight = array(1, T, D), array(4, D, dtype=jnp.float32)
+    ids = array(1, T, dtype=jnp.int32) if packed else None
+
+    def forward(x, weight, ids):
+      return short_conv(x, weight, segment_ids=ids, backend="tpu")[0]
+
+    def both(x, weight, ids, dy):
+      y, vjp = jax.vjp(lambda *a: forward(*a, ids), x, weight)
+      return y, vjp(dy)
+
+    return (forward, (x, weight, ids)) if phase == "forward" else (both, (x, weight, ids, x))
+
+  for name, D in _CONVOLUTIONS.items():
+    for packed in (False, True):
+      for phase in ("forward", "forward_backward"):
+        shape = name + "_packed" * packed
+        run = functools.partial(build, D, phase, packed)
+        unit = "128 tokens x 128 channels"
+        yield Case("short_conv", phase, shape, unit, T * D / 128**2, run)
+
+
+def cases() -> dict[str, Case]:
+  """All cases by name."""
+  return {
+    case.name: case
+    for make in (_recurrence_cases, _step_cases, _short_conv_cases)
+    for case in make()
+  }
+
+
+def case_of(name: str) -> Case:
+  """The case of a name, or of "module:function[:argument]": what the function returns is its function and arguments."""
+  if ":" not in name:
+    return cases()[name]
+  module, function, *argument = name.split(":", 2)
+
+  def build():
+    sys.path.insert(0, os.getcwd())
+    return getattr(importlib.import_module(module), function)(*argument)
+
+  return Case(module, function, ":".join(argument) or "-", "call", 1, build)

@@ -1,0 +1,95 @@
+"""What a kernel is asked to do, from its jaxpr: grid steps, bytes, FLOPs, loops."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+
+def _subjaxprs(value) -> Iterator[Any]:
+  for x in value if isinstance(value, tuple | list) else (value,):
+    if hasattr(x, "jaxpr"):
+      yield x.jaxpr
+    elif hasattr(x, "eqns"):
+      yield x
+
+
+def pallas_calls(jaxpr) -> list:
+  """The pallas_call equations of a jaxpr, in order, whatever they are nested in."""
+  found = []
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == "pallas_call":
+      found.append(eqn)
+    else:
+      for value in eqn.params.values():
+        for sub in _subjaxprs(value):
+          found += pallas_calls(sub)
+  return found
+
+
+def _passes(eqn) -> int:
+  """How often the matrix unit, whose numbers are bfloat16, goes over a dot_general."""
+  if all(v.aval.dtype.itemsize <= 2 for v in eqn.invars):
+    return 1
+  precision = str(eqn.params["precision"])
+  return (
+    6
+    if "HIGHEST" in precision or "X6" in precision
+    else 3
+    if "HIGH" in precision or "X3" in precision
+    else 1
+  )
+
+
+def matmul_flops(jaxpr) -> int:
+  """FLOPs of the matmuls of a kernel's body, times the passes; loops as often as they run, the dearer branch."""
+  total = 0
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == "dot_general":
+      (contract, _), _ = eqn.params["dimension_numbers"]
+      k = math.prod(eqn.invars[0].aval.shape[i] for i in contract)
+      total += 2 * k * math.prod(eqn.outvars[0].aval.shape) * _passes(eqn)
+      continue
+    inner = [matmul_flops(j) for value in eqn.params.values() for j in _subjaxprs(value)]
+    if inner:
+      branches = eqn.primitive.name == "cond"
+      total += eqn.params.get("length", 1) * (max(inner) if branches else sum(inner))
+  return total
+
+
+def trip_counts(jaxpr, outer: int = 1) -> list[tuple[int, int | None]]:
+  """(depth, how often the body runs in all) of the loops of a kernel's body, in order; None where unknown."""
+
+  def walk(jaxpr, depth, runs):
+    for eqn in jaxpr.eqns:
+      name, inner = eqn.primitive.name, (depth, runs)
+      if name == "scan":
+        trips = eqn.params["length"] // max(int(eqn.params["unroll"]), 1)
+        if trips > 1:
+          inner = depth + 1, None if runs is None else runs * trips
+          yield inner
+      elif name == "while":
+        inner = depth + 1, None
+        yield inner
+      for value in eqn.params.values():
+        for sub in _subjaxprs(value):
+          yield from walk(sub, *inner)
+
+  return list(walk(jaxpr, 1, outer))
+
+
+def _nbytes(atom) -> int:
+  aval = atom.aval
+  return math.prod(aval.shape) * aval.dtype.itemsize if hasattr(aval, "shape") else 0
+
+
+def describe(eqn) -> dict:
+  """Grid steps, HBM bytes and FLOPs of a pallas_call equation, all of the whole call."""
+  steps = math.prod(int(n) for n in eqn.params["grid_mapping"].grid) or 1
+  body = eqn.params["jaxpr"]
+  return {
+    "call": eqn.params["name"] or "kernel",
+    "grid_steps": steps,
+    "bytes": sum(map(_nbytes, [*eqn.invars, *eqn.outvars])),
+    "flops": steps * matmul_flops(body),
+    "trips": trip_counts(body),
+  }
