@@ -29,10 +29,10 @@ _SMALLEST = -30.0
 # Tokens of a block in which channels are compared through its middle, and the smallest decay for
 # which exp of half a block of them is a number. In bfloat16 arithmetic e^-10 is less than a rounding.
 _BASES = {True: (8, -20.0), False: (16, -10.0)}
-# Value heads a step, forward and backward, and elements of their states. On v6e Gated DeltaNet's forward takes 753, 572
-# and 522 bundles per 128 tokens and head with 4, 8 and 16 heads, its backward 1454, 1140 and 963 with 2, 4 and 8.
+# Value heads a step, forward and backward. On v6e Gated DeltaNet's forward takes 753, 572 and 522
+# bundles per 128 tokens and head with 4, 8 and 16 heads, its backward 1454, 1140 and 963 with 2, 4
+# and 8: what else there is to do while one head waits. Half of them where VMEM is 16 MiB (v4).
 _HEADS = {"forward": 16, "backward": 8}
-_STATE = {"forward": 16 * 128 * 128, "backward": 8 * 128 * 128}
 
 
 def supports(r: Recurrence, chunk: int | None) -> None:
@@ -42,7 +42,7 @@ def supports(r: Recurrence, chunk: int | None) -> None:
   if r.accumulate_dtype != jnp.float32:
     raise NotImplementedError("the TPU kernels compute in float32; float64 inputs need 'xla'")
   K, V = r.k.shape[3], r.v.shape[3]
-  if K * V > min(_STATE.values()):
+  if K * V > 8 * 128 * 128:
     raise NotImplementedError(f"a state of {K} x {V} is too large for the TPU kernels")
 
 
@@ -101,8 +101,8 @@ def _plan(r: Recurrence, runs, C: int | None, direction: str) -> _Plan:
     return all(d * m % 128 == 0 or m == of for d, m, of in ((K, keys, H), (V, n, Hv)))
 
   choices = [n for n in range(1, Hv + 1) if fits(n)]
-  small = [n for n in choices if n <= _HEADS[direction] and n * K * V <= _STATE[direction]]
-  n = max(small, default=choices[0])
+  most = _HEADS[direction] if _vmem() > _SMALL_VMEM else _HEADS[direction] // 2
+  n = max((n for n in choices if n <= most and n * K * V <= most * 128 * 128), default=choices[0])
   repeats = max(ratio // n, 1)
   erase = {KeyErase: "key", LowRankErase: "low_rank", type(None): "none"}[type(r.erase)]
   return _Plan(
@@ -110,6 +110,17 @@ def _plan(r: Recurrence, runs, C: int | None, direction: str) -> _Plan:
     r.decay, erase, r.bonus is not None, r.reads == "undecayed", runs is not None,
     r.k.dtype == jnp.float32 or r.v.dtype == jnp.float32,
   )  # fmt: skip
+
+
+_SMALL_VMEM = 16 * 2**20
+
+
+def _vmem() -> int:
+  """Bytes of VMEM of the chip that is traced for; the smallest of any where that is not known."""
+  try:
+    return pltpu.get_tpu_info().vmem_capacity_bytes
+  except ValueError:
+    return _SMALL_VMEM
 
 
 # --- operands ---
@@ -422,7 +433,7 @@ def _call(p: _Plan, kernel, name, arrays, in_specs, outs, out_specs, scratch, wo
     scratch_shapes=list(scratch.values()),
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
-      vmem_limit_bytes=_VMEM,
+      vmem_limit_bytes=min(_vmem(), 2 * _SMALL_VMEM),
     ),
     cost_estimate=pl.CostEstimate(
       flops=work * _flops(p), bytes_accessed=size, transcendentals=work * tokens * p.C
@@ -430,10 +441,6 @@ def _call(p: _Plan, kernel, name, arrays, in_specs, outs, out_specs, scratch, wo
     interpret=interpret,
   )(*arrays.values())
   return dict(zip(outs, results, strict=True))
-
-
-# Of 16 MiB (v5p, v4) to 128 MiB a core; the compiler's own default is 16 on most.
-_VMEM = 16 * 2**20
 
 
 def forward(
