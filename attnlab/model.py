@@ -240,7 +240,8 @@ class Model(nnx.Module):
   def _layers(self, x: Array, ctx: Context, cache: Cache | None):
     """All layers and the last norm: x, the new cache, and the mean over layers of each auxiliary scalar."""
     shapes = {k: (*x.shape[:2], *shape) for k, shape in self.shared}
-    shared = {k: sharding.zeros(shape, x.dtype) for k, shape in shapes.items()}
+    dtype = lambda name: jnp.int32 if name.endswith("_ids") else x.dtype  # noqa: E731
+    shared = {k: sharding.zeros(shape, dtype(k)) for k, shape in shapes.items()}
     collected: dict[str, list[Array]] = {}
 
     def apply(block: Block, x, shared, cache):

@@ -34,6 +34,9 @@ SIZES = dict(
   pool_stride=1,
   initial=0,
   local=1,
+  index_heads=2,
+  index_dim=8,
+  index_rope_dim=4,
   nope_dim=8,
   rope_dim=4,
   kv_lora_rank=12,
@@ -86,7 +89,8 @@ class Case:
   def __init__(self, cls, settings):
     fields = {f.name for f in dataclasses.fields(cls.Config)}
     self.cls = cls
-    self.config = configure(cls, {k: v for k, v in SIZES.items() if k in fields} | settings)
+    self.settings = {k: v for k, v in SIZES.items() if k in fields} | settings
+    self.config = configure(cls, self.settings)
     # The second and third layer of four: neither end, where layer-dependent constants may degenerate.
     self.indices, self.keys = 1 + np.arange(LAYERS), jax.random.split(jax.random.key(0), LAYERS)
     self.built = jit(jax.vmap(self.build))(self.indices, self.keys)
@@ -112,7 +116,9 @@ class Case:
     """What earlier layers hand on: here something of each token, so that it moves with the token."""
     shapes = self.cls.shared(self.config, D).items()
     return {
-      k: (x @ random(9, D, math.prod(s)).astype(x.dtype)).reshape(*x.shape[:2], *s)
+      k: jnp.zeros((*x.shape[:2], *s), jnp.int32)
+      if k.endswith("_ids")
+      else (x @ random(9, D, math.prod(s)).astype(x.dtype)).reshape(*x.shape[:2], *s)
       for k, s in shapes
     }
 
@@ -132,7 +138,14 @@ class Case:
   def gradients(self, x, cotangent, ids):
     """Outputs, and the gradients of parameters ("[0]...") and of x ("[1]")."""
     grads, y = jax.device_get(self.compiled(self.params, x, cotangent, positions(ids), ids))
-    return y, by_name(grads)
+    return y, self.reached(by_name(grads))
+
+  def reached(self, grads):
+    """Gradients of the outputs, without those of parameters that only the mixer's own losses train: they are zero."""
+    own = {k for k in grads if k.startswith(tuple(f"[0]['{n}" for n in self.cls.own_loss))}
+    assert not any(np.any(grads[k]) for k in own)
+    assert bool(own) == bool(self.cls.own_loss)
+    return {k: x for k, x in grads.items() if k not in own}
 
   @functools.cached_property
   def packed(self):
@@ -384,8 +397,11 @@ def test_lengths(case):
 def test_bfloat16(case):
   """Activations in bfloat16: outputs and every parameter's gradient near those of float32.
 
-  bfloat16 keeps 8 bits, a rounding error of 2e-3; some dozens of roundings on the way add up to several percent.
+  bfloat16 keeps 8 bits, a rounding error of 2e-3; some dozens of roundings on the way add up to several percent. Where
+  blocks are chosen, all are: rounded scores may choose another of two that are nearly equal, and rightly so.
   """
+  if case.cls.family == "sparse" and "top_k" in case.settings:
+    case = Case(case.cls, case.settings | dict(top_k=8))
   y, grads = case.packed
   x = case.x.astype(jnp.bfloat16)
   z, low = case.gradients(x, case.cotangent, SEGMENTS)
@@ -402,7 +418,7 @@ def sharded_gradients(case, **sizes):
     batch = [jax.device_put(a, sharding.batch_sharding(mesh)) for a in batch]
     g = jit(jax.grad(case.loss, argnums=(0, 1), has_aux=True))
     grads, y = jax.device_get(g(params, *batch))
-    return y, by_name(grads)
+    return y, case.reached(by_name(grads))
 
 
 def test_sharded(case):

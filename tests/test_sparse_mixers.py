@@ -22,7 +22,12 @@ CASES = {
   "infllm2": dict(block_size=4, top_k=4, pool_size=4, pool_stride=2, initial=1, local=1),
   "nsa": dict(block_size=4, top_k=4, pool_size=4, pool_stride=2, initial=1, local=2, window=5),
   "nsa_fla": dict(block_size=4, top_k=4, initial=1, local=1, window=5),
-}
+  "minimax_m3": dict(block_size=4, top_k=3, index_dim=6, qk_norm=False),
+  "dsa": dict(
+    top_k=5, kv_lora_rank=12, nope_dim=8, rope_dim=4, value_dim=6,
+    index_heads=3, index_dim=8, index_rope_dim=4, q_lora_rank=8,
+  ),
+}  # fmt: skip
 # Settings under which nothing is left out.
 EVERYTHING = dict(top_k=64)
 SPARSE = sorted(name for name, cls in mixers().items() if cls.family == "sparse")
@@ -228,16 +233,139 @@ def nsa_fla(layer, x):
   return three_branches(layer, x, q, pools, q, (k, v), (k, v), size, size)
 
 
-ORACLES = {f.__name__: f for f in (moba, infllm2, nsa, nsa_fla)}
+def rms(x, norm):
+  y = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + norm.eps)
+  return y * np.asarray(norm.scale[...], np.float64)
+
+
+def divergence(p, scores):
+  """KL(p || softmax(scores))."""
+  return np.sum(p * (np.log(p) - np.log(softmax(scores))))
+
+
+def minimax_m3(layer, x, dense=False):
+  """A block's score is the largest product of the group's index query with its keys; its own block always.
+
+  Returns also the indexer's loss: on the tokens it chose, or on all.
+  """
+  c, (q, k, v) = layer.config, qkv(layer, x)
+  index_q, index_k = (
+    rotated(rms(project(layer, f"index_{n}_proj", x, h), getattr(layer, f"index_{n}_norm")))
+    for n, h in (("q", HKV), ("k", 1))
+  )
+  o, loss = np.zeros((T, H, K)), 0.0
+  for t, g in np.ndindex(T, HKV):
+    now = t // c.block_size
+    score = index_k[:, 0] @ index_q[t, g] / np.sqrt(c.index_dim)
+    largest = {j: score[tokens_of([j], c.block_size, t)].max() for j in range(now)}
+    chosen = range(now + 1) if dense else best(largest, c.top_k - 1) + [now]
+    seen = tokens_of(chosen, c.block_size, t)
+    group = range(g * (H // HKV), (g + 1) * (H // HKV))
+    for h in group:
+      o[t, h] = attention(q[t, h], k[seen, g], v[seen, g])
+    p = np.mean([softmax(k[seen, g] @ q[t, h] / np.sqrt(K)) for h in group], axis=0)
+    loss += divergence(p, score[seen]) / (T * HKV)
+  return o, {"indexer_loss": loss}
+
+
+def linear(layer, x):
+  return x @ np.asarray(layer.kernel[...], np.float64)
+
+
+def dsa(layer, x, dense=False):
+  """arXiv:2512.02556, equations 1 to 4, with the keys and values of each head written out; pools as in GLM-5-Next."""
+  c, i = layer.config, layer.indexer
+  content = rms(linear(layer.kv_down, x), layer.kv_norm)
+  q_input = rms(linear(layer.q_down, x), layer.q_norm)
+  q = linear(layer.q_up, q_input).reshape(T, H, -1)
+  k = linear(layer.k_up, content).reshape(T, H, -1)
+  v = linear(layer.v_up, content).reshape(T, H, -1)
+  if c.rope_dim:
+    turn = lambda y, t: rotate(y, t, c.rope_theta)  # noqa: E731
+    q_rope = np.stack([turn(q[t, :, c.nope_dim :], t) for t in range(T)])
+    q = np.concatenate([q[..., : c.nope_dim], q_rope], axis=-1)
+    k_rope = np.stack([turn(y, t) for t, y in enumerate(linear(layer.k_rope, x))])
+    k = np.concatenate([k, np.repeat(k_rope[:, None], H, axis=1)], axis=-1)
+
+  def with_rope(y, t):
+    n = c.index_rope_dim
+    return np.concatenate([rotate(y[..., :n], t, c.rope_theta), y[..., n:]], axis=-1) if n else y
+
+  index_q = linear(i.q_proj, q_input).reshape(T, c.index_heads, c.index_dim)
+  index_q = np.stack([with_rope(y, t) for t, y in enumerate(index_q)])
+  w = linear(i.w_proj, x) * (c.index_heads * c.index_dim) ** -0.5
+  y = linear(i.k_proj, x)
+  y = (y - y.mean(-1, keepdims=True)) / np.sqrt(y.var(-1, keepdims=True) + i.k_norm.eps)
+  y = y * np.asarray(i.k_norm.scale[0], np.float64) + np.asarray(i.k_norm.bias[0], np.float64)
+  index_k = np.stack([with_rope(z, t) for t, z in enumerate(y)])
+  P, keys = c.pool, []
+  for j in range(T // P):
+    pool = slice(j * P, (j + 1) * P)
+    if P == 1:
+      keys.append(index_k[j])
+    else:
+      u = linear(i.gate_proj, x)[pool] + np.asarray(i.places[...], np.float64)
+      gate = np.exp(u) / np.exp(u).sum(axis=0)
+      keys.append((gate * index_k[pool]).sum(axis=0))
+  o, loss, found = np.zeros((T, H, c.value_dim)), 0.0, 0.0
+  for t in range(T):
+    full = (t + 1) // P
+    score = {j: w[t] @ np.maximum(index_q[t] @ keys[j], 0) for j in range(full)}
+    chosen = best(score, c.top_k // P)
+    rest = [s for s in range(full * P, t + 1)]
+    seen = list(range(t + 1)) if dense else tokens_of(chosen, P, t) + rest
+    p = np.zeros((H, t + 1))
+    for h in range(H):
+      p[h, seen] = softmax(k[seen, h] @ q[t, h] * layer.scale)
+      o[t, h] = p[h, seen] @ v[seen, h]
+    pools = {j: p.mean(axis=0)[j * P : (j + 1) * P].sum() for j in range(full)}
+    taught = list(range(full)) if dense else chosen
+    if taught:
+      target = np.array([pools[j] for j in taught])
+      loss += divergence(target / target.sum(), [score[j] for j in taught]) / T
+    top = best(pools, c.top_k // P)
+    found += (len(set(chosen) & set(top)) / len(top) if top else 1) / T
+  return o, {"indexer_loss": loss} | ({"indexer_recall": found} if dense else {})
+
+
+ORACLES = {f.__name__: f for f in (moba, infllm2, nsa, nsa_fla, minimax_m3, dsa)}
 
 
 @pytest.mark.parametrize("name", SPARSE)
 def test_oracle(name):
   """The whole layer; float32 against float64, on sums of some dozens of terms."""
   layer, x = make(name), tokens()
-  want = ORACLES[name](layer, x[0].astype(np.float64)).reshape(T, -1)
+  want = ORACLES[name](layer, x[0].astype(np.float64))
+  want = (want[0] if isinstance(want, tuple) else want).reshape(T, -1)
   want = want @ np.asarray(layer.out_proj.kernel[...], np.float64)
   np.testing.assert_allclose(whole(layer, x)[0], want, rtol=2e-5, atol=2e-5)
+
+
+POOLED = dict(pool=3, top_k=6, rope_dim=0, index_rope_dim=0)
+
+
+@pytest.mark.parametrize("name, settings", [("minimax_m3", {}), ("dsa", {}), ("dsa", POOLED)])
+@pytest.mark.parametrize("dense", [False, True])
+def test_indexer_loss(name, settings, dense):
+  """Its value against the oracle's; its gradient reaches the indexer and nothing else."""
+  layer, x = make(name, **settings), tokens()
+  y, want = ORACLES[name](layer, x[0].astype(np.float64), dense=dense)
+  graph, params, rest = nnx.split(layer, nnx.Param, ...)
+
+  def loss(params, x):
+    out = nnx.merge(graph, params, rest)(x, context(0, T, 1, dense=dense))
+    return out.aux["indexer_loss"], (out.y, out.aux)
+
+  (dparams, dx), (got, aux) = jit(jax.grad(loss, (0, 1), has_aux=True))(params, x)
+  want_y = y.reshape(T, -1) @ np.asarray(layer.out_proj.kernel[...], np.float64)
+  np.testing.assert_allclose(got[0], want_y, rtol=2e-5, atol=2e-5)
+  assert aux.keys() == want.keys()
+  for key in want:
+    np.testing.assert_allclose(aux[key], want[key], rtol=1e-4)
+  assert not np.any(dx)
+  for path, g in jax.tree_util.tree_leaves_with_path(dparams):
+    own = jax.tree_util.keystr(path).startswith(tuple(f"['{n}" for n in layer.own_loss))
+    assert np.any(g) == own, path
 
 
 def read(layer, x, pieces, ids=None, max_len=T + 3):
@@ -321,3 +449,19 @@ def make_softmax():
 def test_sizes_that_do_not_fit(name, settings):
   with pytest.raises(UserError, match=next(iter(settings))):
     make(name, **settings)
+
+
+def test_a_choice_handed_on():
+  """A layer that takes another's choice attends to what it would have chosen with the other's indexer and input."""
+  own, gives, takes = (make("dsa", share=s) for s in ("none", "give", "take"))
+  graph, _, rest = nnx.split(takes, nnx.Param, ...)
+  params = nnx.state(own, nnx.Param)
+  del params["indexer"]
+  takes, x = nnx.merge(graph, params, rest), jnp.asarray(tokens())
+  gives = nnx.merge(nnx.graphdef(gives), *nnx.split(own, nnx.Param, ...)[1:])
+  given = jit(lambda layer, x: layer(x, context(0, T, 1)).shared)(gives, x)
+  ctx = context(0, T, 1)
+  run = lambda layer, x, shared: layer(x, Context(ctx.positions, shared=shared)).y  # noqa: E731
+  np.testing.assert_allclose(jit(run)(takes, x, given), whole(own, x), rtol=1e-6, atol=1e-6)
+  nothing = jax.tree.map(jnp.zeros_like, given)
+  assert not np.any(jit(run)(takes, x, nothing))

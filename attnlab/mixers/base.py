@@ -92,6 +92,9 @@ class Mixer(nnx.Module):
   aliases: ClassVar[tuple[str, ...]]
   variants: ClassVar[Mapping[str, Mapping[str, Any]]]
 
+  # Parts whose parameters the mixer's own losses (``MixerOutput.aux``) train, and nothing else does.
+  own_loss: ClassVar[tuple[str, ...]] = ()
+
   @dataclasses.dataclass(frozen=True, kw_only=True)
   class Config:
     pass
@@ -119,7 +122,10 @@ class Mixer(nnx.Module):
 
   @classmethod
   def shared(cls, config: Any, d_model: int) -> dict[str, tuple[int, ...]]:
-    """Name -> shape after [B, T] of arrays that layers of this kind hand on to later ones; zeros before the first."""
+    """Name -> shape after [B, T] of arrays that layers of this kind hand on to later ones; zeros before the first.
+
+    They have the activations' dtype; those whose name ends in "_ids" are int32.
+    """
     del config, d_model
     return {}
 

@@ -94,9 +94,23 @@ class MultiHeadLatentAttention(Mixer):
   def __call__(
     self, x: Float[Array, "B T D"], ctx: Context, cache: Cache | None = None
   ) -> MixerOutput:
+    q, latent = self.projected(x, ctx)
+    if cache is None:
+      o = self.expanded(q, latent, together(ctx))
+    else:
+      cache, where = append(cache, {"latent": latent}, ctx)
+      attend = self.absorbed if self.absorbs(x.shape[1]) else self.expanded
+      o = attend(q, cache["latent"].astype(x.dtype), where)
+    return MixerOutput(self.out_proj(sharding.merge(o, 2)), cache)
+
+  def query_input(self, x: Float[Array, "B T D"]) -> Array:
+    """What queries are projected from: the tokens, or their latent."""
+    return x if self.config.q_lora_rank is None else self.q_norm(self.q_down(x))
+
+  def projected(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[Array, Array]:
+    """Queries [B, T, H, nope_dim + rope_dim] and latents [B, T, kv_lora_rank + rope_dim]."""
     c = self.config
-    q = x if c.q_lora_rank is None else self.q_norm(self.q_down(x))
-    q = sharding.split(self.q_up(q), self.H, c.nope_dim + c.rope_dim)
+    q = sharding.split(self.q_up(self.query_input(x)), self.H, c.nope_dim + c.rope_dim)
     latent = self.kv_norm(self.kv_down(x))
     if c.rope_dim:
       k_rope = self.k_rope(x)
@@ -105,13 +119,7 @@ class MultiHeadLatentAttention(Mixer):
         q = jnp.concatenate([q[..., : c.nope_dim], q_rope], axis=-1)
         k_rope = rope(k_rope[:, :, None], ctx.positions, c.rope_theta)[:, :, 0]
       latent = jnp.concatenate([latent, k_rope], axis=-1)
-    if cache is None:
-      o = self.expanded(q, latent, together(ctx))
-    else:
-      cache, where = append(cache, {"latent": latent}, ctx)
-      attend = self.absorbed if self.absorbs(x.shape[1]) else self.expanded
-      o = attend(q, cache["latent"].astype(x.dtype), where)
-    return MixerOutput(self.out_proj(sharding.merge(o, 2)), cache)
+    return q, latent
 
   def expanded(
     self, q: Float[Array, "B T H K"], latent: Float[Array, "B S L"], where: Where
@@ -137,21 +145,39 @@ class MultiHeadLatentAttention(Mixer):
     self, q: Float[Array, "B T H K"], latent: Float[Array, "B S L"], where: Where
   ) -> Float[Array, "B T H V"]:
     """The same, as multi-query attention on the latents: ``q . (W_uk c) = (W_uk^T q) . c``, and W_uv after the sum."""
-    c = self.config
 
-    def core(q, latent, k_up, v_up, where):
-      k_up = k_up.reshape(c.kv_lora_rank, -1, c.nope_dim)
-      v_up = v_up.reshape(c.kv_lora_rank, -1, c.value_dim)
-      q_latent = jnp.einsum("bthn,rhn->bthr", q[..., : c.nope_dim], k_up)
-      q = jnp.concatenate([q_latent, q[..., c.nope_dim :]], axis=-1)
+    def core(q, latent, where):
       # The latents are values as they are, without a copy that leaves out the key's part with RoPE.
       kv = latent[:, :, None]
-      o, _ = softmax_attention(q, kv, kv, scale=self.scale, **where)
+      return softmax_attention(q, kv, kv, scale=self.scale, **where)[0]
+
+    heads = ("batch", None, "heads", None)
+    run = sharding.local(core, (heads, ("batch", None, None), axes_of(where)), heads)
+    return self.out_of_latent(run(self.into_latent(q), latent, where))
+
+  def into_latent(self, q: Float[Array, "B T H K"]) -> Float[Array, "B T H L"]:
+    """Queries as the latents are keys to them."""
+    c = self.config
+
+    def core(q, k_up):
+      k_up = k_up.reshape(c.kv_lora_rank, -1, c.nope_dim)
+      q_latent = jnp.einsum("bthn,rhn->bthr", q[..., : c.nope_dim], k_up)
+      return jnp.concatenate([q_latent, q[..., c.nope_dim :]], axis=-1)
+
+    return self._by_heads(core, q, self.k_up)
+
+  def out_of_latent(self, o: Float[Array, "B T H L"]) -> Float[Array, "B T H V"]:
+    """The heads' values, from sums of latents."""
+    c = self.config
+
+    def core(o, v_up):
+      v_up = v_up.reshape(c.kv_lora_rank, -1, c.value_dim)
       return jnp.einsum("bthr,rhv->bthv", o[..., : c.kv_lora_rank], v_up)
 
+    return self._by_heads(core, o, self.v_up)
+
+  def _by_heads(self, core, x, up: Linear):
     heads = ("batch", None, "heads", None)
     # Where heads cannot be split over devices their columns must not be either.
     columns = (None, "heads" if self.H % sharding.size("heads") == 0 else None)
-    axes = (heads, ("batch", None, None), columns, columns, axes_of(where))
-    k_up, v_up = (w.kernel[...].astype(q.dtype) for w in (self.k_up, self.v_up))
-    return sharding.local(core, axes, heads)(q, latent, k_up, v_up, where)
+    return sharding.local(core, (heads, columns), heads)(x, up.kernel[...].astype(x.dtype))

@@ -15,6 +15,7 @@ from attnlab.mixers.sparse import (
   SparseMixer,
   at_a_time,
   by_document,
+  extend_tails,
   grouped,
   products,
   softmax_over,
@@ -197,9 +198,8 @@ class NativeSparseAttention(NSABase):
     where = together(ctx)
     if cache is not None:
       ring, near, where = append_to_ring(cache["near"], near, ctx)
-      pool = {n: append_to_tail(cache["tail"][n], y) for n, y in pool.items()}
-      tail = {n: y[:, y.shape[1] - self.pool_size + 1 :] for n, y in pool.items()}
-      cache = cache | {"near": ring, "tail": jax.tree.map(sharding.like, tail, cache["tail"])}
+      pool, tail = extend_tails(cache["tail"], pool)
+      cache = cache | {"near": ring, "tail": tail}
     near = attend(q, near["k"], near["v"], where, window=c.window)
     gates = self.gates(x)
     signals = {"plain": plain, "gates": gates}
@@ -223,8 +223,3 @@ class NativeSparseAttention(NSABase):
     selected = place.attend(q, tokens["k"], tokens["v"], chosen, self.config.block_size)[0]
     gates = signals["gates"]
     return (gates[..., :1] * o + gates[..., 1:2] * selected).astype(q.dtype), {}
-
-
-def append_to_tail(tail, new):
-  """The tokens behind those that the last call left."""
-  return jnp.concatenate([sharding.like(tail, new), new], axis=1)

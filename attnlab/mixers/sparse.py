@@ -34,11 +34,13 @@ class Pools:
     values: by name, [B, N, heads, ...], those of all documents of a row one after another.
     first: the number of the first one of each query's document, [B, T].
     complete: how many of its document's end up to each query, [B, T].
+    columns: the first token of each, [B, N]; None behind a cache.
   """
 
   values: Arrays
   first: Int[Array, "B T"]
   complete: Int[Array, "B T"]
+  columns: Int[Array, "B N"] | None = None
 
   def visible(self, first: Int[Array, "B t"], complete: Int[Array, "B t"]) -> Array:
     """[B, t, N]: the pools that queries of this ``first`` and ``complete`` see."""
@@ -108,7 +110,7 @@ class Place:
     complete = self.layout.complete(size, stride)
     if cache is None:
       columns, first = self.layout.table(size, stride)
-      return Pools(summarise(_take(tokens, columns, size)), first, complete)
+      return Pools(summarise(_take(tokens, columns, size)), first, complete, columns)
     positions, starts = self.layout.positions, self.layout.starts[:, 0]
     before = jnp.maximum((positions[0] - starts - size) // stride + 1, 0)
     number = before[:, None] + jnp.arange(self.new // stride + 1)  # of those that may end here
@@ -123,6 +125,17 @@ class Place:
 
     return Pools(jax.tree.map(put, cache, new), jnp.zeros_like(complete), complete)
 
+  def blocks(self, tokens: Arrays, size: int) -> Pools:
+    """The tokens themselves, [B, N, size, heads, ...], by complete blocks; behind a cache by all that there may be."""
+    complete = self.layout.complete(size, size)
+    if self.new is None:
+      columns, first = self.layout.table(size, size)
+    else:
+      count = max(jax.tree.leaves(tokens)[0].shape[1] // size, 1)
+      columns = self.layout.starts[:, :1] + jnp.arange(count) * size
+      first = jnp.zeros_like(complete)
+    return Pools(_take(tokens, columns, size), first, complete, columns)
+
 
 def _take(tokens: Arrays, columns: Int[Array, "B n"], size: int) -> Arrays:
   """The tokens of pools from each first column on: [B, n, size, ...]. What lies outside is anything."""
@@ -130,6 +143,13 @@ def _take(tokens: Arrays, columns: Int[Array, "B n"], size: int) -> Arrays:
   return {
     name: jax.vmap(lambda x, i: x.at[i].get(mode="clip"))(x, rows) for name, x in tokens.items()
   }
+
+
+def extend_tails(tails: Arrays, new: Arrays) -> tuple[Arrays, Arrays]:
+  """Tokens [B, T, heads, ...] behind the last ones of earlier calls: all of them, and the new last ones."""
+  tokens = {n: jnp.concatenate([sharding.like(tails[n], x), x], axis=1) for n, x in new.items()}
+  last = {n: tokens[n][:, tokens[n].shape[1] - x.shape[1] :] for n, x in tails.items()}
+  return tokens, jax.tree.map(sharding.like, last, tails)
 
 
 def at_a_time(bytes_of_a_row: int) -> int:
@@ -173,7 +193,105 @@ def by_document(
   return jnp.take_along_axis(scores, number, axis=-1, mode="fill", fill_value=fill)
 
 
-class SparseMixer(SoftmaxAttention):
+class SparseCore:
+  """What lies between the projections of a mixer, whose query heads are ``H`` and key heads ``Hkv``."""
+
+  H: int
+  Hkv: int
+  sinks: Any = None
+
+  def weights(self) -> Any:
+    """Parameters that ``mix`` needs."""
+    return {}
+
+  def summarise(
+    self, place: Place, tokens: Arrays, cache: Arrays | None, weights: Any
+  ) -> Pools | None:
+    """Summaries of the tokens' pools (``Place.pools``); None where a mechanism has none.
+
+    Args:
+      tokens: k, v and ``kept`` of all tokens that there are.
+      cache: the summaries so far; None without a cache.
+      weights: of ``weights``.
+    """
+    del place, tokens, cache, weights
+
+  def mix(
+    self, place: Place, q: Array, signals: Arrays, tokens: Arrays, pools: Any, weights: Any
+  ) -> tuple[Array, Arrays]:
+    """Selects, attends and combines.
+
+    Returns:
+      o [B, T, H, V], and what ``results`` names: scalars for ``MixerOutput.aux``, which are means over the tokens, or
+      arrays of tokens.
+    """
+    raise NotImplementedError
+
+  def pool_shapes(self, max_len: int) -> dict[str, tuple[int, ...]]:
+    """Of the summaries that a cache has, without [B]."""
+    del max_len
+    return {}
+
+  def sparse(
+    self, q: Array, signals: Arrays, new: Arrays, others: Arrays, ctx: Context, cache: Cache | None
+  ) -> tuple[Array, Cache | None, Arrays]:
+    """Everything between the projections: o [B, T, H, V], the new cache, and ``results``.
+
+    Args:
+      new: what a cache keeps of the tokens.
+      others: further arrays for ``summarise``, which are not kept.
+    """
+    if cache is None:
+      tokens, where, pools = new, together(ctx), None
+    else:
+      grown, where = append(cache, new, ctx)
+      cache = cache | grown
+      tokens = {name: cache[name].astype(q.dtype) for name in new}
+      pools = cache["pools"]
+    o, pools, aux = self.run(q, signals, tokens | others, where, pools, ctx.dense)
+    return o, (None if cache is None else cache | {"pools": pools}), aux
+
+  def results(self, dense: bool, cached: bool) -> dict[str, tuple]:
+    """The logical axes of what ``mix`` returns besides o, by name; those of a scalar are ()."""
+    del dense, cached
+    return {}
+
+  @property
+  def head_axis(self) -> str | None:
+    """The logical axis of query heads. A group of them chooses together: its heads stay on one device."""
+    return "heads" if self.Hkv % sharding.size("heads") == 0 else None
+
+  def run(
+    self, q: Array, signals: Arrays, tokens: Arrays, where: Where, cache: Arrays | None, dense: bool
+  ) -> tuple[Array, Arrays | None, Arrays]:
+    """``summarise`` and ``mix`` on each device's own sequences and heads: o, the cache's summaries, ``results``."""
+    axis, results = self.head_axis, self.results(dense, cache is not None)
+
+    def axes(x):
+      return ("batch", None, axis if x.shape[2] > 1 else None) + (None,) * (x.ndim - 3)
+
+    def core(q, signals, tokens, where, cache, weights):
+      place = Place.of(where, *q.shape[:2], dense)
+      pools = self.summarise(place, tokens, cache, weights)
+      o, aux = self.mix(place, q, signals, tokens, pools, weights)
+      mean = lambda x: sharding.mean_over("batch", sharding.mean_over("heads", x))  # noqa: E731
+      aux = {name: aux[name] if axes else mean(aux[name]) for name, axes in results.items()}
+      return o, (cache if pools is None or cache is None else pools.values), aux
+
+    weights = self.weights()
+    weight_axes = jax.tree.map(lambda w: (None,) * w.ndim, weights)
+    if self.sinks is not None:
+      weights = weights | {"sinks": sharding.put(self.sinks[...], axis)}
+      weight_axes = weight_axes | {"sinks": (axis,)}
+    trees = q, signals, tokens
+    cache_axes = jax.tree.map(axes, cache)
+    in_axes = (*jax.tree.map(axes, trees), axes_of(where), cache_axes, weight_axes)
+    run = sharding.local(core, in_axes, (axes(q), cache_axes, results))
+    o, cache, aux = run(*trees, where, cache, weights)
+    return sharding.put(o, "batch", None, "heads", None), cache, aux
+
+
+class SparseMixer(SparseCore, SoftmaxAttention):
   """Base of the sparse mixers over softmax attention's heads."""
 
   @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -196,22 +314,6 @@ class SparseMixer(SoftmaxAttention):
     del x, ctx
     return {}
 
-  def weights(self) -> Any:
-    """Parameters that ``mix`` needs."""
-    return {}
-
-  def summarise(
-    self, place: Place, tokens: Arrays, cache: Arrays | None, weights: Any
-  ) -> Pools | None:
-    """Summaries of the tokens' pools (``Place.pools``); None where a mechanism has none.
-
-    Args:
-      tokens: k, v and ``kept`` of all tokens that there are.
-      cache: the summaries so far; None without a cache.
-      weights: of ``weights``.
-    """
-    del place, tokens, cache, weights
-
   def select(self, place: Place, q: Array, signals: Arrays, tokens: Arrays, pools: Any) -> Array:
     """The blocks of each query, as ``block_sparse_attention`` takes them.
 
@@ -224,7 +326,6 @@ class SparseMixer(SoftmaxAttention):
   def mix(
     self, place: Place, q: Array, signals: Arrays, tokens: Arrays, pools: Any, weights: Any
   ) -> tuple[Array, Arrays]:
-    """Selects, attends and combines: o [B, T, H, K], and scalars for ``MixerOutput.aux``."""
     indices = self.select(place, q, signals, tokens, pools)
     options = {"sinks": weights.get("sinks")}
     size = self.config.block_size
@@ -233,11 +334,6 @@ class SparseMixer(SoftmaxAttention):
   def kept_shapes(self) -> dict[str, tuple[int, ...]]:
     """Of k, v and ``kept``, without [B, T]."""
     return {"k": (self.Hkv, self.K), "v": (self.Hkv, self.K)}
-
-  def pool_shapes(self, max_len: int) -> dict[str, tuple[int, ...]]:
-    """Of the summaries that a cache has, without [B]."""
-    del max_len
-    return {}
 
   def init_cache(self, batch: int, max_len: int, dtype: jnp.dtype = jnp.float32) -> Cache:
     shapes = self.pool_shapes(max_len).items()
@@ -252,25 +348,6 @@ class SparseMixer(SoftmaxAttention):
     o, cache, aux = self.sparse(q, self.signals(x, ctx), new, {}, ctx, cache)
     return MixerOutput(self.output(o, x), cache, aux)
 
-  def sparse(
-    self, q: Array, signals: Arrays, new: Arrays, others: Arrays, ctx: Context, cache: Cache | None
-  ) -> tuple[Array, Cache | None, Arrays]:
-    """Everything between the projections: o [B, T, H, K], the new cache, scalars.
-
-    Args:
-      new: what a cache keeps of the tokens.
-      others: further arrays for ``summarise``, which are not kept.
-    """
-    if cache is None:
-      tokens, where, pools = new, together(ctx), None
-    else:
-      grown, where = append(cache, new, ctx)
-      cache = cache | grown
-      tokens = {name: cache[name].astype(q.dtype) for name in new}
-      pools = cache["pools"]
-    o, pools, aux = self.run(q, signals, tokens | others, where, pools, ctx.dense)
-    return o, (None if cache is None else cache | {"pools": pools}), aux
-
   def scored(self) -> tuple[int, int]:
     """What selection compares a query with, for ``core_flops``: channels, and tokens between one score and the next."""
     raise NotImplementedError
@@ -282,36 +359,3 @@ class SparseMixer(SoftmaxAttention):
     seen = chosen if decode else chosen - chosen * (chosen - 1) / 2 / length
     channels, stride = self.scored()
     return 4.0 * self.H * self.K * seen + 2.0 * channels * length / stride / (1 if decode else 2)
-
-  # Of the scalars that ``mix`` returns.
-  scalars: tuple[str, ...] = ()
-
-  def run(
-    self, q: Array, signals: Arrays, tokens: Arrays, where: Where, cache: Arrays | None, dense: bool
-  ) -> tuple[Array, Arrays | None, Arrays]:
-    """``summarise`` and ``mix`` on each device's own sequences and heads: o, the cache's summaries, scalars."""
-    # A group of query heads chooses together: its heads stay on one device.
-    axis = "heads" if self.Hkv % sharding.size("heads") == 0 else None
-
-    def axes(x):
-      return ("batch", None, axis if x.shape[2] > 1 else None) + (None,) * (x.ndim - 3)
-
-    def core(q, signals, tokens, where, cache, weights):
-      place = Place.of(where, *q.shape[:2], dense)
-      pools = self.summarise(place, tokens, cache, weights)
-      o, aux = self.mix(place, q, signals, tokens, pools, weights)
-      aux = {k: sharding.mean_over("batch", sharding.mean_over("heads", x)) for k, x in aux.items()}
-      return o, (cache if pools is None or cache is None else pools.values), aux
-
-    weights = self.weights()
-    weight_axes = jax.tree.map(lambda w: (None,) * w.ndim, weights)
-    if self.sinks is not None:
-      weights = weights | {"sinks": sharding.put(self.sinks[...], axis)}
-      weight_axes = weight_axes | {"sinks": (axis,)}
-    trees = q, signals, tokens
-    cache_axes = jax.tree.map(axes, cache)
-    in_axes = (*jax.tree.map(axes, trees), axes_of(where), cache_axes, weight_axes)
-    scalars = dict.fromkeys(self.scalars if cache is None else (), ())
-    run = sharding.local(core, in_axes, (axes(q), cache_axes, scalars))
-    o, cache, aux = run(*trees, where, cache, weights)
-    return sharding.put(o, "batch", None, "heads", None), cache, aux

@@ -1,0 +1,15 @@
+"""MiniMax sparse attention in every layer (arXiv:2606.13392).
+
+python -m attnlab.train --config=configs/minimax_m3.py
+  100 updates of the tiny size, a minute or two on two CPU cores
+python -m attnlab.train --config=configs/minimax_m3.py:size=1.3b,recipe=pretrain
+  the paper's scale: 10 billion tokens, for accelerators; not run here
+"""
+
+from configs.base import single
+
+
+def get_config(arg: str = ""):
+  tiny = dict(num_heads=4, num_kv_heads=2, head_dim=16, block_size=16, top_k=4, index_dim=16)
+  small = dict(num_heads=4, num_kv_heads=2, head_dim=64, block_size=32, top_k=4, index_dim=32)
+  return single("minimax_m3", arg, tiny=tiny, small=small)
