@@ -11,9 +11,9 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.linear_recurrence import (
+  KeyErase,
   linear_recurrence,
   linear_recurrence_step,
-  reference,
   step_tpu,
 )
 from pallas_kernels.linear_recurrence.shapes import Shape, inputs
@@ -36,10 +36,26 @@ def make(case, B=2, H=2, Hv=4, K=16, V=8, dtype=jnp.float32):
 
 
 def exact(r, state):
-  """By the definition, in float64."""
-  with jax.enable_x64(True):
-    r, state = jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), (r, state))
-    return jax.tree.map(np.asarray, reference.token_step(r, state))
+  """The definition in numpy, float64: the output [B, 1, Hv, V] and the new state."""
+  r, S = jax.tree.map(lambda x: np.asarray(x, np.float64), (r, state))
+  q, k = (np.repeat(x[:, 0], S.shape[1] // r.k.shape[2], axis=1) for x in (r.q, r.k))
+  v, before = r.v[:, 0], S
+  if r.log_decay is not None:
+    g = r.log_decay[None, :, None] if r.decay == "constant" else r.log_decay[:, 0]
+    S = np.exp(g)[..., None] * S
+  seen = S if r.reads == "decayed" else before
+  if isinstance(r.erase, KeyErase):
+    v = r.erase.beta[:, 0][..., None] * (v - np.einsum("bhk,bhkv->bhv", k, seen))
+  elif r.erase is not None:
+    a, b = r.erase.a[:, 0], r.erase.b[:, 0]
+    S = S + np.einsum("bhk,bhj,bhjv->bhkv", a, b, seen)
+  S = S + np.einsum("bhk,bhv->bhkv", k, v)
+  o = np.einsum("bhk,bhkv->bhv", q, S)
+  if r.bonus is not None:
+    u = np.repeat(r.bonus, S.shape[1] // r.bonus.shape[0], axis=0)
+    written = before + np.einsum("hk,bhk,bhv->bhkv", u, k, v)
+    o = np.einsum("bhk,bhkv->bhv", q, written)
+  return o[:, None], S
 
 
 def assert_close(got, want, bound):
@@ -61,6 +77,13 @@ def test_matches_the_definition(case):
 )
 def test_any_shape(sizes):
   r, state = make(("channel", "key", "decayed", False), *sizes)
+  assert_close(jax.jit(step)(r, state), exact(r, state), 1e-6)
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[5], CASES[10], CASES[14], CASES[15], CASES[18]])
+def test_states_that_are_stored_with_keys_along_lanes(case):
+  """Mamba-2's: 128 keys, 64 values."""
+  r, state = make(case, Hv=6, K=128, V=16)
   assert_close(jax.jit(step)(r, state), exact(r, state), 1e-6)
 
 

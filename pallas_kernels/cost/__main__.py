@@ -109,8 +109,6 @@ def main(argv: list[str] | None = None) -> None:
     table = report.read(a.readme.resolve().parent / RECORD)
     a.readme.write_text(report.with_table(a.readme.read_text(), table))
     return
-  if importlib.util.find_spec("libtpu") is None:
-    sys.exit(f"cost: the TPU compiler, libtpu, is not installed (Linux only): {INSTALL}")
   chips = _chosen(p, "chip", a.chips, list(CHIPS))
   chosen = [
     (_chosen(p, what, given, all_of))
@@ -128,6 +126,8 @@ def main(argv: list[str] | None = None) -> None:
   names = a.spec.split(",") if a.spec else names
   if not names:
     p.error("no kernel has these phases and shapes")
+  if importlib.util.find_spec("libtpu") is None:
+    sys.exit(f"cost: the TPU compiler, libtpu, is not installed (Linux only): {INSTALL}")
   cycles = _chosen(p, "chip", a.cycles, list(CHIPS)) if a.cycles else []
   rows = survey(chips, names, cycles, a.jobs)
   report.print_table(rows)

@@ -2,6 +2,7 @@
 
 import collections
 import csv
+import importlib.metadata
 import io
 import pathlib
 
@@ -11,8 +12,9 @@ from pallas_kernels.cost.chips import CHIPS
 COLUMNS = (
   "kernel", "phase", "shape", "chip", "call", "unit", "grid_steps", "bundles_per_step", "bundles_per_unit",
   "cycles_per_unit", "hbm_floor_per_unit", "matmul_floor_per_unit", "times_floor", "busiest", "vmem_bytes",
-  "spilled_bytes", "temp_bytes", "around_bytes", "loops", "error",
+  "spilled_bytes", "temp_bytes", "around_bytes", "loops", "libtpu", "error",
 )  # fmt: skip
+_TEXT = ("kernel", "phase", "shape", "chip", "call", "unit", "busiest", "loops", "libtpu", "error")
 
 
 def records(name: str, chip: str, answer: dict) -> list[dict]:
@@ -26,6 +28,7 @@ def records(name: str, chip: str, answer: dict) -> list[dict]:
   case = case_of(name)
   base = dict.fromkeys(COLUMNS, "")
   base |= dict(kernel=case.kernel, phase=case.phase, shape=case.shape, chip=chip, unit=case.unit)
+  base["libtpu"] = _version("libtpu")
   if "error" in answer:
     return [base | {"error": answer["error"]}]
   c, out, sums = CHIPS[chip], [], collections.Counter()
@@ -62,6 +65,13 @@ def records(name: str, chip: str, answer: dict) -> list[dict]:
   return out
 
 
+def _version(package: str) -> str:
+  try:
+    return importlib.metadata.version(package)
+  except importlib.metadata.PackageNotFoundError:
+    return ""
+
+
 def to_csv(rows: list[dict]) -> str:
   """The table as CSV."""
   text = io.StringIO()
@@ -81,7 +91,8 @@ def read(path: pathlib.Path) -> list[dict]:
       return text
 
   with path.open() as file:
-    return [{k: value(v) for k, v in row.items()} for row in csv.DictReader(file)]
+    rows = csv.DictReader(file)
+    return [{k: v if k in _TEXT else value(v) for k, v in row.items()} for row in rows]
 
 
 def merged(old: list[dict], new: list[dict]) -> list[dict]:

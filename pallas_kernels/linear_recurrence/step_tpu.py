@@ -1,9 +1,13 @@
 """One token of every sequence as a Pallas TPU kernel: the state is read once and written once, in place.
 
-A grid step has some heads of one sequence. The state's channels of the key lie along sublanes and those of the value
-along lanes, so what has a number a key channel is needed as a column: all of it is turned at once, as the rows of
-one small array, and spread over lanes head by head. Sums over key channels are sums of products in float32, as in the
+A grid step has some heads of one sequence, a head's state with one of its axes along sublanes and the other along
+lanes. What has a number for each lane is a row, which every sublane can read; what has one for each sublane is spread
+over the lanes by turning as many copies of it. Sums over key channels are sums of products in float32, as in the
 reference: they cost less than the state's bytes take to move.
+
+The state lies as XLA stores it, values along lanes; but where values would not fill the lanes and keys do (Mamba-2),
+XLA stores it the other way round, and so does the kernel take it: with a copy of the state each token, three times as
+many bytes would be moved.
 """
 
 import functools
@@ -34,8 +38,8 @@ def supports(r: Recurrence, state: Float[Array, "B Hv K V"]) -> None:
     raise NotImplementedError(f"a state of {K} x {V} is too large for the TPU kernel")
 
 
-def _operands(r: Recurrence) -> tuple[dict, dict]:
-  """What the kernel takes of each head: numbers a key channel [B, Hv, K], and a value channel [B, Hv, V], float32."""
+def _operands(r: Recurrence) -> tuple[dict, dict, dict]:
+  """What the kernel takes of each head, [B, Hv, D] float32: of key channels, of value channels, and single numbers."""
   groups = r.v.shape[2] // r.k.shape[2]
 
   def token(x):
@@ -44,73 +48,87 @@ def _operands(r: Recurrence) -> tuple[dict, dict]:
   def of_value_heads(x):
     return jnp.repeat(token(x), groups, axis=1)
 
-  q, k, v = of_value_heads(r.q), of_value_heads(r.k), token(r.v)
-  columns, rows = {"q": q, "k": k}, {"v": v}
-
-  def row(x):
-    return jnp.broadcast_to(x, v.shape)
-
+  keys = {"q": of_value_heads(r.q), "k": of_value_heads(r.k)}
+  numbers = {}
   if r.decay == "constant":
-    rows["decay"] = row(jnp.exp(r.log_decay.astype(jnp.float32))[:, None])
+    decay = jnp.exp(r.log_decay.astype(jnp.float32))
+    numbers["decay"] = jnp.broadcast_to(decay[:, None], (r.v.shape[0], *decay.shape, 1))
   elif r.log_decay is not None:
-    decay = jnp.exp(token(r.log_decay))
-    if r.decay == "channel":
-      columns["decay"] = decay
-    else:
-      rows["decay"] = row(decay)
+    (keys if r.decay == "channel" else numbers)["decay"] = jnp.exp(token(r.log_decay))
   if isinstance(r.erase, KeyErase):
-    rows["beta"] = row(token(r.erase.beta)[..., None])
+    numbers["beta"] = token(r.erase.beta)[..., None]
   elif isinstance(r.erase, LowRankErase):
-    columns |= {"a": token(r.erase.a), "b": token(r.erase.b)}
+    keys |= {"a": token(r.erase.a), "b": token(r.erase.b)}
   if r.bonus is not None:
     u = jnp.repeat(r.bonus.astype(jnp.float32), groups, axis=0)
-    rows["own"] = row(jnp.sum(q * u * k, axis=-1, keepdims=True)) * v
-  return columns, rows
+    numbers["own"] = jnp.sum(keys["q"] * u * keys["k"], axis=-1, keepdims=True)
+  return keys, {"v": token(r.v)}, numbers
 
 
-def _stack(parts: dict, heads: int, lanes: int, sublanes: int) -> Float[Array, "B N R L"]:
-  """For each group of heads the rows of all parts, one part after the other; padded."""
-  B, Hv, D = next(iter(parts.values())).shape
-  x = jnp.stack([p.reshape(B, Hv // heads, heads, D) for p in parts.values()], axis=2)
-  x = x.reshape(B, Hv // heads, -1, D)
-  return jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % sublanes), (0, -D % lanes)))
+def _stack(parts: dict, heads: int, width: int) -> Float[Array, "B N R L"]:
+  """For each group of heads the rows of all parts, one part after the other."""
+  B, Hv = next(iter(parts.values())).shape[:2]
+  x = jnp.stack([jnp.broadcast_to(p, (B, Hv, width)) for p in parts.values()], axis=1)
+  x = x.reshape(B, len(parts), Hv // heads, heads, width)
+  return jnp.swapaxes(x, 1, 2).reshape(B, Hv // heads, -1, width)
 
 
-def _kernel(columns, rows, heads, undecayed, columns_ref, rows_ref, state, o, new):
-  K, V = state.shape[2:]
-  turned = columns_ref[0, 0].T
+def _turned(K: int, V: int) -> bool:
+  """Whether XLA stores states [..., K, V] with keys along lanes."""
+  return V % _LANES != 0 and V % _SUBLANES == 0 and K % _LANES == 0
+
+
+def _kernel(spread, rows, heads, turned, undecayed, spread_ref, rows_ref, state, o, new):
+  """Steps the states of some heads; ``spread`` and ``rows`` name what is in the rows of the operands."""
+  R, L = state.shape[2:]
+  keys = 1 if turned else 0  # the axis of the key channels
+  width = L if turned else min(L, _LANES)
+  outs = jnp.zeros((R, _LANES), jnp.float32)
 
   for h in range(heads):
 
-    def column(name, h=h):
-      i = columns.index(name) * heads + h
-      return turned[:K, i : i + 1]
+    def over_lanes(name, h=h):
+      i = spread.index(name) * heads + h
+      row = spread_ref[0, 0, i : i + 1]
+      # whole registers are turned
+      tall = -(-width // _SUBLANES) * _SUBLANES
+      wide = jnp.pad(row, ((0, 0), (0, -R % _LANES)))
+      return jnp.broadcast_to(wide, (tall, wide.shape[1])).T[:R, :width]
 
-    for start in range(0, V, _LANES):
-      lanes = slice(start, min(start + _LANES, V))
+    columns = {name: over_lanes(name) for name in spread}
+    for start in range(0, L, width):
+      lanes = slice(start, min(start + width, L))
 
-      def row(name, h=h, lanes=lanes):
+      def of(name, h=h, lanes=lanes, columns=columns):
+        if name in columns:
+          return columns[name][:, : lanes.stop - lanes.start]
         i = rows.index(name) * heads + h
         return rows_ref[0, 0, i : i + 1, lanes]
 
+      def read(name, S, of=of):
+        return jnp.sum(of(name) * S, axis=keys, keepdims=True)
+
       before = state[0, h, :, lanes].astype(jnp.float32)
-      S, v = before, row("v")
-      if "decay" in columns:
-        S = column("decay") * S
-      elif "decay" in rows:
-        S = row("decay") * S
-      seen = before if undecayed else S
+      S = of("decay") * before if "decay" in (*spread, *rows) else before
+      v = of("v")
       if "beta" in rows:
-        v = row("beta") * (v - jnp.sum(column("k") * seen, axis=0, keepdims=True))
-      elif "a" in columns:
-        S = S + column("a") * jnp.sum(column("b") * seen, axis=0, keepdims=True)
-      S = S + column("k") * v
-      if "own" in rows:
-        out = jnp.sum(column("q") * before, axis=0, keepdims=True) + row("own")
-      else:
-        out = jnp.sum(column("q") * S, axis=0, keepdims=True)
-      o[0, 0, h : h + 1, lanes] = out.astype(o.dtype)
+        v = of("beta") * (v - read("k", before if undecayed else S))
+      elif "a" in (*spread, *rows):
+        S = S + of("a") * read("b", before if undecayed else S)
+      S = S + of("k") * v
       new[0, h, :, lanes] = S.astype(new.dtype)
+      if "own" in rows:
+        own = of("own") * of("v")  # the same in all lanes where values lie along sublanes
+        out = read("q", before) + (own[:, :1] if turned else own)
+      else:
+        out = read("q", S)
+      if turned:
+        lane = jax.lax.broadcasted_iota(jnp.int32, outs.shape, 1)
+        outs = jnp.where(lane == h, out, outs)
+      else:
+        o[0, 0, h : h + 1, lanes] = out.astype(o.dtype)
+  if turned:
+    o[0, 0] = outs.T[:heads].astype(o.dtype)
 
 
 def step(
@@ -126,18 +144,23 @@ def step(
     interpret: runs the kernel on any machine.
   """
   B, Hv, K, V = state.shape
-  columns, rows = _operands(r)
-  heads = max(h for h in range(1, Hv + 1) if Hv % h == 0 and (h == 1 or 4 * h * K * V <= _BLOCK))
-  operands = _stack(columns, heads, _LANES, _SUBLANES), _stack(rows, heads, 1, 1)
+  turned = _turned(K, V)
+  keys, values, numbers = _operands(r)
+  spread, rows = (values, keys | numbers) if turned else (keys, values | numbers)
+  most = min(max(_BLOCK // (4 * K * V), 1), _LANES)
+  heads = max(h for h in range(1, min(most, Hv) + 1) if Hv % h == 0)
+  operands = _stack(spread, heads, V if turned else K), _stack(rows, heads, K if turned else V)
+  if turned:
+    state = jnp.swapaxes(state, 2, 3)
 
   def whole(x):
     return pl.BlockSpec((1, 1, *x.shape[2:]), lambda b, h: (b, h, 0, 0))
 
-  of_heads = pl.BlockSpec((1, heads, K, V), lambda b, h: (b, h, 0, 0))
+  of_heads = pl.BlockSpec((1, heads, *state.shape[2:]), lambda b, h: (b, h, 0, 0))
   o = jax.ShapeDtypeStruct((B, Hv // heads, heads, V), r.v.dtype)
   moved = sum(x.size * x.dtype.itemsize for x in (*operands, state, state, o))
   o, new = pl.pallas_call(
-    functools.partial(_kernel, list(columns), list(rows), heads, r.reads == "undecayed"),
+    functools.partial(_kernel, list(spread), list(rows), heads, turned, r.reads == "undecayed"),
     grid=(B, Hv // heads),
     in_specs=[*map(whole, operands), of_heads],
     out_specs=(whole(o), of_heads),
@@ -148,4 +171,4 @@ def step(
     interpret=interpret,
     name="linear_recurrence_step",
   )(*operands, state)
-  return o.reshape(B, 1, Hv, V), new
+  return o.reshape(B, 1, Hv, V), jnp.swapaxes(new, 2, 3) if turned else new
