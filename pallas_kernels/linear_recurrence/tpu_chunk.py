@@ -317,7 +317,11 @@ def _compare_forward(rows, cols, decays, G, masks, base, exact):
 
 
 def _compare_backward(base, exact, residuals, douts):
-  """A row's decay enters as ``rows * exp(decay)``: its gradient is ``rows * drows``; a column's ``-cols * dcols``."""
+  """A decay enters as ``rows * exp(decay)``, so its gradient is that times the operand's; a column's, minus it.
+
+  With the operands as the products saw them, rounded: then what rows gain is what columns lose to the
+  last bit, and the gradient of a decay is no difference of two roundings.
+  """
   rows, cols, factors, masks = residuals
   C = rows[0].shape[0]
   douts = [[jnp.where(m, d, 0.0) for d in line] for m, line in zip(masks, douts, strict=True)]
@@ -328,30 +332,34 @@ def _compare_backward(base, exact, residuals, douts):
     return jnp.concatenate(lines)
 
   def through(h, dZ):
+    """Gradients of operands and factors, of a level's rows (second halves) and of all columns."""
     rs, cs, r, c = _operands(rows, cols, factors, h)
-    back = jnp.split(dot(dZ, cs, NN, exact), len(rows))
-    forth = jnp.split(dot(dZ, rs, TN, exact), len(cols))
-    return back, forth, r, c
+    if not exact:
+      rs, cs = (x.astype(jnp.bfloat16).astype(jnp.float32) for x in (rs, cs))
+    back, forth = dot(dZ, cs, NN, exact), dot(dZ, rs, TN, exact)
+    drows = [d * f for d, f in zip(jnp.split(back, len(rows)), r, strict=True)]
+    dcols = jnp.split(forth, len(cols))
+    return drows, dcols, c, jnp.split(back * rs, len(rows)), sum(jnp.split(forth * cs, len(cols)))
 
   near = _near(C, base)
-  back, forth, r, c = through(0, gather(lambda d: jnp.where(near, d, 0.0)))
-  drows = [d * f for d, f in zip(back, r, strict=True)]
-  dcols = [d * c for d in forth]
+  drows, dcols, c, ddecays, dG = through(0, gather(lambda d: jnp.where(near, d, 0.0)))
+  dcols = [d * c for d in dcols]
   for h in _levels(C, base):
     sees = _sees(C, h)
     dZ = gather(lambda d, h=h, sees=sees: jnp.where(sees, _halves(d, h)[1], 0.0))
-    back, forth, r, c = through(h, dZ)
-    for i, (d, f) in enumerate(zip(back, r, strict=True)):
+    level_rows, level_cols, c, level_decays, level_G = through(h, dZ)
+    dG = dG + level_G
+    for i, (x, g) in enumerate(zip(level_rows, level_decays, strict=True)):
       first, second = _halves(drows[i], h)
-      drows[i] = _join(first, second + d * f, h)
-    for j, d in enumerate(forth):
+      drows[i] = _join(first, second + x, h)
+      first, second = _halves(ddecays[i], h)
+      ddecays[i] = _join(first, second + g, h)
+    for j, x in enumerate(level_cols):
       first, second = _halves(dcols[j], h)
-      dcols[j] = _join(first + _halves(d, h)[0] * c, second, h)
-  decays = [x * d for x, d in zip(rows, drows, strict=True)]
+      dcols[j] = _join(first + _halves(x, h)[0] * c, second, h)
   if len(factors[0][0]) == 1:
-    decays = [sum(decays)]
-  dG = -sum(x * d for x, d in zip(cols, dcols, strict=True))
-  return tuple(drows), tuple(dcols), tuple(decays), dG, None
+    ddecays = [sum(ddecays)]
+  return tuple(drows), tuple(dcols), tuple(ddecays), -dG, None
 
 
 compare_channels.defvjp(_compare_forward, _compare_backward)
