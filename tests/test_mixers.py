@@ -34,6 +34,7 @@ SIZES = dict(
   pool_stride=1,
   initial=0,
   local=1,
+  random=1,
   index_heads=2,
   index_dim=8,
   index_rope_dim=4,

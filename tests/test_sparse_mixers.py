@@ -22,6 +22,9 @@ CASES = {
   "infllm2": dict(block_size=4, top_k=4, pool_size=4, pool_stride=2, initial=1, local=1),
   "nsa": dict(block_size=4, top_k=4, pool_size=4, pool_stride=2, initial=1, local=2, window=5),
   "nsa_fla": dict(block_size=4, top_k=4, initial=1, local=1, window=5),
+  "longformer": dict(window=4, dilation=2, initial=2),
+  "bigbird": dict(block_size=4, initial=1, local=1, random=2),
+  "window_linear": dict(window=5, num_kv_heads=None),
   "minimax_m3": dict(block_size=4, top_k=3, index_dim=6, qk_norm=False),
   "dsa": dict(
     top_k=5, kv_lora_rank=12, nope_dim=8, rope_dim=4, value_dim=6,
@@ -29,7 +32,7 @@ CASES = {
   ),
 }  # fmt: skip
 # Settings under which nothing is left out.
-EVERYTHING = dict(top_k=64)
+EVERYTHING = dict(top_k=64, window=64, dilation=1, random=64)
 SPARSE = sorted(name for name, cls in mixers().items() if cls.family == "sparse")
 SEGMENTS = np.array([[1] * 11 + [2] * 16, [1] * 27])
 
@@ -233,6 +236,61 @@ def nsa_fla(layer, x):
   return three_branches(layer, x, q, pools, q, (k, v), (k, v), size, size)
 
 
+def longformer(layer, x):
+  """arXiv:2004.05150, section 3.1, made causal."""
+  c, (q, k, v) = layer.config, qkv(layer, x)
+  o = np.zeros((T, H, K))
+  for t, h in np.ndindex(T, H):
+    near = {t - i * c.dilation for i in range(c.window)}
+    seen = sorted(s for s in near | set(range(c.initial)) if 0 <= s <= t)
+    g = h // (H // HKV)
+    o[t, h] = attention(q[t, h], k[seen, g], v[seen, g])
+  return o
+
+
+def bigbird(layer, x):
+  """arXiv:2007.14062, section 2, made causal; the random blocks by the hash written out."""
+  c, (q, k, v) = layer.config, qkv(layer, x)
+
+  def noise(a, b):
+    y = (a * 0x9E3779B1 + b + int(layer.layer[...]) * 0x85EBCA77) % 2**32
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+      y = (y ^ (y >> shift)) * factor % 2**32
+    return y >> 8
+
+  o = np.zeros((T, H, K))
+  for t, h in np.ndindex(T, H):
+    now = t // c.block_size
+    forced = {j for j in range(now + 1) if j < c.initial or j > now - c.local}
+    free = {j: noise(now, j) for j in range(now + 1) if j not in forced}
+    seen = tokens_of(sorted(forced | set(best(free, c.random))), c.block_size, t)
+    g = h // (H // HKV)
+    o[t, h] = attention(q[t, h], k[seen, g], v[seen, g])
+  return o
+
+
+def window_linear(layer, x):
+  """arXiv:2410.10254: the window's weights and the features' products over one sum."""
+  q, k, v = (project(layer, f"{n}_proj", x, H) for n in "qkv")
+  q, k = rotated(q), rotated(k)
+  gamma = np.exp(np.asarray(layer.log_gamma[...], np.float64))
+  features = [np.asarray(f[...], np.float64) for f in (layer.q_features, layer.k_features)]
+
+  def phi(y, w):
+    return softmax(np.concatenate([y @ w, -(y @ w)]))
+
+  o = np.zeros((T, H, K))
+  for t, h in np.ndindex(T, H):
+    weight = np.zeros(t + 1)
+    for s in range(t + 1):
+      if t - s < layer.config.window:
+        weight[s] = gamma[h] * np.exp(q[t, h] @ k[s, h] / np.sqrt(K))
+      else:
+        weight[s] = phi(q[t, h], features[0][h]) @ phi(k[s, h], features[1][h])
+    o[t, h] = weight @ v[: t + 1, h] / weight.sum()
+  return o
+
+
 def rms(x, norm):
   y = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + norm.eps)
   return y * np.asarray(norm.scale[...], np.float64)
@@ -328,10 +386,15 @@ def dsa(layer, x, dense=False):
   return o, {"indexer_loss": loss} | ({"indexer_recall": found} if dense else {})
 
 
-ORACLES = {f.__name__: f for f in (moba, infllm2, nsa, nsa_fla, minimax_m3, dsa)}
+MIXERS = (moba, infllm2, nsa, nsa_fla, longformer, bigbird, window_linear, minimax_m3, dsa)
+ORACLES = {f.__name__: f for f in MIXERS}
 
 
-@pytest.mark.parametrize("name", SPARSE)
+def test_every_sparse_mixer_has_an_oracle():
+  assert set(SPARSE) <= set(ORACLES)
+
+
+@pytest.mark.parametrize("name", ORACLES)
 def test_oracle(name):
   """The whole layer; float32 against float64, on sums of some dozens of terms."""
   layer, x = make(name), tokens()
@@ -384,7 +447,7 @@ def read(layer, x, pieces, ids=None, max_len=T + 3):
   return np.concatenate(out, axis=1)
 
 
-@pytest.mark.parametrize("name", SPARSE)
+@pytest.mark.parametrize("name", ORACLES)
 def test_blocks_across_steps(name):
   """Pieces that end anywhere in blocks and pools, shorter and longer than they are, and single tokens."""
   layer, x = make(name), tokens()
@@ -392,7 +455,7 @@ def test_blocks_across_steps(name):
   np.testing.assert_allclose(got, whole(layer, x), rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", SPARSE)
+@pytest.mark.parametrize("name", ORACLES)
 def test_padding_moves_blocks(name):
   """A prompt with padding on the left has the blocks that it has without."""
   layer, x = make(name), tokens()
@@ -405,7 +468,9 @@ def test_padding_moves_blocks(name):
 @pytest.mark.parametrize("name", SPARSE)
 def test_everything_is_full_attention(name):
   """Where every block is chosen: outputs, and the gradients of x and of every parameter (float32 sums: 1e-5)."""
-  layer, x = make(name, **EVERYTHING), tokens(2)
+  fields = mixer(name).Config.__dataclass_fields__
+  settings = {k: v for k, v in EVERYTHING.items() if k in fields}
+  layer, x = make(name, **settings), tokens(2)
   graph, params, rest = nnx.split(layer, nnx.Param, ...)
   cotangent = tokens(2, seed=3)
 

@@ -11,17 +11,9 @@ from attnlab import sharding
 from attnlab.mixers.attention import append_to_ring, attend, new_cache, together
 from attnlab.mixers.base import MixerOutput, register
 from attnlab.mixers.infllm2 import check_sizes, overlapping
-from attnlab.mixers.sparse import (
-  SparseMixer,
-  at_a_time,
-  by_document,
-  extend_tails,
-  grouped,
-  products,
-  softmax_over,
-)
+from attnlab.mixers.sparse import SparseMixer, attend_to_pools, by_document, extend_tails
 from attnlab.nn import Linear, fan_in, param, rope
-from pallas_kernels.block_sparse import over_queries, select_blocks
+from pallas_kernels.block_sparse import select_blocks
 
 
 class NSABase(SparseMixer):
@@ -78,27 +70,22 @@ class NSABase(SparseMixer):
 
   def compressed(self, place, q, pools):
     """Attention to the pools, and the blocks that it points to (equations 7 to 11)."""
-    c, k, v = self.config, pools.values["k"], pools.values["v"]
-    B, N, Hkv = k.shape[:3]
+    c = self.config
     # How often each pool that reaches into a block counts in equation 9.
     ones = np.ones(c.block_size // self.pool_stride), np.ones(self.pool_size // self.pool_stride)
     times = jnp.asarray(np.convolve(*ones), jnp.float32)
 
-    def some(q, first, complete, within):
-      p = softmax_over(products(grouped(q, Hkv), k, self.K**-0.5), pools.visible(first, complete))
-      o = jnp.einsum("bgrtn,bngv->btgrv", p.astype(q.dtype), v.astype(q.dtype), precision="highest")
-      p = by_document(jax.lax.stop_gradient(p).sum(axis=2), first)
+    def choose(p, first, within):
+      p = by_document(p.sum(axis=2), first)
       scores = overlapping(p, self.pool_size, self.pool_stride, c.block_size) @ times.astype(
         p.dtype
       )
       current, zero = within // c.block_size, jnp.zeros_like(first)
       forced = dict(initial=c.initial, local=c.local)
       chosen = select_blocks(scores, zero, current + 1, current, top_k=c.top_k, **forced)
-      return o.reshape(q.shape), chosen.swapaxes(1, 2)
+      return chosen.swapaxes(1, 2)
 
-    rows = at_a_time(4 * B * q.shape[2] * N)
-    args = q, pools.first, pools.complete, place.layout.within
-    o, chosen = over_queries(some, rows, *args)
+    o, _, chosen = attend_to_pools(q, pools, self.K**-0.5, choose, place.layout.within)
     return o, chosen.swapaxes(1, 2)
 
 
