@@ -297,6 +297,8 @@ def _defaults(kind: type, given: Mapping[str, Any], path: str) -> ConfigDict:
     value = given.get(name, default)
     if value is not None and default is not None:
       _of_type(f"{path}.{name}", value, default)
+      if isinstance(default, tuple):  # JSON has lists alone, and settings must have a hash.
+        value = tuple(value)
     if value is None:  # `int | None`: the command line must know of the int.
       kind_of_value = next(t for t in typing.get_args(hints[name]) if t is not type(None))
       value = config_dict.placeholder(typing.get_origin(kind_of_value) or kind_of_value)

@@ -1,5 +1,6 @@
 """Configs: what is wrong with one is named, by key, before anything else happens."""
 
+import json
 import os
 import re
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 from attnlab import cli
 from attnlab import config as configs
 from attnlab.errors import UserError
+from attnlab.mixers import configure, mixers
 from configs.base import RECIPES, SIZES, base, recipe, size
 
 ROOT = Path(__file__).parent.parent
@@ -65,6 +67,15 @@ def test_resolving_twice_changes_nothing_and_json_keeps_all():
   again = configs.resolve(configs.from_json(values))
   configs.check(again)
   assert configs.to_json(again) == values
+
+
+@pytest.mark.parametrize("name", mixers())
+def test_json_keeps_the_settings_of_every_mixer(name):
+  """What evaluation and generation build the model from: the same settings, of types that have a hash."""
+  config = configs.load(TINY, {"model.pattern": name})
+  again = configs.from_json(json.loads(json.dumps(configs.to_json(configs.resolve(config)))))
+  one, two = (configure(mixers()[name], dict(c.model.mixers[name])) for c in (config, again))
+  assert one == two and hash(one) == hash(two)
 
 
 @pytest.mark.parametrize(
