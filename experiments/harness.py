@@ -1,0 +1,403 @@
+"""Runs an experiment's cells: every run is a process of its own, several at a time where there are devices.
+
+A run is (cell, learning rate, seed). It is kept in WORKDIR/runs/KEY, where KEY is a hash of all that determines it, the
+resolved config and the tests: a run that is there is finished, whichever experiment, size or sitting it came from, and
+one whose settings have changed is another. A cell's learning rates are run on its first seed, then the best of them on
+the other seeds.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from attnlab import accounting, cli, metrics
+from attnlab.config import check, complete, resolve, to_json
+from attnlab.errors import UserError, unknown
+from experiments.cells import Cell, Experiment
+
+SIZES = ("cpu", "gpu", "paper")
+# Of a progress table: more cells than this are told of only while they run.
+_ROWS = 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """One training run and its tests.
+
+  Attributes:
+    axes: of its cell.
+    config: resolved.
+    tests: changes to the config's `data` section, one for each test.
+  """
+
+  axes: Mapping[str, Any]
+  config: ConfigDict
+  tests: tuple[Mapping[str, Any], ...]
+
+  @property
+  def spec(self) -> dict[str, Any]:
+    """All that determines the result, as plain JSON values."""
+    return {"config": to_json(self.config), "tests": [dict(t) for t in self.tests]}
+
+  @functools.cached_property
+  def key(self) -> str:
+    text = json.dumps(self.spec, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+  @functools.cached_property
+  def flops(self) -> float:
+    """Of the whole of its training."""
+    c = self.config
+    tokens = c.train.steps * c.train.batch_size * c.data.seq_len
+    return tokens * accounting.train_flops_per_token(c)
+
+  def __str__(self) -> str:
+    c = self.config
+    return f"{describe(self.axes)}, learning rate {c.optim.learning_rate:g}, seed {c.seed}"
+
+
+class Plan:
+  """The runs of some cells: which there are, and which are needed next.
+
+  Args:
+    cells: of the experiment, those that are wanted.
+    seeds: how many of each.
+    results: of a run's key, its result, if it is finished. Looked into anew at each question.
+  """
+
+  def __init__(self, cells: Sequence[Cell], seeds: int, results: Mapping[str, dict[str, Any]]):
+    self.cells, self._seeds, self._results = cells, seeds, results
+    self._runs: dict[tuple[int, float, int], Run] = {}
+
+  def run(self, cell: int, rate: float, seed: int) -> Run:
+    """The run of a cell (by its number) with a learning rate and a seed."""
+    if (cell, rate, seed) not in self._runs:
+      c = self.cells[cell]
+      config = c.config.copy_and_resolve_references()
+      with config.unlocked():
+        config.seed, config.optim.learning_rate = seed, float(rate)
+      config = resolve(complete(config))
+      tests = tuple(t.data for t in c.tests)
+      self._runs[cell, rate, seed] = Run(c.axes, config, tests)
+    return self._runs[cell, rate, seed]
+
+  def sweep(self, cell: int) -> list[Run]:
+    """The runs that choose a cell's learning rate."""
+    return [self.run(cell, rate, 0) for rate in self.cells[cell].learning_rates]
+
+  def rate(self, cell: int) -> float | None:
+    """The best learning rate: of the highest validation accuracy, then of the lowest loss. None: not known yet."""
+    results = [self._results.get(run.key) for run in self.sweep(cell)]
+    if None in results:
+      return None
+    rates = self.cells[cell].learning_rates
+    score = {
+      rate: (r["accuracy"], -r["nll"])
+      for rate, r in zip(rates, results, strict=True)
+      if r and "not_finite" not in r
+    }
+    return max(score, key=lambda rate: score[rate]) if score else rates[0]
+
+  def seeds(self, cell: int) -> list[Run]:
+    """A cell's runs with the best learning rate, one a seed; none while it is not known."""
+    rate = self.rate(cell)
+    return [] if rate is None else [self.run(cell, rate, s) for s in range(self._seeds)]
+
+  def needed(self, cell: int) -> list[Run]:
+    """What can be run of a cell now and is not finished."""
+    runs = self.sweep(cell) if self.rate(cell) is None else self.seeds(cell)
+    return [run for run in runs if run.key not in self._results]
+
+  def left(self, cell: int) -> list[Run]:
+    """All that a cell still needs, the learning rate of later seeds being guessed."""
+    if self.rate(cell) is not None:
+      return self.needed(cell)
+    rate = self.cells[cell].learning_rates[0]
+    return self.needed(cell) + [self.run(cell, rate, s) for s in range(1, self._seeds)]
+
+
+class Results(dict[str, dict[str, Any]]):
+  """The results of the finished runs below a directory, by key."""
+
+  def __init__(self, directory: Path):
+    super().__init__()
+    self.directory = directory
+    for path in directory.glob("*/result.json"):
+      self.read(path.parent.name)
+
+  def read(self, key: str) -> bool:
+    """Reads the result of a run that has ended; whether there is one."""
+    path = self.directory / key / "result.json"
+    if path.exists():
+      self[key] = json.loads(path.read_text())
+    return path.exists()
+
+
+@dataclasses.dataclass
+class _Process:
+  run: Run
+  process: subprocess.Popen
+  device: str
+  began: float
+  first: int  # updates done before
+
+  def steps(self, directory: Path) -> int:
+    records = metrics.read(directory / self.run.key / "metrics.jsonl")
+    return max((r["step"] for r in records), default=0)
+
+
+def run_all(plan: Plan, results: Results, devices: Sequence[str]) -> list[Run]:
+  """Runs what is left of a plan, one run a device at a time, and shows how far it is.
+
+  Args:
+    plan: the runs.
+    results: the finished ones; new ones are added.
+    devices: numbers of accelerators, or one empty string: whatever jax finds.
+
+  Returns:
+    The runs that failed. Their logs are beside them, and starting again tries them again.
+
+  Raises:
+    KeyboardInterrupt, SystemExit: a signal; runs under way have saved their checkpoints.
+  """
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+  running: list[_Process] = []
+  broken: dict[str, Run] = {}
+  console = Console(highlight=False, soft_wrap=True)
+  progress = _Progress(plan, results, len(devices))
+  with Live(console=console, auto_refresh=False, transient=True) as live:
+    try:
+      while True:
+        for p in [p for p in running if p.process.poll() is not None]:
+          running.remove(p)
+          ended = p.process.returncode == 0 and results.read(p.run.key)
+          progress.done(p, results.directory)
+          if not ended:
+            broken[p.run.key] = p.run
+          line = _told(results[p.run.key]) if ended else f"failed: {_why(results, p.run)}"
+          live.console.print(f"{p.run}: {line}", markup=False)
+        busy = {p.run.key for p in running} | broken.keys()
+        waiting = (r for r in _next(plan) if r.key not in busy)
+        for device in sorted(set(devices) - {p.device for p in running}):
+          if (run := next(waiting, None)) is None:
+            break
+          running.append(_start(run, results.directory, device))
+        if not running:
+          live.console.print(progress.show([], results.directory, broken))
+          return list(broken.values())
+        live.update(progress.show(running, results.directory, broken), refresh=True)
+        time.sleep(0.5)
+    finally:
+      for p in running:
+        p.process.terminate()
+      for p in running:
+        p.process.wait()
+
+
+def _next(plan: Plan) -> Iterator[Run]:
+  seen = set()
+  for cell in range(len(plan.cells)):
+    for run in plan.needed(cell):
+      if run.key not in seen:
+        seen.add(run.key)
+        yield run
+
+
+def _start(run: Run, directory: Path, device: str) -> _Process:
+  where = directory / run.key
+  where.mkdir(parents=True, exist_ok=True)
+  metrics.write_atomically(where / "run.json", json.dumps(run.spec, indent=2) + "\n")
+  env = dict(os.environ)
+  if device:
+    env |= {"CUDA_VISIBLE_DEVICES": device, "TPU_VISIBLE_CHIPS": device}
+    env |= {"TPU_CHIPS_PER_PROCESS_BOUNDS": "1,1,1", "TPU_PROCESS_BOUNDS": "1,1,1"}
+  command = [sys.executable, "-m", "experiments.worker", str(where)]
+  with open(where / "log.txt", "a") as log:
+    # A session of its own: Ctrl-C is ours to pass on.
+    process = subprocess.Popen(
+      command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+      cwd=Path(__file__).resolve().parent.parent,
+    )  # fmt: skip
+  p = _Process(run, process, device, time.monotonic(), 0)
+  p.first = p.steps(directory)
+  return p
+
+
+def _told(result: Mapping[str, Any]) -> str:
+  if "not_finite" in result:
+    return "not finite"
+  return (
+    f"validation {100 * result['accuracy']:.1f} %, {result['steps']} updates,"
+    f" {result['seconds']:.0f} s"
+  )
+
+
+def _why(results: Results, run: Run) -> str:
+  path = results.directory / run.key / "log.txt"
+  lines = [line for line in path.read_text().splitlines() if line.strip()]
+  return f"{lines[-1][:300] if lines else 'no word'} ({path})"
+
+
+class _Progress:
+  """A table of the cells, and when all will be done."""
+
+  def __init__(self, plan: Plan, results: Results, workers: int):
+    self._plan, self._results, self._workers = plan, results, workers
+    self._flops = self._seconds = 0.0
+
+  def done(self, p: _Process, directory: Path) -> None:
+    """Notes the speed of a run that has ended."""
+    self._flops += p.run.flops * self._share(p, directory)
+    self._seconds += time.monotonic() - p.began
+
+  def _share(self, p: _Process, directory: Path) -> float:
+    """The part of a run that its process has done."""
+    return max(p.steps(directory) - p.first, 0) / p.run.config.train.steps
+
+  def show(self, running: Sequence[_Process], directory: Path, broken: Mapping[str, Run]) -> Group:
+    shares = {p.run.key: self._share(p, directory) for p in running}
+    now = time.monotonic()
+    flops = self._flops + sum(p.run.flops * shares[p.run.key] for p in running)
+    seconds = self._seconds + sum(now - p.began for p in running)
+    cells = range(len(self._plan.cells))
+    unique = {r.key: r for cell in cells for r in self._plan.left(cell) if r.key not in broken}
+    left = sum(r.flops * (1 - shares.get(key, 0)) for key, r in unique.items())
+    eta = left * seconds / flops / self._workers if flops else None
+    table = Table(box=None, pad_edge=False)
+    names = list(self._plan.cells[0].axes)
+    for name in (*names, "learning rate", "runs", "validation"):
+      table.add_column(name, justify="left" if name in names else "right")
+    finished = shown = 0
+    for cell in cells:
+      needed, runs = self._plan.needed(cell), self._plan.sweep(cell) + self._plan.seeds(cell)[1:]
+      finished += self._plan.rate(cell) is not None and not needed
+      active = any(r.key in shares for r in runs)
+      if len(cells) > _ROWS and not active:
+        continue
+      shown += 1
+      if shown > _ROWS:
+        break
+      done = [self._results[r.key] for r in runs if r.key in self._results]
+      best = max((r.get("accuracy", 0) for r in done), default=None)
+      rate = self._plan.rate(cell)
+      failed = sum(r.key in broken for r in runs)
+      state = f"{len(done)} done" + (", 1 running" if active else "")
+      table.add_row(
+        *(str(v) for v in self._plan.cells[cell].axes.values()),
+        f"{rate:g}" if rate else "",
+        state + (f", {failed} failed" if failed else ""),
+        f"{100 * best:.1f} %" if best is not None else "",
+      )
+    last = Text(f"{finished} of {len(cells)} cells; at most {len(unique)} runs left")
+    if eta is not None:
+      last.append(f"; ETA {_clock(eta)}")
+    return Group(table, last)
+
+
+def _clock(seconds: float) -> str:
+  s = round(seconds)
+  return f"{s // 3600}:{s // 60 % 60:02}:{s % 60:02}"
+
+
+def describe(axes: Mapping[str, Any]) -> str:
+  """{"task": "mqar", "length": 64} -> "task mqar, length 64"."""
+  return ", ".join(f"{k} {v}" for k, v in axes.items())
+
+
+def select(cells: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
+  """The cells that all of some conditions hold for.
+
+  Args:
+    cells: of an experiment.
+    only: "axis=value", or "axis=value|value".
+
+  Raises:
+    UserError: no such axis or value.
+  """
+  for condition in only:
+    axis, equals, values = condition.partition("=")
+    known = {name for cell in cells for name in cell.axes}
+    if not equals or axis not in known:
+      raise unknown("axis in --only (axis=value)", axis, known)
+    wanted = values.split("|")
+    there = {str(cell.axes.get(axis)) for cell in cells}
+    for value in wanted:
+      if value not in there:
+        raise unknown(f"value of {axis} in --only", value, there)
+    cells = [cell for cell in cells if str(cell.axes.get(axis)) in wanted]
+  return list(cells)
+
+
+def accelerators() -> list[str]:
+  """The numbers of this machine's accelerators, found without starting jax on them; [""] where there are none."""
+  if os.environ.get("JAX_PLATFORMS", "") == "cpu":
+    return [""]
+  visible = os.environ.get("CUDA_VISIBLE_DEVICES") or os.environ.get("TPU_VISIBLE_CHIPS")
+  if visible:
+    return visible.split(",")
+  for pattern, prefix in (("nvidia[0-9]*", "nvidia"), ("accel[0-9]*", "accel")):
+    found = [p.name.removeprefix(prefix) for p in Path("/dev").glob(pattern)]
+    if found:
+      return sorted(found, key=int)
+  return [""]
+
+
+def main(experiment: Experiment) -> None:
+  """The command line of an experiment."""
+  flags.DEFINE_list(
+    "only", [], "Cells: axis=value, or axis=value|value; several, separated by commas."
+  )
+  flags.DEFINE_enum("size", "cpu", SIZES, "Two CPU cores, one accelerator, or as published.")
+  flags.DEFINE_integer(
+    "seeds", 3, "Runs of each cell, the learning rate being chosen on the first.", 1
+  )
+  flags.DEFINE_string("workdir", None, "Where runs are kept. Default: runs/experiments.")
+  flags.DEFINE_string("out", None, "Where the report goes. Default: WORKDIR/NAME-SIZE.")
+  flags.DEFINE_bool("report", False, "Only the report, of what has been run.")
+  flags.DEFINE_list("devices", [], "Numbers of the accelerators to use. Default: all.")
+  command = shlex.join(["python", "-m", f"experiments.{experiment.name}", *sys.argv[1:]])
+  cli.run(lambda _: _main(experiment, command))
+
+
+def _main(experiment: Experiment, command: str) -> int:
+  from experiments import report
+
+  f = flags.FLAGS
+  jax.config.update("jax_platforms", "cpu")  # of this process; the accelerators are the runs'
+  workdir = Path(f.workdir or "runs/experiments").resolve()
+  cells = select(experiment.cells(f.size), f.only)
+  results = Results(workdir / "runs")
+  plan = Plan(cells, f.seeds, results)
+  for cell in range(len(cells)):  # What cannot work is told before anything is run.
+    for run in plan.sweep(cell):
+      try:
+        check(run.config)
+      except UserError as error:
+        raise UserError(f"{describe(run.axes)}: {error}") from error
+  try:
+    failed = [] if f.report else run_all(plan, results, f.devices or accelerators())
+  except KeyboardInterrupt:
+    print("stopped; the same command goes on from here", file=sys.stderr)
+    return 130
+  out = Path(f.out or workdir / f"{experiment.name}-{f.size}")
+  report.write(experiment, plan, results, out, command=command, size=f.size)
+  print(f"{out}/report.html, table.md, table.csv, plot.png, plot.svg")
+  return 1 if failed else 0

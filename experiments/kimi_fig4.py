@@ -1,0 +1,140 @@
+"""Palindrome, MQAR and stacks by length: Kimi Linear's Figure 4 (arXiv:2510.26692, section 5.1).
+
+python -m experiments.kimi_fig4 [--size=cpu|gpu|paper] [--only=task=stack] [--seeds=3]
+"""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from configs.base import base
+from experiments.cells import Cell, Experiment, Prediction, Test
+from experiments.harness import main
+
+TASKS = ("palindrome", "mqar", "stack")
+MIXERS = ("kda", "gated_deltanet", "mamba2")
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+  """A protocol.
+
+  Attributes:
+    lengths: of the rows.
+    head_dim: of keys and values; every model has two layers of two heads, mixers alone.
+    d_model: width.
+    steps, batch_size: of training, which ends early at 99.5 % of validation.
+    learning_rates: the grid.
+  """
+
+  lengths: tuple[int, ...]
+  head_dim: int
+  d_model: int
+  steps: int
+  batch_size: int
+  learning_rates: tuple[float, ...]
+
+
+SIZES = {
+  "cpu": Size((32, 64), 16, 64, 800, 32, (1e-2, 2e-2)),
+  "gpu": Size((256, 512), 64, 256, 5000, 64, (5e-4, 1e-3, 2e-3)),
+  # The paper's lengths, heads, updates and grid. It does not state batch, width and vocabulary.
+  "paper": Size((256, 512, 1024, 2048), 128, 256, 20_000, 64, (5e-5, 1e-4, 5e-4, 1e-3)),
+}
+
+# Read off the figure (error about half a point): peak accuracy in training, by length.
+PUBLISHED = {
+  ("palindrome", "kda"): (100, 100, 100, 42.2),
+  ("palindrome", "gated_deltanet"): (100, 100, 97.0, 37.1),
+  ("palindrome", "mamba2"): (100, 0, 0, 0),
+  ("mqar", "kda"): (100, 100, 100, 47.6),
+  ("mqar", "gated_deltanet"): (100, 100, 78.7, 29.1),
+  ("mqar", "mamba2"): (97.6, 0, 0, 0),
+  ("stack", "kda"): (100, 100, 100, 100),
+  ("stack", "gated_deltanet"): (100, 100, 100, 100),
+  ("stack", "mamba2"): (100, 100, 0, 0),
+}
+PUBLISHED_LENGTHS = (256, 512, 1024, 2048)
+
+
+def mixer(name: str, head_dim: int) -> str:
+  """A mixer with two heads and a state of head_dim x head_dim each, as a pattern."""
+  values = "state_dim" if name == "mamba2" else "value_dim"
+  return f"{name}(num_heads=2, head_dim={head_dim}, {values}={head_dim})"
+
+
+def task_args(task: str, size: str, length: int) -> dict:
+  """The paper states 64 stacks, and no more."""
+  ids = {"cpu": 128, "gpu": 1024, "paper": 8192}[size]
+  return {
+    "palindrome": dict(vocab_size=64),
+    "mqar": dict(vocab_size=ids, num_kv_pairs=length // 8, random_non_queries=False),
+    "stack": dict(stacks=16 if size == "cpu" else 64, elements=64),
+  }[task] | dict(train_examples=1 << 22)  # every example is new
+
+
+def cell(size: str, task: str, length: int, name: str) -> Cell:
+  s = SIZES[size]
+  c = base()
+  c.model.pattern = mixer(name, s.head_dim)
+  c.model.num_layers, c.model.d_model, c.model.mlp.hidden = 2, s.d_model, 0
+  c.data.update(dict(name="task", task=task, seq_len=length))
+  c.data.task_args = ConfigDict(task_args(task, size, length))
+  c.optim.update(dict(warmup_steps=s.steps // 20, weight_decay=0.0))
+  c.train.update(dict(steps=s.steps, batch_size=s.batch_size, log_every=20, checkpoint_every=1000))
+  c.train.update(dict(eval_every=s.steps // 12, eval_batches=8, stop_accuracy=0.995))
+  published = None
+  if size != "cpu" and length in PUBLISHED_LENGTHS:  # The CPU's tasks are others.
+    published = PUBLISHED[task, name][PUBLISHED_LENGTHS.index(length)]
+  axes = {"task": task, "length": length, "mixer": name}
+  return Cell(axes, c, s.learning_rates, (Test(published=published),))
+
+
+def cells(size: str) -> list[Cell]:
+  lengths = SIZES[size].lengths
+  return [cell(size, t, n, m) for t in TASKS for n in lengths for m in MIXERS]
+
+
+def in_order(better: str, worse: str):
+  """That one mixer is at least as good as another, within a point, on every task at the longest length."""
+
+  def holds(value):
+    for size in SIZES.values():
+      pairs = [
+        (value(task=t, length=size.lengths[-1], mixer=better), value(task=t, length=size.lengths[-1], mixer=worse))
+        for t in TASKS
+      ]  # fmt: skip
+      if all(x is not None for pair in pairs for x in pair):
+        return all(a >= b - 1 for a, b in pairs)
+    return None
+
+  return holds
+
+
+EXPERIMENT = Experiment(
+  name="kimi_fig4",
+  title="Palindrome, recall and stacks by length (Kimi Linear, Figure 4)",
+  about=(
+    "Two layers of two heads, mixers alone: how long a word can be said backwards, how many pairs recalled, how many "
+    "operations on stacks followed? All three mechanisms have states of the same size.\n\n"
+    "The paper reports the peak accuracy in training and does not state batch, width, vocabulary and number of pairs; "
+    "compare the order of the mechanisms, not the values. At the CPU's size, states, lengths and vocabularies are "
+    "small, and nothing published corresponds."
+  ),
+  source="arXiv:2510.26692, Figure 4, read off the drawing (error about half a point)",
+  cells=cells,
+  plot={"x": "length", "line": "mixer", "facet": "task"},
+  predictions=(
+    Prediction(
+      "KDA is at least as good as Gated DeltaNet on every task at the longest length.",
+      in_order("kda", "gated_deltanet"),
+    ),
+    Prediction(
+      "Gated DeltaNet is at least as good as Mamba-2 on every task at the longest length.",
+      in_order("gated_deltanet", "mamba2"),
+    ),
+  ),
+)
+
+if __name__ == "__main__":
+  main(EXPERIMENT)

@@ -1,0 +1,325 @@
+"""Tells of an experiment: table.md, table.csv, plot.png, plot.svg and report.html, which needs no other file."""
+
+import csv
+import dataclasses
+import datetime
+import html
+import io
+import itertools
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from attnlab import accounting
+from attnlab.errors import UserError
+from experiments.cells import Experiment, Prediction
+from experiments.harness import Plan
+
+# Okabe and Ito's colours, told apart by all, without the yellow that paper swallows.
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#999999")
+_MARKS = "osD^vP*X"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One figure.
+
+  Attributes:
+    axes: of its cell and its test.
+    values: in percent, chance being 0, one a finished seed.
+    published: in percent, or None.
+    facts: learning rate, parameters, state bytes and so on; those that are known.
+  """
+
+  axes: Mapping[str, Any]
+  values: tuple[float, ...]
+  published: float | None
+  facts: Mapping[str, Any]
+
+  @property
+  def mean(self) -> float | None:
+    return statistics.fmean(self.values) if self.values else None
+
+  @property
+  def spread(self) -> float | None:
+    """Standard deviation over seeds; None for fewer than two."""
+    return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+
+def rows(plan: Plan, results: Mapping[str, Mapping[str, Any]]) -> list[Row]:
+  """A row for each test of each cell, run or not."""
+  out = []
+  for number, cell in enumerate(plan.cells):
+    runs = plan.seeds(number)
+    done = [results[r.key] for r in runs if r.key in results]
+    finite = [r for r in done if "not_finite" not in r]
+    config = plan.sweep(number)[0].config
+    facts: dict[str, Any] = {
+      "parameters": accounting.parameters(config.model),
+      "state bytes": accounting.cache_bytes(config.model, config.data.seq_len),
+      "train FLOPs a token": round(accounting.train_flops_per_token(config)),
+    }
+    if finite:
+      facts["learning rate"] = plan.rate(number)
+      facts["updates"] = round(statistics.fmean(r["steps"] for r in finite))
+      facts["seconds"] = round(statistics.fmean(r["seconds"] for r in finite))
+      facts["devices"] = finite[0]["devices"]
+    for i, test in enumerate(cell.tests):
+      accuracies = [r["tests"][i] if "tests" in r else test.chance for r in done]
+      values = tuple(100 * (a - test.chance) / (1 - test.chance) for a in accuracies)
+      out.append(Row({**cell.axes, **test.axes}, values, test.published, facts))
+  return out
+
+
+def write(
+  experiment: Experiment,
+  plan: Plan,
+  results: Mapping[str, Mapping[str, Any]],
+  out: Path,
+  *,
+  command: str,
+  size: str,
+) -> None:
+  """Writes the report of what has been run.
+
+  Args:
+    experiment: what was run.
+    plan: its runs.
+    results: of those that are finished.
+    out: a directory, made if it is not there.
+    command: that was given, to be told.
+    size: "cpu", "gpu" or "paper".
+
+  Raises:
+    UserError: matplotlib is not installed.
+  """
+  out.mkdir(parents=True, exist_ok=True)
+  table = rows(plan, results)
+  lines = _lines(table)
+  with open(out / "table.csv", "w", newline="") as file:
+    csv.writer(file).writerows(lines)
+  told = _told(experiment, table, command, size)
+  (out / "table.md").write_text(_markdown(experiment, lines, told))
+  figure = _figure(experiment, table)
+  for suffix in ("png", "svg"):
+    figure.savefig(out / f"plot.{suffix}", dpi=160)
+  svg = io.StringIO()
+  figure.savefig(svg, format="svg")
+  (out / "report.html").write_text(_html(experiment, table, lines, told, svg.getvalue()))
+
+
+def _lines(table: Sequence[Row]) -> list[list[str]]:
+  """The table as text, headings first; what is missing is "-"."""
+  axes = list(dict.fromkeys(k for row in table for k in row.axes))
+  facts = list(dict.fromkeys(k for row in table for k in row.facts))
+  lines = [[*axes, "ours, %", "spread", "seeds", "published, %", *facts]]
+  for row in table:
+    mean = f"{row.mean:.1f}" if row.mean is not None else "-"
+    spread = f"{row.spread:.1f}" if row.spread is not None else "-"
+    published = f"{row.published:g}" if row.published is not None else "-"
+    line = [*(str(row.axes.get(a, "-")) for a in axes), mean, spread, str(len(row.values))]
+    lines.append([*line, published, *(_short(row.facts.get(k)) for k in facts)])
+  return lines
+
+
+def _short(value: Any) -> str:
+  if value is None:
+    return "-"
+  return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _told(experiment: Experiment, table: Sequence[Row], command: str, size: str) -> dict[str, str]:
+  """Command, date, machine and how much of it is there."""
+  done = sum(bool(row.values) for row in table)
+  devices = sorted({row.facts["devices"] for row in table if "devices" in row.facts})
+  return {
+    "Command": command,
+    "Date": datetime.date.today().isoformat(),
+    "Size": size,
+    "Devices": ", ".join(devices) or "-",
+    "Figures": f"{done} of {len(table)}",
+    "Published": experiment.source,
+  }
+
+
+def _predictions(experiment: Experiment, table: Sequence[Row]) -> list[tuple[Prediction, str]]:
+  def value(**axes: Any) -> float | None:
+    found = [r for r in table if all(r.axes.get(k) == v for k, v in axes.items())]
+    if len(found) > 1:
+      raise ValueError(f"a prediction's axes {axes} fit {len(found)} figures")
+    return found[0].mean if found else None
+
+  words = {True: "held", False: "did not hold", None: "not known yet"}
+  return [(p, words[p.holds(value)]) for p in experiment.predictions]
+
+
+def _markdown(experiment: Experiment, lines: list[list[str]], told: Mapping[str, str]) -> str:
+  widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+
+  def line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)) + " |"
+
+  rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
+  head = [f"# {experiment.title}", "", experiment.about, ""]
+  head += [f"- {k}: {'`' + v + '`' if k == 'Command' else v}" for k, v in told.items()]
+  return "\n".join([*head, "", line(lines[0]), rule, *map(line, lines[1:]), ""])
+
+
+def _figure(experiment: Experiment, table: Sequence[Row]) -> Any:
+  """A plot for each value of the facet: our mean and range by x, one line a mechanism; published values dotted."""
+  try:
+    import matplotlib
+    import matplotlib.figure
+  except ImportError as error:
+    raise UserError("the report needs matplotlib: pip install attnlab[plots]") from error
+  x, by, facet = (experiment.plot[k] for k in ("x", "line", "facet"))
+  facets = list(dict.fromkeys(r.axes[facet] for r in table))
+  names = list(dict.fromkeys(r.axes[by] for r in table))
+  columns = min(len(facets), 3)
+  shape = (math.ceil(len(facets) / columns), columns)
+  # The same id for the same thing, so that a picture changes when its figures do.
+  with matplotlib.rc_context({"svg.hashsalt": experiment.name, "svg.fonttype": "none"}):
+    figure = matplotlib.figure.Figure(
+      figsize=(3.6 * columns + 0.4, 2.9 * shape[0] + 0.7), layout="constrained"
+    )
+    panels = figure.subplots(*shape, squeeze=False).ravel()
+    styles = dict(zip(names, zip(itertools.cycle(_COLOURS), itertools.cycle(_MARKS)), strict=False))
+    for axes, value in itertools.zip_longest(panels, facets):
+      if value is None:
+        axes.axis("off")
+        continue
+      here = [r for r in table if r.axes[facet] == value]
+      ticks = list(dict.fromkeys(r.axes[x] for r in here))
+      for name in names:
+        _draw(axes, [r for r in here if r.axes[by] == name], x, ticks, str(name), *styles[name])
+      axes.set_title(str(value), loc="left", fontsize=10)
+      axes.set_xticks(range(len(ticks)), [str(t) for t in ticks])
+      axes.set(xlabel=x, ylabel="accuracy, %", ylim=(-5, 105))
+      axes.grid(color="#dddddd", linewidth=0.6)
+      axes.spines[["top", "right"]].set_visible(False)
+    handles = {h.get_label(): h for p in panels for h in p.get_legend_handles_labels()[0]}
+    if handles:
+      figure.legend(
+        handles=list(handles.values()), loc="outside lower center", ncols=6, frameon=False, fontsize=9
+      )  # fmt: skip
+  return figure
+
+
+def _draw(
+  axes: Any, here: Sequence[Row], x: str, ticks: list[Any], name: str, colour, mark
+) -> None:
+  ours = [(ticks.index(r.axes[x]), r) for r in here if r.values]
+  if ours:
+    places = [i for i, _ in ours]
+    style = dict(color=colour, marker=mark, markersize=4.5, linewidth=1.8, label=name)
+    axes.plot(places, [r.mean for _, r in ours], **style)
+    low, high = ([f(r.values) for _, r in ours] for f in (min, max))
+    axes.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
+  published = [(ticks.index(r.axes[x]), r.published) for r in here if r.published is not None]
+  if published:
+    where, values = zip(*published, strict=True)
+    axes.plot(where, values, color=colour, linestyle=":", linewidth=1.2, marker=mark, markersize=3)
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light; --ink: #1c1e21; --soft: #667; --line: #e3e5ea; --hue: 205; }}
+body {{ font: 15px/1.55 system-ui, sans-serif; color: var(--ink); max-width: 72rem;
+  margin: 2.5rem auto; padding: 0 1.25rem; }}
+h1 {{ font-size: 1.6rem; line-height: 1.25; margin: 0 0 .6rem; }} h2 {{ font-size: 1.1rem; margin: 2rem 0 .5rem; }}
+p {{ max-width: 46rem; }} svg {{ max-width: 100%; height: auto; }}
+dl {{ display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; color: var(--soft); font-size: .9rem; }}
+dd {{ margin: 0; }} code {{ font-size: .92em; overflow-wrap: anywhere; }}
+.scroll {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; white-space: nowrap; }}
+th {{ text-align: left; border-bottom: 2px solid var(--ink); padding: .35rem .7rem; background: #fff; }}
+th button {{ all: unset; cursor: pointer; font-weight: 600; }} th button:focus-visible {{ outline: 2px solid #0072b2; }}
+th[aria-sort=ascending] button::after {{ content: " \\2191"; }}
+th[aria-sort=descending] button::after {{ content: " \\2193"; }}
+td {{ border-bottom: 1px solid var(--line); padding: .3rem .7rem; }} td.number {{ text-align: right; }}
+tbody tr:hover td {{ box-shadow: inset 0 0 0 99rem rgb(0 0 0 / .04); }}
+.held {{ color: #00795a; }} .not {{ color: #b34700; }} .open {{ color: var(--soft); }}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+{about}
+<dl>{told}</dl>
+{predictions}
+<h2>Figures</h2>
+<p>Accuracy on examples that neither training nor the choice of a learning rate has seen, guessing being 0 %: the mean
+over seeds, bands from the worst to the best. Published values are dotted.</p>
+{svg}
+<h2>Table</h2>
+<p>Spread is the standard deviation over seeds. "-" is not run, or not published. Click a heading to sort.</p>
+<div class="scroll"><table>
+<thead><tr>{heads}</tr></thead>
+<tbody>
+{body}
+</tbody>
+</table></div>
+<script>
+for (const head of document.querySelectorAll("th")) head.firstChild.addEventListener("click", () => {{
+  const body = document.querySelector("tbody"), i = head.cellIndex;
+  const up = head.ariaSort !== "ascending";
+  document.querySelectorAll("th").forEach(h => h.removeAttribute("aria-sort"));
+  head.ariaSort = up ? "ascending" : "descending";
+  const value = row => row.cells[i].textContent, number = t => t === "-" ? -Infinity : Number(t);
+  const order = (a, b) => {{
+    const [x, y] = [number(value(a)), number(value(b))];
+    return Number.isNaN(x) || Number.isNaN(y) ? value(a).localeCompare(value(b)) : x - y;
+  }};
+  body.append(...[...body.rows].sort((a, b) => up ? order(a, b) : order(b, a)));
+}});
+</script>
+</body>
+</html>
+"""
+
+
+def _html(
+  experiment: Experiment,
+  table: Sequence[Row],
+  lines: list[list[str]],
+  told: Mapping[str, str],
+  svg: str,
+) -> str:
+  ours = lines[0].index("ours, %")
+  body = []
+  for row, line in zip(table, lines[1:], strict=True):
+    cells = []
+    for i, text in enumerate(line):
+      more = ' class="number"' if i >= ours and text.replace(".", "").lstrip("-").isdigit() else ""
+      if i == ours and row.mean is not None:
+        light = 100 - 0.42 * min(max(row.mean, 0), 100)
+        seeds = ", ".join(f"{v:.1f}" for v in row.values)
+        more += f' style="background: hsl(var(--hue) 75% {light:.0f}%)" title="each seed: {seeds}"'
+      cells.append(f"<td{more}>{html.escape(text)}</td>")
+    body.append(f"<tr>{''.join(cells)}</tr>")
+  predictions = ""
+  if experiment.predictions:
+    classes = {"held": "held", "did not hold": "not", "not known yet": "open"}
+    items = "".join(
+      f'<li>{html.escape(p.text)} <b class="{classes[word]}">{word}</b></li>'
+      for p, word in _predictions(experiment, table)
+    )
+    predictions = f"<h2>Predictions, written before the runs</h2><ul>{items}</ul>"
+  tags = {"Command": "<code>{}</code>"}
+  return _PAGE.format(
+    title=html.escape(experiment.title),
+    about="".join(f"<p>{html.escape(p)}</p>" for p in experiment.about.split("\n\n")),
+    told="".join(
+      f"<dt>{k}</dt><dd>{tags.get(k, '{}').format(html.escape(v))}</dd>" for k, v in told.items()
+    ),
+    predictions=predictions,
+    svg=svg[svg.index("<svg") :],
+    heads="".join(f'<th scope="col"><button>{html.escape(h)}</button></th>' for h in lines[0]),
+    body="\n".join(body),
+  )

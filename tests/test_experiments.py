@@ -1,0 +1,232 @@
+"""The harness of experiments: which runs there are, that they are run once, and what is told of them."""
+
+import csv
+import dataclasses
+import importlib
+import json
+import pkgutil
+import re
+import shutil
+import subprocess
+
+import pytest
+
+import experiments
+from attnlab.config import check
+from attnlab.errors import UserError
+from configs.base import base
+from experiments import harness, report
+from experiments.cells import Cell, Experiment, Prediction, Test
+from experiments.harness import Plan, Results, accelerators, run_all, select
+
+
+def tiny(task="parity", rates=(1e-2,)):
+  c = base()
+  c.model.pattern, c.model.num_layers, c.model.d_model = "linear_attention(num_heads=2)", 1, 16
+  c.model.mlp.hidden = 0
+  c.data.update(dict(name="task", task="parity", seq_len=8))
+  c.data.task_args = dict(everywhere=True)
+  c.optim.warmup_steps = 1
+  c.train.update(dict(steps=4, batch_size=8, eval_batches=1, checkpoint_every=2))
+  tests = (
+    Test({"length": 8}, {}, 0.5, 97.0),
+    Test({"length": 16}, dict(seq_len=16, task_args=dict(min_length=9)), 0.5),
+  )
+  return Cell({"task": task, "mixer": "linear_attention"}, c, rates, tests)
+
+
+def experiment(cells, *predictions):
+  plot = {"x": "length", "line": "mixer", "facet": "task"}
+  about = "What is asked.\n\nHow, <exactly>."
+  return Experiment("tiny", "A & B", about, "a paper", lambda size: cells, plot, predictions)
+
+
+def result(accuracy, nll=1.0, tests=(0.5, 0.75)):
+  facts = dict(steps=4, seconds=1.5, parameters=9, devices="1 x cpu", tokens_per_second=1)
+  return dict(accuracy=accuracy, nll=nll, tests=list(tests), **facts)
+
+
+# Which runs.
+
+
+def test_learning_rates_first_then_seeds_of_the_best():
+  results = {}
+  plan = Plan([tiny(rates=(1e-3, 1e-2, 1e-1))], 3, results)
+  first = plan.needed(0)
+  assert [r.config.optim.learning_rate for r in first] == [1e-3, 1e-2, 1e-1]
+  assert [r.config.seed for r in first] == [0, 0, 0] and len(plan.left(0)) == 5
+  results[first[0].key] = result(0.9, 2.0)
+  results[first[1].key] = result(0.9, 1.0)  # as accurate, with a lower loss
+  assert plan.rate(0) is None and plan.needed(0) == first[2:]
+  results[first[2].key] = {"not_finite": "update 3"}
+  assert plan.rate(0) == 1e-2
+  later = plan.needed(0)
+  assert [(r.config.optim.learning_rate, r.config.seed) for r in later] == [(1e-2, 1), (1e-2, 2)]
+  results |= {r.key: result(0.5) for r in later}
+  assert plan.needed(0) == plan.left(0) == []
+
+
+def test_a_key_is_of_all_that_determines_the_result():
+  def key(cell, seed=0):
+    return Plan([cell], 1, {}).run(0, 1e-2, seed).key
+
+  same = tiny(task="another name")
+  assert key(tiny()) == key(same) != key(tiny(), seed=1)
+  fewer = dataclasses.replace(tiny(), tests=tiny().tests[:1])
+  longer = tiny()
+  longer.config.train.steps = 5
+  assert len({key(tiny()), key(fewer), key(longer)}) == 3
+
+
+def test_only():
+  cells = [tiny(task) for task in ("a", "b", "c")]
+  assert [c.axes["task"] for c in select(cells, ["task=a|c", "mixer=linear_attention"])] == [
+    "a",
+    "c",
+  ]
+  assert select(cells, []) == cells
+  with pytest.raises(UserError, match="unknown axis .* 'tsk': did you mean 'task'"):
+    select(cells, ["tsk=a"])
+  with pytest.raises(UserError, match="unknown value of task .* known: a, b, c"):
+    select(cells, ["task=z"])
+
+
+def test_accelerators(monkeypatch):
+  monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+  assert accelerators() == [""]
+  monkeypatch.delenv("JAX_PLATFORMS")
+  monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+  assert accelerators() == ["2", "5"]
+
+
+NAMES = sorted(
+  m.name
+  for m in pkgutil.iter_modules(experiments.__path__)
+  if m.name not in ("cells", "harness", "report", "worker")
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_cells_of_every_size_can_be_run(name):
+  e = importlib.import_module(f"experiments.{name}").EXPERIMENT
+  assert e.name == name
+  for size in harness.SIZES:
+    plan = Plan(e.cells(size), 3, {})
+    for i, cell in enumerate(plan.cells):
+      check(plan.sweep(i)[0].config)
+      for test in cell.tests:
+        assert {e.plot[k] for k in ("x", "line", "facet")} <= {**cell.axes, **test.axes}.keys()
+    axes = [tuple({**c.axes, **t.axes}.items()) for c in plan.cells for t in c.tests]
+    assert len(set(axes)) == len(axes)
+  # Predictions name figures that there are: with all at 60 %, each holds or not, at one size at least.
+  words = {size: words_of(e, size) for size in harness.SIZES}
+  for i in range(len(e.predictions)):
+    assert any(w[i] != "not known yet" for w in words.values()), e.predictions[i].text
+
+
+def words_of(e, size):
+  cells = e.cells(size)
+  table = [report.Row({**c.axes, **t.axes}, (60.0,), None, {}) for c in cells for t in c.tests]
+  assert all(word == "not known yet" for _, word in report._predictions(e, []))
+  return [word for _, word in report._predictions(e, table)]
+
+
+# Running.
+
+
+def test_runs_once_and_tells(tmp_path, monkeypatch):
+  """Two seeds of one cell, through processes of their own; again, nothing is run."""
+  monkeypatch.setenv("XLA_FLAGS", "")
+  cell = tiny()
+  broken = dataclasses.replace(tiny("broken"), tests=(Test({"length": 8}, dict(seq_len=2)),))
+  plan = Plan([cell, broken], 2, results := Results(tmp_path / "runs"))
+  failed = run_all(plan, results, [""])
+  assert [run.axes["task"] for run in failed] == ["broken"]  # parity has no words of two bits
+  assert len(results) == 2 and not plan.needed(0)
+  for run in plan.seeds(0):
+    assert len(results[run.key]["tests"]) == 2 and results[run.key]["steps"] == 4
+
+  again = Results(tmp_path / "runs")
+  assert again == results
+  monkeypatch.setattr(harness, "_start", lambda *_: pytest.fail("run again"))
+  assert run_all(Plan([cell], 2, again), again, [""]) == []
+
+
+# Telling.
+
+
+@pytest.fixture
+def told(tmp_path):
+  """A report of one cell with two seeds and one that has not been run."""
+  cells, results = [tiny("a"), tiny("<b>")], {}
+  cells[1].config.train.steps = 5
+  plan = Plan(cells, 2, results)
+  for run, accuracies in zip(
+    [plan.run(0, 1e-2, s) for s in (0, 1)], ((1.0, 0.5), (0.9, 0.6)), strict=True
+  ):
+    results[run.key] = result(0.9, tests=accuracies)
+  predictions = (
+    Prediction("a is good", lambda value: value(task="a", length=8) > 50),
+    Prediction("a is good at 16", lambda value: value(task="a", length=16) > 50),
+    Prediction("b", lambda value: None),
+  )
+  report.write(
+    experiment(cells, *predictions), plan, results, tmp_path, command="python -m x", size="cpu"
+  )
+  return tmp_path
+
+
+def test_table(told):
+  """Chance is 0: 0.5 of 0.5 to 1 is nothing, 0.9 is 80 %. Missing cells are "-"."""
+  lines = list(csv.DictReader((told / "table.csv").open()))
+  assert [(x["task"], x["length"], x["ours, %"], x["spread"], x["seeds"]) for x in lines] == [
+    ("a", "8", "90.0", "14.1", "2"),
+    ("a", "16", "10.0", "14.1", "2"),
+    ("<b>", "8", "-", "-", "0"),
+    ("<b>", "16", "-", "-", "0"),
+  ]
+  assert [x["published, %"] for x in lines] == ["97", "-", "97", "-"]
+  assert int(lines[0]["state bytes"]) > 0 and lines[0]["learning rate"] == "0.01"
+  text = (told / "table.md").read_text()
+  assert "# A & B" in text and "`python -m x`" in text and "Figures: 2 of 4" in text
+  assert len([line for line in text.splitlines() if line.startswith("|")]) == 6
+
+
+def test_page_needs_nothing_else(told):
+  page = (told / "report.html").read_text()
+  assert "<h1>A &amp; B</h1>" in page and "How, &lt;exactly&gt;." in page and "&lt;b&gt;" in page
+  for word in ("a is good <b", "held</b>", "did not hold</b>", "not known yet</b>", "<svg"):
+    assert word in page
+  loads = re.findall(r"(?:src|href|url)\s*[=(]\s*[\"']?([^\"')> ]+)", page)
+  assert all(link.startswith("#") for link in loads), loads
+  assert (told / "plot.png").read_bytes()[:4] == b"\x89PNG"
+  assert "<svg" in (told / "plot.svg").read_text()
+
+
+BROWSER = next(
+  filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium")
+def test_page_sorts_in_a_browser(told):
+  page = told / "report.html"
+  click = "<script>document.querySelectorAll('th button')[1].click()</script></body>"
+  page.write_text(page.read_text().replace("</body>", click))
+  run = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", page.as_uri()]
+  dom = subprocess.run(run, capture_output=True, text=True, timeout=120).stdout
+  body = dom[dom.index("<tbody>") :]
+  lengths = [row.split("<td")[2] for row in body.split("<tr>")[1:]]
+  assert [re.search(r">(\d+)<", cell)[1] for cell in lengths] == ["8", "8", "16", "16"]
+
+
+def test_worker_tells_of_a_loss_that_is_not_finite(tmp_path, monkeypatch):
+  from attnlab.checkpoint import NonFiniteError
+  from experiments import worker
+
+  def train(config, directory):
+    raise NonFiniteError("update 3")
+
+  monkeypatch.setattr(worker, "train", train)
+  (tmp_path / "run.json").write_text(json.dumps(Plan([tiny()], 1, {}).sweep(0)[0].spec))
+  assert worker.run(tmp_path) == {"not_finite": "update 3"}
