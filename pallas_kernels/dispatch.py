@@ -9,6 +9,15 @@ from collections.abc import Callable, Mapping
 import jax
 
 
+def platform() -> str:
+  """What is compiled for: "cpu", "gpu" or "tpu".
+
+  The platform of the current mesh, which may describe machines that are not here; without a mesh that of this process.
+  """
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return jax.default_backend() if device is None else device.platform
+
+
 def choose(
   backend: str, backends: Mapping[str, Callable[[], None]], order: Mapping[str, list[str]]
 ) -> str:
@@ -29,7 +38,7 @@ def choose(
     backends[backend]()
     return backend
   reasons = []
-  for name in order[jax.default_backend()]:
+  for name in order[platform()]:
     try:
       backends[name]()
       return name

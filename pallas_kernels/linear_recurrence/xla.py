@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels import dispatch
 from pallas_kernels.linear_recurrence.recurrence import KeyErase, LowRankErase, Recurrence
 from pallas_kernels.linear_recurrence.triangular import unit_lower_solve
 
@@ -35,7 +36,7 @@ def _sizes(r: Recurrence, chunk: int | None) -> tuple[int, int]:
   (B8 T512 H4 D64), whose comparisons take log2(chunk) passes over the keys, with chunks of 16 takes
   0.5 of 64.
   """
-  on_cpu = jax.default_backend() == "cpu"
+  on_cpu = dispatch.platform() == "cpu"
   chunk = chunk or min(
     64 if not on_cpu else 16 if r.decay == "channel" else 32,
     1 << (r.v.shape[1] - 1).bit_length(),

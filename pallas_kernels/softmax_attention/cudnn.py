@@ -3,14 +3,15 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import dispatch
 from pallas_kernels.softmax_attention import xla
 from pallas_kernels.softmax_attention.visibility import Visibility
 
 
 def check(q, k, v, sinks, seen: Visibility) -> None:
   """Raises NotImplementedError, saying why, where cuDNN cannot serve the call."""
-  if jax.default_backend() != "gpu":
-    raise NotImplementedError(f"cuDNN needs an NVIDIA GPU; this is a {jax.default_backend()}")
+  if dispatch.platform() != "gpu":
+    raise NotImplementedError(f"cuDNN needs an NVIDIA GPU; this is a {dispatch.platform()}")
   # A version such as "9.0"; of a GPU of another make it is a name.
   version = str(getattr(jax.local_devices()[0], "compute_capability", "none"))
   if not version.replace(".", "").isdigit() or float(version) < 8:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import dispatch
 from pallas_kernels.softmax_attention import xla
 from pallas_kernels.softmax_attention.visibility import Visibility
 
@@ -14,8 +15,8 @@ _BLOCKS = (512, 256, 128)
 
 def check(q, k, v, sinks, seen: Visibility) -> None:
   """Raises NotImplementedError, saying why, where splash attention cannot serve the call."""
-  if jax.default_backend() != "tpu":
-    raise NotImplementedError(f"splash attention needs a TPU; this is a {jax.default_backend()}")
+  if dispatch.platform() != "tpu":
+    raise NotImplementedError(f"splash attention needs a TPU; this is a {dispatch.platform()}")
   limitations(q, k, v, sinks, seen)
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from pallas_kernels import dispatch
 from pallas_kernels.softmax_attention.visibility import Visibility
 
 # Queries and keys in a block. On a CPU the logits of a block should stay in its cache; elsewhere a step should be worth
@@ -35,7 +36,7 @@ def forward(q, k, v, sinks, seen: Visibility, scale: float):
 
 def block_sizes(Tq: int, Tk: int, window: int | None) -> tuple[int, int]:
   """Queries and keys in a block."""
-  rows, columns = _CPU if jax.default_backend() == "cpu" else _ELSEWHERE
+  rows, columns = _CPU if dispatch.platform() == "cpu" else _ELSEWHERE
   near = max(_WINDOW, 1 << (window - 1).bit_length()) if window else max(Tq, Tk)
   queries = min(Tq, rows, near)
   return queries, min(Tk, _MOST_KEYS, rows * columns // queries, near)
