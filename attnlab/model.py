@@ -147,13 +147,17 @@ class Model(nnx.Module):
   def loss(self, batch: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
     """The training loss of a batch (attnlab.data): weighted mean of nll, plus z-loss and the layers' own losses.
 
+    With "labels" [B, K], positions of the row, it is the loss of the targets there.
+
     Returns:
       The loss, and metrics: nll (nats), accuracy, both means by weight; weight; the layers' scalars.
     """
     ctx = Context(batch["positions"], batch["segment_ids"], dense=self.dense)
     x, _, aux = self._layers(self._embed(batch["inputs"]), ctx, None)
-    nll, lse, correct = cross_entropy(x, self._head(), batch["targets"])
-    w = batch["weights"]
+    targets, w = batch["targets"], batch["weights"]
+    if "labels" in batch:  # no logits where nothing is to be predicted
+      x, targets, w = (sharding.take(y, batch["labels"]) for y in (x, targets, w))
+    nll, lse, correct = cross_entropy(x, self._head(), targets)
     weight = w.sum()
     mean = lambda y: (w * y).sum() / jnp.maximum(weight, 1e-9)  # noqa: E731
     metrics = {"nll": mean(nll), "accuracy": mean(correct), "weight": weight} | aux

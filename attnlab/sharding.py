@@ -215,6 +215,13 @@ def look_up(table: jax.Array, ids: jax.Array) -> jax.Array:
   return put(table, None, None).at[ids].get(out_sharding=spec)
 
 
+def take(x: jax.Array, positions: jax.Array) -> jax.Array:
+  """What stands at positions [B, K] of x [B, T, ...]: [B, K, ...], split over the batch's devices."""
+  rows = ("batch",) + (None,) * (x.ndim - 1)
+  pick = jax.vmap(lambda row, where: row[where])
+  return local(pick, (rows, ("batch", None)), rows)(x, positions)
+
+
 def zeros(shape: Sequence[int], dtype) -> jax.Array:
   """Zeros [B, T, ...], split over the batch's devices."""
   return put(jnp.zeros(shape, dtype), "batch", *(None,) * (len(shape) - 1))

@@ -32,6 +32,8 @@ def test_contract(name):
     for key in ("inputs", "targets", "segment_ids", "positions"):
       assert e[key].shape == (seq_len,) and e[key].dtype == np.int32, key
     assert e["weights"].shape == (seq_len,) and e["weights"].dtype == np.float32
+    assert set(np.flatnonzero(e["weights"])) <= set(e["labels"]) and e["labels"].max() < seq_len
+    assert len(set(e["labels"])) == len(e["labels"]) == one[0]["labels"].size
     assert e["weights"].sum() > 0 and not e["weights"][e["segment_ids"] == 0].any()
     for key in ("inputs", "targets"):
       assert e[key].min() >= 0 and e[key].max() < size

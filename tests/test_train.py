@@ -302,6 +302,26 @@ def test_accumulated_gradients_are_the_whole_batchs():
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), one, two)
 
 
+def test_a_tasks_logits_are_computed_where_labels_are():
+  """The same loss and gradients as from all positions, on eight devices; float32 sums in another order."""
+  c = load(
+    TINY + ":pattern=linear_attention", ON_MANY | {"data.name": "task", "model.num_layers": 1}
+  )
+  c.data.task_args = dict(vocab_size=64, num_kv_pairs=5)
+  c = resolve(c)
+  mesh, tx = sharding.make_mesh(c.mesh), optax.sgd(1.0)
+  batch = next(data.make_iterator(c.data, split="train", batch_size=8, seed=0))
+  assert batch["labels"].shape == (8, 5)
+  out = []
+  with jax.set_mesh(mesh):
+    graphdef, init, abstract = make_init(c, tx, mesh)
+    update = make_update(graphdef, tx, abstract)
+    place = placer(mesh, data.tokenizer(c.data).token_bytes(), 1)
+    for rows in (batch, {k: v for k, v in batch.items() if k != "labels"}):
+      out.append(jax.device_get(update(init(), place(rows))))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *out)
+
+
 def test_an_update_keeps_its_state_split_and_in_place():
   config = resolve(load(f"{TINY}:steps=8", ON_MANY))
   mesh = sharding.make_mesh(config.mesh)

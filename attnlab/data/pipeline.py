@@ -88,6 +88,7 @@ def make_iterator(
     weights          float32, 0: not counted (padding; where a task has no label)
     segment_ids      int32, 1, 2, ... in each row; 0: padding
     positions        int32, from 0 in each segment
+    labels           int32 [B, K], of tasks: positions, among them all whose weight is not 0
     index            int32 [B], number of each row's first record (see `record_name`); -1: padding
 
   "train" goes on for ever, in epochs that are each shuffled anew from the seed; each process reads

@@ -45,6 +45,9 @@ class Parity(_Sized):
   everywhere: bool = False
   vocab_size = 2
 
+  def labels(self, seq_len: int) -> int:
+    return seq_len if self.everywhere else 1
+
   def example(self, rng: np.random.Generator, seq_len: int) -> Example:
     n = self.length(rng, seq_len)
     bits = rng.integers(2, size=n)
@@ -69,6 +72,9 @@ class _Arithmetic(_Sized):
     super().check(seq_len)
     if self.modulus < 2:
       raise UserError(f"modulus={self.modulus} must be at least 2")
+
+  def labels(self, seq_len: int) -> int:
+    return 1
 
 
 @register("modular_arithmetic")

@@ -61,6 +61,10 @@ class Task(abc.ABC):
   def check(self, seq_len: int) -> None:
     """Raises UserError if the parameters do not go together or do not fit into seq_len."""
 
+  def labels(self, seq_len: int) -> int:
+    """At most so many positions of a row have a label. The loss needs no logits at the others."""
+    return seq_len
+
   @abc.abstractmethod
   def example(self, rng: np.random.Generator, seq_len: int) -> Example:
     """One example, drawn from `rng` alone."""
@@ -144,6 +148,11 @@ class TaskSource:
     row["segment_ids"] = np.zeros(self._seq_len, np.int32)
     row["segment_ids"][:n] = 1
     row["positions"] = np.arange(self._seq_len, dtype=np.int32) * row["segment_ids"]
+    # Where labels are, filled up with places where there are none.
+    if np.count_nonzero(row["weights"]) > self._task.labels(self._seq_len):
+      raise ValueError(f"{self._task} has more labels in a row than it says")
+    places = np.argsort(row["weights"] == 0, kind="stable").astype(np.int32)
+    row["labels"] = places[: self._task.labels(self._seq_len)]
     row["index"] = np.int32(i)
     return row
 

@@ -46,6 +46,9 @@ class GroupWord(Task):
   def check(self, seq_len: int) -> None:
     del seq_len  # 2 at least, as everywhere
 
+  def labels(self, seq_len: int) -> int:
+    return seq_len - 1 if self.everywhere else 1
+
   def example(self, rng: np.random.Generator, seq_len: int) -> Example:
     group = elements(self.group)
     drawn = np.arange(len(group))
@@ -106,6 +109,9 @@ class StateExchange(Task):
       raise UserError(
         f"state_exchange: config.data.seq_len={seq_len} must be at least 2 * items + 3 = {2 * self.items + 3}"
       )
+
+  def labels(self, seq_len: int) -> int:
+    return self.items
 
   def example(self, rng: np.random.Generator, seq_len: int) -> Example:
     n = self.items

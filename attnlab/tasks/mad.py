@@ -44,6 +44,9 @@ class InContextRecall(Task):
     if seq_len < 4 or seq_len % 2:
       raise UserError(f"config.data.seq_len={seq_len} must be even and at least 4")
 
+  def labels(self, seq_len: int) -> int:
+    return seq_len // 2
+
   def example(self, rng: np.random.Generator, seq_len: int) -> Example:
     n, size = seq_len // 2, self.vocab_size - self.noise_vocab_size
     half = size // 2
@@ -154,6 +157,9 @@ class Memorization(Task):
         f"memorization: vocab_size={self.vocab_size} must be at least 3, and config.data.seq_len={seq_len} even"
       )
 
+  def labels(self, seq_len: int) -> int:
+    return seq_len // 2
+
   def example(self, rng: np.random.Generator, seq_len: int) -> Example:
     value_of = _value_map(self.vocab_size - 1, self.map_seed)
     keys = rng.integers(len(value_of), size=seq_len // 2)
@@ -191,6 +197,9 @@ class Compression(Task):
         f"compression: vocab_size={self.vocab_size} must be at least 2, and config.data.seq_len={seq_len} even"
       )
 
+  def labels(self, seq_len: int) -> int:
+    return seq_len // 2
+
   def example(self, rng: np.random.Generator, seq_len: int) -> Example:
     n, blank = seq_len // 2, self.vocab_size - 1
     ids = rng.integers(blank, size=n)
@@ -219,6 +228,9 @@ class SelectiveCopy(Task):
         f"selective_copy: vocab_size={self.vocab_size} must be at least 3, and config.data.seq_len={seq_len} "
         f"at least 2 * num_tokens_to_copy + 1 = {2 * n + 1}"
       )
+
+  def labels(self, seq_len: int) -> int:
+    return self.num_tokens_to_copy
 
   def example(self, rng: np.random.Generator, seq_len: int) -> Example:
     n, mark = self.num_tokens_to_copy, self.vocab_size - 1

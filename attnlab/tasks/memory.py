@@ -27,6 +27,9 @@ class Palindrome(Task):
     if seq_len % 2:
       raise UserError(f"palindrome: config.data.seq_len={seq_len} must be even")
 
+  def labels(self, seq_len: int) -> int:
+    return seq_len // 2
+
   def example(self, rng: np.random.Generator, seq_len: int) -> Example:
     n = seq_len // 2
     word = rng.integers(1, self.vocab_size, n)
@@ -60,6 +63,9 @@ class Stack(Task):
       raise UserError(f"stack: stacks={self.stacks} and elements={self.elements}: at least 1 each")
     if seq_len < 6:
       raise UserError(f"stack: config.data.seq_len={seq_len} must be at least 6")
+
+  def labels(self, seq_len: int) -> int:
+    return seq_len // 3
 
   def example(self, rng: np.random.Generator, seq_len: int) -> Example:
     count = seq_len // 3

@@ -49,6 +49,9 @@ class MQAR(Task):
         f"= {4 * pairs}"
       )
 
+  def labels(self, seq_len: int) -> int:
+    return self.num_kv_pairs
+
   def example(self, rng: np.random.Generator, seq_len: int) -> Example:
     pairs, half = self.num_kv_pairs, self.vocab_size // 2
     keys = 1 + rng.choice(half - 1, pairs, replace=False)

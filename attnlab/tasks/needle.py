@@ -40,6 +40,9 @@ class _Needle(Task):
     """Words from 0."""
     raise NotImplementedError
 
+  def labels(self, seq_len: int) -> int:
+    return self.value_size
+
   def example(self, rng: np.random.Generator, seq_len: int) -> Example:
     n, words = self.value_size, self.vocab_size - 2
     needle = rng.integers(words, size=n + 1)  # key and value

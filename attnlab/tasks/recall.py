@@ -47,6 +47,9 @@ class ForgettingMQAR(Task):
         f"4 * num_kv_pairs + 2 * num_updates = {4 * pairs + 2 * updates}"
       )
 
+  def labels(self, seq_len: int) -> int:
+    return self.num_kv_pairs
+
   def example(self, rng: np.random.Generator, seq_len: int) -> Example:
     pairs, half = self.num_kv_pairs, self.vocab_size // 2
     slots = pairs + self.num_updates
@@ -96,6 +99,9 @@ class CompositionalMQAR(Task):
       raise UserError(
         f"compositional_mqar: config.data.seq_len={seq_len} must be at least 6 * num_kv_pairs = {6 * pairs}"
       )
+
+  def labels(self, seq_len: int) -> int:
+    return self.num_kv_pairs
 
   def example(self, rng: np.random.Generator, seq_len: int) -> Example:
     pairs, third, side = self.num_kv_pairs, self.vocab_size // 3, math.isqrt(self.num_kv_pairs)
@@ -148,6 +154,9 @@ class MultiHopMQAR(Task):
         f"multi_hop_mqar: config.data.seq_len={seq_len} must be even and at least "
         f"2 * num_chains * (hops + 1) = {2 * chains * (hops + 1)}"
       )
+
+  def labels(self, seq_len: int) -> int:
+    return self.num_chains
 
   def example(self, rng: np.random.Generator, seq_len: int) -> Example:
     chains, hops = self.num_chains, self.hops
