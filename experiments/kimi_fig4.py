@@ -36,7 +36,7 @@ class Size:
 
 
 SIZES = {
-  "cpu": Size((32, 64), 16, 64, 800, 32, (1e-2, 2e-2)),
+  "cpu": Size((32, 64), 16, 64, 600, 32, (5e-3, 1e-2)),
   "gpu": Size((256, 512), 64, 256, 5000, 64, (5e-4, 1e-3, 2e-3)),
   # The paper's lengths, heads, updates and grid. It does not state batch, width and vocabulary.
   "paper": Size((256, 512, 1024, 2048), 128, 256, 20_000, 64, (5e-5, 1e-4, 5e-4, 1e-3)),
@@ -68,8 +68,8 @@ def task_args(task: str, size: str, length: int) -> dict:
   ids = {"cpu": 128, "gpu": 1024, "paper": 8192}[size]
   return {
     "palindrome": dict(vocab_size=64),
-    "mqar": dict(vocab_size=ids, num_kv_pairs=length // 8, random_non_queries=False),
-    "stack": dict(stacks=16 if size == "cpu" else 64, elements=64),
+    "mqar": dict(vocab_size=ids, num_kv_pairs=3 * length // 16, random_non_queries=False),
+    "stack": dict(stacks=8 if size == "cpu" else 64, elements=64),
   }[task] | dict(train_examples=1 << 22)  # every example is new
 
 

@@ -140,7 +140,7 @@ def test_runs_once_and_tells(tmp_path, monkeypatch):
   cell = tiny()
   broken = dataclasses.replace(tiny("broken"), tests=(Test({"length": 8}, dict(seq_len=2)),))
   plan = Plan([cell, broken], 2, results := Results(tmp_path / "runs"))
-  failed = run_all(plan, results, [""])
+  failed = run_all(plan, results, ["0", "1"])  # two at a time
   assert [run.axes["task"] for run in failed] == ["broken"]  # parity has no words of two bits
   assert len(results) == 2 and not plan.needed(0)
   for run in plan.seeds(0):
