@@ -173,3 +173,20 @@ def single(mixer: str, arg: str = "", *, tiny=None, small=None) -> ConfigDict:
   settings = {"tiny": tiny, "small": small}.get(a.size)
   config.model.mixers = ConfigDict({mixer: settings or {}})
   return config
+
+
+def hybrid(pattern: str, arg: str = "", *, tiny, large) -> ConfigDict:
+  """The config of a model with several mixers.
+
+  Args:
+    pattern: of its layers.
+    arg: "size=NAME" of SIZES; tiny is with the laptop's recipe, anything else with the one for pretraining.
+    tiny, large: for each mixer its settings, at size tiny and at any other.
+  """
+  a = parse_arg(arg, size=SIZES)
+  config = base()
+  config.model.pattern = pattern
+  config.update(size(a.size))
+  config.update(recipe("laptop" if a.size == "tiny" else "pretrain"))
+  config.model.mixers = ConfigDict(tiny if a.size == "tiny" else large)
+  return config

@@ -16,6 +16,7 @@ from attnlab.mixers import Context, Layer, configure, mixer, mixers
 
 D, H, HKV, K, T = 32, 4, 2, 8, 27
 SIZES = dict(num_heads=H, num_kv_heads=HKV, head_dim=K, rope_theta=100.0)
+V4 = dict(rope_dim=4, q_lora_rank=8, window=4, out_rank=6, out_groups=2)
 # With these a query late in the sequence chooses one or two blocks of six or seven, besides forced ones.
 CASES = {
   "moba": dict(block_size=4, top_k=3),
@@ -25,6 +26,8 @@ CASES = {
   "longformer": dict(window=4, dilation=2, initial=2),
   "bigbird": dict(block_size=4, initial=1, local=1, random=2),
   "window_linear": dict(window=5, num_kv_heads=None),
+  "hca": dict(V4, compress=4),
+  "csa": dict(V4, compress=3, top_k=2, index_heads=3, index_dim=8, index_rope_dim=4),
   "minimax_m3": dict(block_size=4, top_k=3, index_dim=6, qk_norm=False),
   "dsa": dict(
     top_k=5, kv_lora_rank=12, nope_dim=8, rope_dim=4, value_dim=6,
@@ -386,8 +389,65 @@ def dsa(layer, x, dense=False):
   return o, {"indexer_loss": loss} | ({"indexer_recall": found} if dense else {})
 
 
+def rope_last(x, position, n, theta):
+  return np.concatenate([x[..., :-n], rotate(x[..., -n:], position, theta)], axis=-1)
+
+
+def entry(layer, make, x, w):
+  """Entry w of mechanisms.md's formulas: by channel a softmax over the window's slots, and those before."""
+  m, d, theta = make.m, make.channels, layer.config.rope_theta
+  places = np.asarray(make.places[...], np.float64)
+  c, slots = linear(make.kv_proj, x), range(w * m, (w + 1) * m)
+  z = linear(make.gate_proj, x) + places[np.arange(T) % m]
+  last = slice(d, None) if make.overlap else slice(None)
+  values, gates = [c[j, last] for j in slots], [z[j, last] for j in slots]
+  if make.overlap and w:
+    values += [c[j - m, :d] for j in slots]
+    gates += [z[j - m, :d] for j in slots]
+  gates = np.exp(gates)
+  y = rms(np.sum(gates / gates.sum(axis=0) * values, axis=0), make.norm)
+  return rope_last(y, w * m, make.rope_dim, theta)
+
+
+def deepseek_v4(layer, x, dense=False):
+  """The window and the entries, all or the best by the indexer, in one softmax with a sink."""
+  c, theta = layer.config, layer.config.rope_theta
+  latent = rms(linear(layer.q_down, x), layer.q_norm)
+  q = linear(layer.q_up, latent).reshape(T, H, K)
+  q = q / np.sqrt(np.mean(q * q, axis=-1, keepdims=True) + layer.head_norm.eps)
+  k = rms(linear(layer.kv_proj, x), layer.kv_norm)
+  q = np.stack([rope_last(y, t, c.rope_dim, theta) for t, y in enumerate(q)])
+  k = np.stack([rope_last(y, t, c.rope_dim, theta) for t, y in enumerate(k)])
+  entries = [entry(layer, layer.compressor, x, w) for w in range(T // c.compress)]
+  sinks, indexed = np.asarray(layer.sink[...], np.float64), hasattr(layer, "index_q")
+  if indexed:
+    n = c.index_rope_dim
+    index_k = [entry(layer, layer.index_compressor, x, w) for w in range(T // c.compress)]
+    index_q = linear(layer.index_q, latent).reshape(T, c.index_heads, -1)
+    index_q = np.stack([rope_last(y, t, n, theta) for t, y in enumerate(index_q)])
+    weight = linear(layer.index_w, x) * c.index_heads**-0.5
+  o, loss = np.zeros((T, H, K)), 0.0
+  for t in range(T):
+    closed = list(range((t + 1) // c.compress))
+    if indexed:
+      dots = {w: np.maximum(index_q[t] @ index_k[w], 0) * c.index_dim**-0.5 for w in closed}
+      scores = {w: weight[t] @ dot for w, dot in dots.items()}
+      closed = closed if dense else best(scores, c.top_k)
+    keys = np.array(
+      [k[s] for s in range(max(0, t - c.window + 1), t + 1)] + [entries[w] for w in closed]
+    )
+    p = np.array([softmax([*(keys @ q[t, h] / np.sqrt(K)), sinks[h]])[:-1] for h in range(H)])
+    o[t] = [rope_last(y, -t, c.rope_dim, theta) for y in p @ keys]
+    if indexed and closed:
+      target = p.mean(axis=0)[len(keys) - len(closed) :]
+      loss += divergence(target / target.sum(), [scores[w] for w in closed]) / T
+  weights = np.asarray(layer.group_proj[...], np.float64)
+  o = np.einsum("tgi,gir->tgr", o.reshape(T, c.out_groups, -1), weights)
+  return (o, {"indexer_loss": loss}) if indexed else o
+
+
 MIXERS = (moba, infllm2, nsa, nsa_fla, longformer, bigbird, window_linear, minimax_m3, dsa)
-ORACLES = {f.__name__: f for f in MIXERS}
+ORACLES = {f.__name__: f for f in MIXERS} | dict(hca=deepseek_v4, csa=deepseek_v4)
 
 
 def test_every_sparse_mixer_has_an_oracle():
@@ -407,7 +467,9 @@ def test_oracle(name):
 POOLED = dict(pool=3, top_k=6, rope_dim=0, index_rope_dim=0)
 
 
-@pytest.mark.parametrize("name, settings", [("minimax_m3", {}), ("dsa", {}), ("dsa", POOLED)])
+@pytest.mark.parametrize(
+  "name, settings", [("minimax_m3", {}), ("dsa", {}), ("dsa", POOLED), ("csa", {})]
+)
 @pytest.mark.parametrize("dense", [False, True])
 def test_indexer_loss(name, settings, dense):
   """Its value against the oracle's; its gradient reaches the indexer and nothing else."""
@@ -465,7 +527,7 @@ def test_padding_moves_blocks(name):
   np.testing.assert_allclose(got, whole(layer, x)[:, :-3], rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", SPARSE)
+@pytest.mark.parametrize("name", sorted(set(SPARSE) - {"hca"}))  # which chooses nothing
 def test_everything_is_full_attention(name):
   """Where every block is chosen: outputs, and the gradients of x and of every parameter (float32 sums: 1e-5)."""
   fields = mixer(name).Config.__dataclass_fields__

@@ -75,7 +75,7 @@ class NSABase(SparseMixer):
     ones = np.ones(c.block_size // self.pool_stride), np.ones(self.pool_size // self.pool_stride)
     times = jnp.asarray(np.convolve(*ones), jnp.float32)
 
-    def choose(p, first, within):
+    def choose(p, lse, first, within):
       p = by_document(p.sum(axis=2), first)
       scores = overlapping(p, self.pool_size, self.pool_stride, c.block_size) @ times.astype(
         p.dtype

@@ -195,8 +195,8 @@ def attend_to_pools(
 
   Args:
     pools: with values "k" and "v", [B, N, G, ...].
-    choose: of the weights [B, G, R, t, N] of some queries, without gradient, their ``first``, and their ``args``, which
-      are [B, t, ...].
+    choose: of some queries, the weights [B, G, R, t, N] and lse [B, G, R, t], without gradient, their ``first``, and
+      their ``args``, which are [B, t, ...].
   """
   k, v = pools.values["k"], pools.values["v"]
   (B, N, G), V = k.shape[:3], v.shape[3]
@@ -213,7 +213,9 @@ def attend_to_pools(
     p = p / total
     o = jnp.einsum("bgrtn,bngv->btgrv", p.astype(q.dtype), v.astype(q.dtype), precision="highest")
     lse = jnp.where(some, top + jnp.log(total), -jnp.inf)[..., 0]
-    made = None if choose is None else choose(jax.lax.stop_gradient(p), first, *args)
+    made = None
+    if choose is not None:
+      made = choose(jax.lax.stop_gradient(p), jax.lax.stop_gradient(lse), first, *args)
     return o.reshape(*q.shape[:3], V), jnp.moveaxis(lse, 3, 1).reshape(q.shape[:3]), made
 
   rows = at_a_time(4 * B * q.shape[2] * N)

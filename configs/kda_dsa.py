@@ -1,0 +1,41 @@
+"""Three KDA layers to one of sparse latent attention, without position encoding and without full attention, after
+GLM-5-Next.
+
+python -m attnlab.train --config=configs/kda_dsa.py
+  100 updates of the tiny size, a minute or two on two CPU cores
+python -m attnlab.train --config=configs/kda_dsa.py:size=1.3b
+  the same at 1.3 billion parameters, pools of 16 tokens; for accelerators; not run here
+"""
+
+from configs.base import hybrid
+
+
+def get_config(arg: str = ""):
+  tiny = dict(
+    kda=dict(num_heads=4, head_dim=16, decay_gate="safe"),
+    dsa=dict(
+      num_heads=4,
+      kv_lora_rank=32,
+      q_lora_rank=32,
+      nope_dim=16,
+      rope_dim=0,
+      value_dim=16,
+      pool=4,
+      top_k=48,
+      index_heads=4,
+      index_dim=16,
+      index_rope_dim=0,
+    ),
+  )
+  large = dict(
+    kda=dict(head_dim=128, decay_gate="safe"),
+    dsa=dict(
+      q_lora_rank=1536,
+      nope_dim=128,
+      rope_dim=0,
+      pool=16,
+      index_heads=32,
+      index_rope_dim=0,
+    ),
+  )
+  return hybrid("3*kda + 1*dsa", arg, tiny=tiny, large=large)

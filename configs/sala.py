@@ -1,0 +1,23 @@
+"""Three Lightning layers to one of InfLLM-V2, no full attention, after MiniCPM-SALA; no RoPE.
+
+python -m attnlab.train --config=configs/sala.py
+  100 updates of the tiny size, a minute or two on two CPU cores
+python -m attnlab.train --config=configs/sala.py:size=1.3b
+  the same at 1.3 billion parameters, for accelerators; not run here
+"""
+
+from configs.base import hybrid
+
+
+def get_config(arg: str = ""):
+  sparse = dict(rope_fraction=0.0, qk_norm=True, output_gate="element")
+  blocks = dict(block_size=16, top_k=6, pool_size=8, pool_stride=4, local=2)
+  tiny = dict(
+    lightning=dict(num_heads=4, head_dim=16),
+    infllm2=dict(num_heads=4, num_kv_heads=2, head_dim=16, **blocks, **sparse),
+  )
+  large = dict(
+    lightning=dict(head_dim=128),
+    infllm2=dict(head_dim=128, num_kv_heads=2, **sparse),
+  )
+  return hybrid("3*lightning + 1*infllm2", arg, tiny=tiny, large=large)
