@@ -101,13 +101,15 @@ def write(
   with open(out / "table.csv", "w", newline="") as file:
     csv.writer(file).writerows(lines)
   told = _told(experiment, table, command, size)
-  (out / "table.md").write_text(_markdown(experiment, lines, told))
+  predictions = _predictions(experiment, table)
+  (out / "table.md").write_text(_markdown(experiment, lines, told, predictions))
   figure = _figure(experiment, table)
   for suffix in ("png", "svg"):
     figure.savefig(out / f"plot.{suffix}", dpi=160)
   svg = io.StringIO()
   figure.savefig(svg, format="svg")
-  (out / "report.html").write_text(_html(experiment, table, lines, told, svg.getvalue()))
+  page = _html(experiment, table, lines, told, predictions, svg.getvalue())
+  (out / "report.html").write_text(page)
 
 
 def _lines(table: Sequence[Row]) -> list[list[str]]:
@@ -155,7 +157,12 @@ def _predictions(experiment: Experiment, table: Sequence[Row]) -> list[tuple[Pre
   return [(p, words[p.holds(value)]) for p in experiment.predictions]
 
 
-def _markdown(experiment: Experiment, lines: list[list[str]], told: Mapping[str, str]) -> str:
+def _markdown(
+  experiment: Experiment,
+  lines: list[list[str]],
+  told: Mapping[str, str],
+  predictions: Sequence[tuple[Prediction, str]],
+) -> str:
   widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
 
   def line(cells: Sequence[str]) -> str:
@@ -164,6 +171,9 @@ def _markdown(experiment: Experiment, lines: list[list[str]], told: Mapping[str,
   rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
   head = [f"# {experiment.title}", "", experiment.about, ""]
   head += [f"- {k}: {'`' + v + '`' if k == 'Command' else v}" for k, v in told.items()]
+  if predictions:
+    head += ["", "Predictions, written before the runs:", ""]
+    head += [f"- {p.text} **{word}**" for p, word in predictions]
   return "\n".join([*head, "", line(lines[0]), rule, *map(line, lines[1:]), ""])
 
 
@@ -289,6 +299,7 @@ def _html(
   table: Sequence[Row],
   lines: list[list[str]],
   told: Mapping[str, str],
+  predictions: Sequence[tuple[Prediction, str]],
   svg: str,
 ) -> str:
   ours = lines[0].index("ours, %")
@@ -303,14 +314,14 @@ def _html(
         more += f' style="background: hsl(var(--hue) 75% {light:.0f}%)" title="each seed: {seeds}"'
       cells.append(f"<td{more}>{html.escape(text)}</td>")
     body.append(f"<tr>{''.join(cells)}</tr>")
-  predictions = ""
-  if experiment.predictions:
+  expected = ""
+  if predictions:
     classes = {"held": "held", "did not hold": "not", "not known yet": "open"}
     items = "".join(
       f'<li>{html.escape(p.text)} <b class="{classes[word]}">{word}</b></li>'
-      for p, word in _predictions(experiment, table)
+      for p, word in predictions
     )
-    predictions = f"<h2>Predictions, written before the runs</h2><ul>{items}</ul>"
+    expected = f"<h2>Predictions, written before the runs</h2><ul>{items}</ul>"
   tags = {"Command": "<code>{}</code>"}
   return _PAGE.format(
     title=html.escape(experiment.title),
@@ -318,7 +329,7 @@ def _html(
     told="".join(
       f"<dt>{k}</dt><dd>{tags.get(k, '{}').format(html.escape(v))}</dd>" for k, v in told.items()
     ),
-    predictions=predictions,
+    predictions=expected,
     svg=svg[svg.index("<svg") :],
     heads="".join(f'<th scope="col"><button>{html.escape(h)}</button></th>' for h in lines[0]),
     body="\n".join(body),

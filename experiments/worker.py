@@ -5,9 +5,11 @@
 RUN is a working directory of `attnlab.train`; started again it goes on where it was.
 """
 
+import contextlib
+import fcntl
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +69,24 @@ def main(argv: list[str]) -> int:
   cli.cache_compilations()
   directory = Path(argv[1])
   try:
-    result = run(directory)
+    with _alone(directory):
+      result = run(directory)
+      metrics.write_atomically(directory / "result.json", json.dumps(result, indent=2) + "\n")
   except UserError as error:
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
-  metrics.write_atomically(directory / "result.json", json.dumps(result, indent=2) + "\n")
   return 0
+
+
+@contextlib.contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+  """Keeps a second process, perhaps of another sitting, from writing into the same directory."""
+  with open(directory / "lock", "w") as lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+      raise UserError(f"{directory} is being run by another process") from error
+    yield
 
 
 if __name__ == "__main__":

@@ -189,6 +189,7 @@ def test_table(told):
   assert int(lines[0]["state bytes"]) > 0 and lines[0]["learning rate"] == "0.01"
   text = (told / "table.md").read_text()
   assert "# A & B" in text and "`python -m x`" in text and "Figures: 2 of 4" in text
+  assert "- a is good **held**" in text and "- b **not known yet**" in text
   assert len([line for line in text.splitlines() if line.startswith("|")]) == 6
 
 
@@ -218,6 +219,15 @@ def test_page_sorts_in_a_browser(told):
   body = dom[dom.index("<tbody>") :]
   lengths = [row.split("<td")[2] for row in body.split("<tr>")[1:]]
   assert [re.search(r">(\d+)<", cell)[1] for cell in lengths] == ["8", "8", "16", "16"]
+
+
+def test_a_run_is_run_by_one_process(tmp_path, monkeypatch, capfd):
+  from experiments import worker
+
+  monkeypatch.setattr(worker.cli, "cache_compilations", lambda: None)
+  with worker._alone(tmp_path):
+    assert worker.main(["", str(tmp_path)]) == 2
+  assert "is being run by another process" in capfd.readouterr().err
 
 
 def test_worker_tells_of_a_loss_that_is_not_finite(tmp_path, monkeypatch):
