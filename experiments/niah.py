@@ -1,0 +1,117 @@
+"""Three needles in haystacks, by mechanism and length: a small form of Gated DeltaNet's Table 2 (arXiv:2412.06464).
+
+python -m experiments.niah [--size=cpu|gpu|paper] [--only=task=filtering] [--seeds=3]
+"""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from configs.base import base
+from experiments.cells import Cell, Experiment, Prediction, Test
+from experiments.harness import main
+
+TASKS = ("retention", "filtering", "memorisation")
+MIXERS = ("softmax", "mamba2", "deltanet", "gated_deltanet", "kda")
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+  """A protocol.
+
+  Attributes:
+    lengths: of the rows: the first is trained on, all are tested.
+    vocab_size: of the hay.
+    d_model, heads, head_dim, layers: of every model, with an MLP.
+    steps, batch_size: of training, which ends early at 99.5 % of validation.
+    learning_rates: the grid.
+  """
+
+  lengths: tuple[int, ...]
+  vocab_size: int
+  d_model: int
+  heads: int
+  head_dim: int
+  layers: int
+  steps: int
+  batch_size: int
+  learning_rates: tuple[float, ...]
+
+
+SIZES = {
+  "cpu": Size((64, 128, 256), 64, 64, 2, 16, 2, 500, 32, (3e-3, 1e-2)),
+  "gpu": Size((512, 1024, 2048, 4096), 512, 256, 4, 64, 4, 5000, 64, (1e-3, 3e-3)),
+  # The lengths of the paper, whose models are 1.3B and are trained on text: nothing here is its protocol.
+  "paper": Size((1024, 2048, 4096, 8192), 4096, 512, 4, 128, 8, 20_000, 64, (5e-4, 1e-3)),
+}
+
+
+def cell(size: str, task: str, name: str) -> Cell:
+  s = SIZES[size]
+  more = {"softmax": "", "mamba2": f", state_dim={s.head_dim}"}.get(
+    name, f", value_dim={s.head_dim}"
+  )
+  c = base()
+  c.model.pattern = f"{name}(num_heads={s.heads}, head_dim={s.head_dim}{more})"
+  c.model.num_layers, c.model.d_model, c.model.mlp.hidden = s.layers, s.d_model, 2 * s.d_model
+  c.data.update(dict(name="task", task=f"needle_{task}", seq_len=s.lengths[0]))
+  args = dict(vocab_size=s.vocab_size, train_examples=1 << 22)
+  if task == "memorisation":
+    args["value_size"] = 4 if size == "cpu" else 8
+  c.data.task_args = ConfigDict(args)
+  c.optim.update(dict(warmup_steps=s.steps // 20, weight_decay=0.0))
+  c.train.update(dict(steps=s.steps, batch_size=s.batch_size, log_every=20, checkpoint_every=1000))
+  c.train.update(dict(eval_every=s.steps // 10, eval_batches=16, stop_accuracy=0.995))
+  tests = tuple(Test({"length": n}, dict(seq_len=n), 1 / (s.vocab_size - 2)) for n in s.lengths)
+  return Cell({"task": task, "mixer": name}, c, s.learning_rates, tests)
+
+
+def cells(size: str) -> list[Cell]:
+  return [cell(size, task, name) for task in TASKS for name in MIXERS]
+
+
+def better(task: str, one: str, other: str):
+  """That one mixer is better than another at the longest length."""
+
+  def holds(value):
+    for s in SIZES.values():
+      a, b = (value(task=task, mixer=name, length=s.lengths[-1]) for name in (one, other))
+      if a is not None and b is not None:
+        return a > b
+    return None
+
+  return holds
+
+
+EXPERIMENT = Experiment(
+  name="niah",
+  title="Needles in haystacks: keeping, finding and keeping much",
+  about=(
+    "A key and its value lie somewhere in the hay, and are asked for at the end. Retention: the hay is one phrase "
+    "again and again. Filtering: random words. Memorisation: the same, and a value of many words. Trained at the first "
+    "length, tested on that and longer ones; accuracy is a word's.\n\n"
+    "Gated DeltaNet's paper tells of models of 1.3B trained on text; its values have no place beside these. What can "
+    "be compared is the order of the mechanisms: there, decay costs retention, a gate helps to filter, and the delta "
+    "rule helps to memorise."
+  ),
+  source="none: arXiv:2412.06464, Table 2, is of other models",
+  cells=cells,
+  plot={"x": "length", "line": "mixer", "facet": "task"},
+  predictions=(
+    Prediction(
+      "Retention at the longest length: DeltaNet, which never forgets by itself, is better than Mamba-2.",
+      better("retention", "deltanet", "mamba2"),
+    ),
+    Prediction(
+      "Filtering at the longest length: Gated DeltaNet is better than DeltaNet.",
+      better("filtering", "gated_deltanet", "deltanet"),
+    ),
+    Prediction(
+      "Memorisation at the longest length: Gated DeltaNet is better than Mamba-2.",
+      better("memorisation", "gated_deltanet", "mamba2"),
+    ),
+  ),
+)
+
+if __name__ == "__main__":
+  main(EXPERIMENT)
