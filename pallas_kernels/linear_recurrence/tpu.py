@@ -37,10 +37,10 @@ _HEADS = {"forward": 16, "backward": 8}
 
 def supports(r: Recurrence, chunk: int | None) -> None:
   """Raises NotImplementedError, saying why, where the kernels cannot serve a call."""
-  if chunk not in (None, _CHUNK):
-    raise NotImplementedError(f"the TPU kernels take chunks of {_CHUNK}; got {chunk}")
   if r.accumulate_dtype != jnp.float32:
     raise NotImplementedError("the TPU kernels compute in float32; float64 inputs need 'xla'")
+  if chunk is not None and not 16 <= chunk <= _CHUNK:
+    raise NotImplementedError(f"the TPU kernels take chunks of 16 to {_CHUNK} tokens; got {chunk}")
   K, V = r.k.shape[3], r.v.shape[3]
   if K * V > 8 * 128 * 128:
     raise NotImplementedError(f"a state of {K} x {V} is too large for the TPU kernels")
@@ -137,6 +137,8 @@ def _gates(p: _Plan, r: Recurrence) -> Array | None:
     parts.append(r.erase.beta)
   if not parts:
     return None
+  batch = max(x.shape[0] for x in parts)
+  parts = [jnp.broadcast_to(x, (batch, *x.shape[1:])) for x in parts]
   return jnp.concatenate([_to_rows(p, x) for x in parts], axis=3)
 
 

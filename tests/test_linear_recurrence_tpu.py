@@ -1,0 +1,177 @@
+"""The TPU kernels of the linear recurrence in Pallas's interpreter, against the reference in float64.
+
+The interpreter runs the kernels' own arithmetic, roundings to bfloat16 included. Chunks of 32 tokens
+keep compiling cheap and pass through every part of a chunk of 128, which some cases take too. That
+the chips' compilers accept the kernels is tested in test_tpu_compile.py.
+
+Bounds. float32: products of 24 bits, sums of some hundred terms, a triangular solve: 1e-5. bfloat16:
+operands of products are rounded to 2^-9, which errors of one to three roundings in outputs and up to
+twice that in gradients follow; keys of correlation 0.9 under beta 1.9 amplify them tenfold.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+from recurrences import CASES, FEW, assert_close, call, cast, ids, make, named, quick_jit, run
+
+from pallas_kernels import segments
+from pallas_kernels.linear_recurrence import KeyErase, LowRankErase, linear_recurrence, tpu
+
+SEGMENTS = np.stack([np.repeat([1, 2, 3], [5, 40, 26]), np.repeat([4, 2, 4, 9], [1, 31, 8, 31])])
+
+
+def rounded(r, dtype):
+  """Vectors in dtype, gates in float32."""
+  vectors = {name: getattr(r, name).astype(dtype) for name in ("q", "k", "v")}
+  r = cast(r, jnp.float32)
+  if isinstance(r.erase, LowRankErase):
+    vectors["erase"] = cast(r.erase, dtype)
+  return dataclasses.replace(r, **vectors)
+
+
+def both(r, S, segment_ids=None, *, chunk=32):
+  """What the kernels give, and the reference in float64 for the same inputs."""
+  got = run(r, S, segment_ids, backend="interpret", chunk=chunk)
+  with jax.enable_x64(True):
+    r, S = cast((r, S), jnp.float64)
+    return got, run(r, S, segment_ids, backend="reference", chunk=None)
+
+
+def inputs(case, dtype=jnp.float32, **sizes):
+  with jax.enable_x64(True):
+    r, S = make(*case, **{"T": 71, "H": 1, "Hv": 2, "K": 16, "V": 8, **sizes})
+    return rounded(r, dtype), cast(S, jnp.float32)
+
+
+def some(cases, often):
+  """The cases in ``often`` every time, the others with -m slow: compiling one takes seconds."""
+  return [pytest.param(c, id=ids(c), marks=[] if c in often else pytest.mark.slow) for c in cases]
+
+
+KDA, GDN = ("channel", "key", "decayed", False), ("scalar", "key", "decayed", False)
+RWKV6, RWKV7 = ("channel", None, "decayed", True), ("channel", "low", "undecayed", False)
+SSD = ("scalar", None, "decayed", False)
+
+
+@pytest.mark.parametrize(
+  "case", some(CASES, [*FEW, RWKV6, SSD, ("constant", "key", "decayed", False)])
+)
+def test_matches_reference(case):
+  """Outputs, final state and every gradient, two rows packed differently."""
+  assert_close(*both(*inputs(case), SEGMENTS), 1e-5)
+
+
+@pytest.mark.parametrize("case", some(FEW, [KDA, RWKV7]))
+def test_bfloat16(case):
+  assert_close(*both(*inputs(case, jnp.bfloat16), SEGMENTS), 1.5e-2)
+
+
+@pytest.mark.parametrize("case", some([("none", *GDN[1:]), GDN, RWKV7], [("none", *GDN[1:])]))
+def test_correlated_keys(case):
+  """Keys of correlation 0.9 and steps of 1.9: what breaks an inverse by powers (test_triangular.py)."""
+  sizes = dict(rho=0.9, beta=1.9, T=64, B=1, K=64)
+  assert_close(*both(*inputs(case, **sizes)), 1e-4)
+  assert_close(*both(*inputs(case, jnp.bfloat16, **sizes)), 5e-2)
+
+
+@pytest.mark.parametrize("T", [1, 33, *(pytest.param(T, marks=pytest.mark.slow) for T in (31, 32))])
+def test_any_length(T):
+  assert_close(*both(*inputs(GDN, T=T, B=1)), 1e-5)
+
+
+def test_chunk_of_128():
+  assert_close(*both(*inputs(KDA, T=129, B=1, H=1, Hv=1, K=128, V=128), chunk=None), 1e-5)
+
+
+@pytest.mark.parametrize("case", some([SSD, GDN], [SSD]))
+def test_many_value_heads_a_key_head(case):
+  """Mamba-2's: more than a step takes, so that steps share a key head and add up its gradients."""
+  r, S = inputs(case, H=1, Hv=24, K=16, V=64, T=40)
+  assert_close(*both(r, S), 1e-5)
+
+
+@pytest.mark.parametrize("case", some([GDN, KDA, RWKV7], [KDA]))
+def test_decays_from_none_to_strong(case):
+  """From 1 to e^-5 a token, some far beyond: exp of no difference overflows, and none leaks."""
+  r, S = inputs(case)
+  rng = np.random.default_rng(2)
+  decay = -5.0 * rng.random(r.log_decay.shape) ** 3
+  decay[rng.random(decay.shape) < 0.02] = -1e4
+  r = dataclasses.replace(r, log_decay=jnp.asarray(decay, jnp.float32))
+  assert_close(*both(r, S, SEGMENTS), 1e-5)
+
+
+def test_gate_gradients_summed_over_time():
+  """What a model's A_log gets: a sum over tokens, in which roundings that do not cancel would stay.
+
+  Operands are rounded alike in rows and columns, so they do: without that the error is 0.05.
+  """
+  r, S = inputs(KDA, jnp.bfloat16, T=256, B=1, K=64, V=64)
+  got, want = both(r, S)
+  total = [np.sum(np.float64(x["d"].log_decay) * r.log_decay, axis=1) for x in (got, want)]
+  assert_close(*total, 1.5e-2)
+
+
+outputs = quick_jit(functools.partial(call, backend="interpret", chunk=32))
+
+
+@pytest.mark.parametrize("case", some(FEW[1:], [KDA]))
+def test_bitwise_causal(case):
+  """Later tokens, however large, change no bit of earlier outputs."""
+  r, S = inputs(case)
+  at = 45  # within a chunk
+  later = jax.tree.map(lambda x: x.at[:, at:].multiply(-3.0) if x.ndim > 2 else x, r)
+  if later.log_decay is not None:
+    later = dataclasses.replace(later, log_decay=-jnp.abs(later.log_decay))
+  a, b = outputs(r, S)[0], outputs(later, S)[0]
+  np.testing.assert_array_equal(a[:, :at], b[:, :at])
+  assert not np.array_equal(a[:, at:], b[:, at:])
+
+
+@pytest.mark.parametrize("case", some([GDN, KDA, RWKV6], [GDN]))
+def test_nothing_unwritten_is_read(case):
+  """Memory starts as NaN, and races are looked for: a tail of 7 tokens, segments, shared key heads."""
+  interpret = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)
+  r, S = inputs(case, T=39, V=64)
+  runs = segments.runs(jnp.asarray(SEGMENTS[:, :39]))
+
+  @jax.jit
+  def walk(r, S, do):
+    o, final, boundaries = tpu.forward(r, S, runs, 32, keep=True, interpret=interpret)
+    return o, final, tpu.backward(r, runs, 32, boundaries, do, S, interpret=interpret)
+
+  for name, x in named(walk(r, S, jnp.ones_like(r.v))).items():
+    assert np.isfinite(x).all(), name
+
+
+def test_named_backend_says_why_it_cannot():
+  with jax.enable_x64(True):
+    r, S = make(*GDN)
+    with pytest.raises(NotImplementedError, match="float64"):
+      linear_recurrence(r, S, backend="tpu")
+  r, S = inputs(GDN)
+  with pytest.raises(NotImplementedError, match="chunks of 16 to 128"):
+    linear_recurrence(r, S, backend="tpu", chunk_size=8)
+  assert isinstance(r.erase, KeyErase)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("rho", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("case", CASES, ids=ids)
+def test_every_case_in_chunks_of_128(case, rho, dtype):
+  sizes = dict(T=257, B=2, K=128, V=64, rho=rho)
+  got, want = both(*inputs(case, dtype, **sizes), chunk=None)
+  assert_close(got, want, 1e-5 if dtype == jnp.float32 else 2e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [FEW[2], KDA], ids=ids)
+def test_past_65536_tokens(case):
+  r, S = inputs(case, B=1, T=65537, H=1, Hv=1, K=8, V=8)
+  assert_close(*both(r, S, chunk=None), 2e-5)
