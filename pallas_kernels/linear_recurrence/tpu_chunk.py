@@ -101,12 +101,14 @@ def unit_lower_inverses(Ls: list[Float[Array, "C C"]], exact: bool) -> list[Floa
   product = functools.partial(dot, form=NN, exact=True) if exact else dot3
   row, block = _iota((_BASE, C), 0), _iota((_BASE, C), 1, _BASE)
   eye = jnp.where(_iota((_BASE, C), 1) == block * _BASE + row, 1.0, 0.0)
-  packed = [
-    functools.reduce(
-      lambda x, y: jnp.where(block == y[0], y[1], x), enumerate(_blocks(L, _BASE)), L[:_BASE]
-    )
-    for L in Ls
-  ]
+
+  def pack(L):
+    out = L[:_BASE]
+    for b, rows in enumerate(_blocks(L, _BASE)[1:], 1):
+      out = jnp.where(block == b, rows, out)
+    return out
+
+  packed = [pack(L) for L in Ls]
   Xs = [eye] * len(Ls)
   for s in range(_BASE - 1):  # rows up to s are done
     at = block * _BASE + s
@@ -437,17 +439,19 @@ def chunks(
   ``undecayed``: which state an erase reads. ``base``: of ``compare_channels``. ``exact``: float32 products.
   """
   heads = [_head(St, x, masks, undecayed, base, exact) for St, x in zip(Sts, xs, strict=True)]
-  requests = [next(head) for head in heads]
-  while len(requests[0]) != 2:
-    answers = requests
-    if requests[0]:
-      answers = solve(*(list(x) for x in zip(*requests, strict=True)), exact)
-    requests = [head.send(answer) for head, answer in zip(heads, answers, strict=True)]
-  return tuple(list(r) for r in zip(*requests, strict=True))
+  systems = [next(head) for head in heads]
+  solutions = systems
+  if systems[0] is not None:
+    solutions = solve(*(list(x) for x in zip(*systems, strict=True)), exact)
+  results = [head.send(solution) for head, solution in zip(heads, solutions, strict=True)]
+  return tuple(list(x) for x in zip(*results, strict=True))
 
 
 def _head(St, x: Chunk, masks: Masks, undecayed: bool, base: int, exact: bool):
-  """One head: yields the triangular system it needs solved (None: none), is sent the solution, yields the results."""
+  """One head, in two parts: yields its triangular system, or None; is sent the solution, and yields the results.
+
+  So the systems of all heads are solved side by side.
+  """
   C = x.q.shape[0]
   product = functools.partial(dot, exact=exact)
   channel = x.G is not None and x.G_row is None
@@ -501,9 +505,8 @@ def _head(St, x: Chunk, masks: Masks, undecayed: bool, base: int, exact: bool):
     written = [x.v, erased]
     o = o + given[0] + product(compared[0][1], erased, NN)
   else:
-    system = () if x.beta is None else (compared[1][0], x.v - seen[1], x.beta)
-    solution = yield system
-    written = [solution if system else x.v]
+    solution = yield None if x.beta is None else (compared[1][0], x.v - seen[1], x.beta)
+    written = [x.v if solution is None else solution]
     o = o + product(compared[0][0], written[0], NN)
   if x.bonus is not None:
     o = o + jnp.sum(x.q * x.k * x.bonus, axis=1, keepdims=True) * x.v
