@@ -17,12 +17,13 @@ class Task:
   """What is trained and tested.
 
   Attributes:
+    label: heading of this task.
     name, args: of attnlab.tasks.
     chance: of guessing.
     layers: of the model.
     train: lengths in training, the shortest (0: all have the longest) and the longest.
     tests: longest lengths of tests; the shortest is the one before it, or all have the longest.
-    label: heading of this task.
+    batch_size: of training.
   """
 
   label: str
@@ -32,6 +33,7 @@ class Task:
   layers: int
   train: tuple[int, int]
   tests: tuple[int, ...]
+  batch_size: int = 256
 
   def data(self, shortest: int, longest: int, *, everywhere: bool) -> dict:
     """Keys of a config's `data` for examples of some lengths."""
@@ -49,8 +51,8 @@ class Size:
 
   Attributes:
     tasks: what is asked.
-    d_model, heads, head_dim: of every model.
-    steps, batch_size: of training, which ends early at 99.9 % of validation.
+    d_model, heads, head_dim, mlp: of every model; mlp 0: none.
+    steps: of training, which ends early at 99.9 % of validation.
     learning_rates: the grid.
     householder: numbers of Householder steps for group words.
   """
@@ -59,8 +61,8 @@ class Size:
   d_model: int
   heads: int
   head_dim: int
+  mlp: int
   steps: int
-  batch_size: int
   learning_rates: tuple[float, ...]
   householder: tuple[int, ...]
 
@@ -77,8 +79,11 @@ def _group(name: str, train: int, tests: tuple[int, ...], layers: int = 1) -> Ta
 
 SIZES = {
   "cpu": Size(
-    (Task("parity", "parity", {}, 1 / 2, 1, (3, 40), (40, 128, 256)), _group("s3", 16, (16, 64))),
-    64, 4, 16, 600, 128, (3e-3, 1e-2), (2,),
+    (
+      Task("parity", "parity", {}, 1 / 2, 1, (3, 40), (40, 128, 256), batch_size=64),
+      _group("s3", 16, (16, 64)),
+    ),
+    128, 4, 32, 0, 300, (3e-3, 6e-3), (2,),
   ),
   "gpu": Size(
     (
@@ -86,7 +91,7 @@ SIZES = {
       _arithmetic("arithmetic", False, 2, (40, 256)),
       *(_group(g, 64, (64, 256)) for g in ("s3", "s4", "a5", "s5")),
     ),
-    128, 4, 32, 10_000, 256, (1e-3, 3e-3), (2, 3, 4),
+    128, 4, 32, 256, 10_000, (1e-3, 3e-3), (2, 3, 4),
   ),
   # Parity and arithmetic as in arXiv:2411.12537, group words as in arXiv:2502.10297.
   "paper": Size(
@@ -96,7 +101,7 @@ SIZES = {
       _arithmetic("arithmetic with brackets", True, 2, (40, 256)),
       *(_group(g, 128, (128, 512)) for g in ("s3", "s4", "a5", "s5")),
     ),
-    128, 12, 32, 100_000, 256, (5e-4, 1e-3, 2e-3), (2, 3, 4),
+    128, 12, 32, 256, 100_000, (5e-4, 1e-3, 2e-3), (2, 3, 4),
   ),
 }  # fmt: skip
 
@@ -135,13 +140,15 @@ def cell(size: str, task: Task, name: str, pattern: str) -> Cell:
   s = SIZES[size]
   c = base()
   c.model.pattern, c.model.num_layers, c.model.d_model = pattern, task.layers, s.d_model
-  c.model.mlp.hidden = 2 * s.d_model
+  c.model.mlp.hidden = s.mlp
   training = task.data(*task.train, everywhere=True)
   args = ConfigDict(training["task_args"] | dict(train_examples=1 << 22))
   c.data.update(dict(name="task", task=task.name, seq_len=training["seq_len"]))
   c.data.task_args = args
   c.optim.update(dict(warmup_steps=s.steps // 20, weight_decay=0.0))
-  c.train.update(dict(steps=s.steps, batch_size=s.batch_size, log_every=20, checkpoint_every=1000))
+  c.train.update(
+    dict(steps=s.steps, batch_size=task.batch_size, log_every=20, checkpoint_every=1000)
+  )
   c.train.update(dict(eval_every=s.steps // 12, eval_batches=8, stop_accuracy=0.999))
   tests, shortest = [], task.train[0]
   for longest in task.tests:
