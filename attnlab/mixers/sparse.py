@@ -17,6 +17,7 @@ from attnlab import sharding
 from attnlab.mixers.attention import Where, append, axes_of, new_cache, together
 from attnlab.mixers.base import Cache, Context, MixerOutput
 from attnlab.mixers.softmax import SoftmaxAttention
+from pallas_kernels import dispatch
 from pallas_kernels.block_sparse import Layout, block_sparse_attention, over_queries
 from pallas_kernels.softmax_attention import softmax_attention
 
@@ -154,7 +155,7 @@ def extend_tails(tails: Arrays, new: Arrays) -> tuple[Arrays, Arrays]:
 
 def at_a_time(bytes_of_a_row: int) -> int:
   """How many queries to score at a time."""
-  budget = _CPU if jax.default_backend() == "cpu" else _ELSEWHERE
+  budget = _CPU if dispatch.platform() == "cpu" else _ELSEWHERE
   return max(1, budget // bytes_of_a_row)
 
 

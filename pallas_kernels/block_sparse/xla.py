@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from pallas_kernels import dispatch
 from pallas_kernels.block_sparse.reference import Blocks
 
 # Bytes of keys that are gathered at a time: on a CPU they should stay near its cache.
@@ -56,7 +57,7 @@ class _Chunks:
     self.groups, self.heads, self.size = G // self.Hkv, H // G, blocks.size
     self.keys = S * blocks.size
     row = self.B * G * self.keys * (k.shape[3] + v.shape[3]) * jnp.result_type(k).itemsize
-    budget = _CPU if jax.default_backend() == "cpu" else _ELSEWHERE
+    budget = _CPU if dispatch.platform() == "cpu" else _ELSEWHERE
     self.rows = max(1, min(self.Tq, budget // row))
     self.count = -(-self.Tq // self.rows)
     # A block at the end may reach past the last key.
