@@ -13,8 +13,10 @@ from pallas_kernels.block_sparse import (
   merge_attention,
   over_queries,
   select_blocks,
+  tpu,
   xla,
 )
+from pallas_kernels.block_sparse.shapes import SHAPES
 from pallas_kernels.softmax_attention import softmax_attention
 
 B, H, HKV, D, V = 2, 4, 2, 6, 5
@@ -156,6 +158,104 @@ def test_matches_the_definition(float64, small_chunks, name):
     np.testing.assert_allclose(d, w, rtol=1e-12, atol=1e-12)
   for g, d in zip(gradients, dense_gradients, strict=True):
     np.testing.assert_allclose(g, d, rtol=1e-9, atol=1e-12)
+
+
+PALLAS = {
+  "aligned": dict(block_size=16),
+  "documents, a window, sinks": dict(block_size=16, segment_ids=SEGMENTS, window=5, sinks=True),
+  "several groups of slots": dict(block_size=32, groups=4, query_block=5, slots=5),
+}
+
+
+@pytest.mark.parametrize("name", PALLAS)
+def test_pallas_kernel(monkeypatch, name):
+  """In Pallas's interpreter against the dense form: float32 sums of some dozens of terms in another order."""
+  monkeypatch.setattr(tpu, "_KEYS", 128)
+  monkeypatch.setattr(tpu, "_QUERIES", 2)
+  case = dict(PALLAS[name])
+  args = inputs(23)[: 4 if case.pop("sinks", 0) else 3]
+  args = [x.astype(np.float32) for x in args]
+  rows = -(-23 // case.get("query_block", 1))
+  indices = choices(case.pop("groups", HKV), rows, 2, case.pop("slots", 2))
+  got = with_gradients(args, indices, **case, backend="interpret")
+  want = with_gradients(args, indices, **case, backend="reference")
+  for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5)
+
+
+def test_pallas_kernel_in_bfloat16(monkeypatch):
+  """As ``test_bfloat16``."""
+  monkeypatch.setattr(tpu, "_QUERIES", 2)
+  args = [jnp.asarray(x, jnp.bfloat16) for x in inputs(40)[:3]]
+  indices = choices(HKV, 40, 3, 2)
+  got = with_gradients(args, indices, block_size=16, backend="interpret")
+  with jax.enable_x64(True):
+    args = [x.astype(jnp.float64) for x in args]
+    want = with_gradients(args, indices, block_size=16, backend="reference")
+  for (g, w), bound in zip(
+    ((got[0][0], want[0][0]), *zip(got[1], want[1], strict=True)),
+    [2**-7, 1e-2, 1e-2, 1e-2],
+    strict=True,
+  ):
+    g, w = np.asarray(g, np.float64), np.asarray(w)
+    assert np.linalg.norm(g - w) < bound * np.linalg.norm(w)
+
+
+@pytest.mark.parametrize(
+  "change, words",
+  [
+    (dict(block_size=8), "multiples of 16"),
+    (dict(length=1 << 20), "VMEM"),
+    (dict(dtype=jnp.float64), "float64"),
+  ],
+)
+def test_what_the_pallas_kernel_refuses(change, words):
+  c = dict(block_size=16, length=64, dtype=jnp.float32) | change
+  with jax.enable_x64(True):
+    x = jax.ShapeDtypeStruct((1, c["length"], 2, 64), c["dtype"])
+    indices = jax.ShapeDtypeStruct((1, 2, c["length"], 2), jnp.int32)
+    run = functools.partial(attend, block_size=c["block_size"], backend="interpret")
+    with pytest.raises(NotImplementedError, match=words):
+      jax.eval_shape(run, x, x, x, indices)
+
+
+def test_a_named_backend_serves_or_says_why():
+  with pytest.raises(NotImplementedError, match="needs a TPU"):
+    attend(*inputs(16)[:3], choices(HKV, 16, 1, 1), block_size=16, backend="tpu")
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize(
+  "name, chip",
+  [("nsa", chip) for chip in ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")]
+  + [("minimax_m3", "v6e:2x2"), ("infllm_v2", "v6e:2x2")],
+)
+def test_compiles(monkeypatch, name, chip):
+  """Forward and backward, by the real compiler, at a length whose keys fit the smallest VMEM; with documents too."""
+  pytest.importorskip("libtpu")
+  from jax.experimental import topologies
+  from jax.sharding import Mesh, SingleDeviceSharding, use_abstract_mesh
+
+  for key in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
+    monkeypatch.setenv(key, "1")
+  monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
+  device = topologies.get_topology_desc(platform="tpu", topology_name=chip).devices[0]
+  s, T = SHAPES[name], 2048
+
+  def array(*shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
+
+  def loss(q, k, v, indices, ids):
+    options = dict(block_size=s.block_size, segment_ids=ids, backend="tpu")
+    return jnp.sum(attend(q, k, v, indices, **options)[0].astype(jnp.float32))
+
+  heads = (s.heads, s.key_dim), (s.kv_heads, s.key_dim), (s.kv_heads, s.value_dim)
+  q, k, v = (array(1, T, *h) for h in heads)
+  indices = array(1, s.groups, T, s.top_k, dtype=jnp.int32)
+  with use_abstract_mesh(Mesh(np.array([device]), ("x",)).abstract_mesh):
+    for ids in (None, array(1, T, dtype=jnp.int32)):
+      text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, v, indices, ids).compile().as_text()
+      assert "block_sparse_forward" in text and "block_sparse_backward" in text
 
 
 @pytest.mark.parametrize("window", [0, 4])

@@ -7,12 +7,23 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.block_sparse import reference, xla
+from pallas_kernels.block_sparse import reference, tpu, xla
 from pallas_kernels.block_sparse.layout import Layout
 from pallas_kernels.softmax_attention import softmax_attention
 
-_BACKENDS = {"reference": reference, "xla": xla}
-_ORDER = {"cpu": ["xla"], "gpu": ["xla"], "tpu": ["xla"]}
+_FORWARD = {
+  "reference": reference.forward,
+  "xla": xla.forward,
+  "tpu": tpu.forward,
+  "interpret": functools.partial(tpu.forward, interpret=True),
+}
+_CHECKS = {
+  "reference": reference.check,
+  "xla": xla.check,
+  "tpu": tpu.check,
+  "interpret": tpu.limitations,
+}
+_ORDER = {"cpu": ["xla"], "gpu": ["xla"], "tpu": ["tpu", "xla"]}
 
 
 def block_sparse_attention(
@@ -54,8 +65,9 @@ def block_sparse_attention(
       same tokens.
     starts: with query_positions: the first key of each row's document. What comes before is padding; a query there sees
       nothing. ``None`` is 0.
-    backend: "auto", "xla" (gathers the blocks of some queries at a time) or "reference" (a dense mask, all logits at
-      once).
+    backend: "auto", "tpu" (a Pallas kernel; a head's keys and values must fit VMEM, with their gradients), "interpret"
+      (the same, on any machine, slowly), "xla" (gathers the blocks of some queries at a time) or "reference" (a dense
+      mask, all logits at once).
 
   Returns:
     o in q's dtype, zero where a query sees nothing, and lse, the logarithm of the softmax's denominator in float32,
@@ -82,14 +94,13 @@ def block_sparse_attention(
       key_segment_ids=(jnp.arange(Tk) >= starts[:, None]).astype(jnp.int32),
     )
   blocks = reference.Blocks(block_indices, layout, block_size, query_block, window)
-  supports = {
-    name: functools.partial(module.check, q, k, v, blocks) for name, module in _BACKENDS.items()
-  }
-  module = _BACKENDS[dispatch.choose(backend, supports, _ORDER)]
-  if not window or module is reference:
-    return module.forward(q, k, v, sinks, blocks, scale)
+  supports = {name: functools.partial(f, q, k, v, blocks) for name, f in _CHECKS.items()}
+  name = dispatch.choose(backend, supports, _ORDER)
+  forward = _FORWARD[name]
+  if not window or name == "reference":
+    return forward(q, k, v, sinks, blocks, scale)
   # The blocks without what the window shows, and the window.
-  far = module.forward(q, k, v, None, blocks, scale)
+  far = forward(q, k, v, None, blocks, scale)
   near = softmax_attention(q, k, v, scale=scale, window=window, sinks=sinks, **where)
   return merge_attention(far, near)
 

@@ -22,17 +22,19 @@ class Layout:
     positions: the key that each query stands at; -1: at none, it sees nothing.
     starts: the first key of each query's document. One that is later than the query's position hides all keys: so it is
       with padding on the left of a prompt.
+    aligned: every document starts at the first key.
   """
 
   positions: Int[Array, " Tq"]
   starts: Int[Array, "B Tq"]
+  aligned: bool = dataclasses.field(default=False, metadata=dict(static=True))
 
   @classmethod
   def together(cls, batch: int, length: int, segment_ids: Int[Array, "B T"] | None) -> "Layout":
     """Queries and keys are the same tokens, in documents that are runs of equal ids."""
     columns = jnp.arange(length, dtype=jnp.int32)
     if segment_ids is None:
-      return cls(columns, jnp.zeros((batch, length), jnp.int32))
+      return cls(columns, jnp.zeros((batch, length), jnp.int32), True)
     runs = segments.runs(segment_ids)
     new = jnp.pad(runs[:, 1:] != runs[:, :-1], ((0, 0), (1, 0)))
     return cls(columns, jax.lax.cummax(jnp.where(new, columns, 0), axis=1))

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.block_sparse import block_sparse_attention
+from pallas_kernels.block_sparse.shapes import SHAPES as BLOCK_SPARSE
 from pallas_kernels.linear_recurrence import linear_recurrence, linear_recurrence_step
 from pallas_kernels.linear_recurrence.shapes import SHAPES, inputs
 from pallas_kernels.short_conv import short_conv
@@ -120,11 +122,43 @@ def _short_conv_cases() -> Iterator[Case]:
         yield Case("short_conv", phase, shape, unit, T * D / 128**2, run)
 
 
+def _block_sparse_cases() -> Iterator[Case]:
+  T = 8192
+
+  def build(s, phase):
+    def array(heads, dim):
+      return jax.ShapeDtypeStruct((1, T, heads, dim), jnp.bfloat16)
+
+    q, k, v = (
+      array(s.heads, s.key_dim),
+      array(s.kv_heads, s.key_dim),
+      array(s.kv_heads, s.value_dim),
+    )
+    indices = jax.ShapeDtypeStruct((1, s.groups, T, s.top_k), jnp.int32)
+
+    def forward(q, k, v, indices):
+      return block_sparse_attention(q, k, v, indices, block_size=s.block_size, backend="tpu")[0]
+
+    def both(q, k, v, indices, do):
+      o, vjp = jax.vjp(lambda *a: forward(*a, indices), q, k, v)
+      return o, vjp(do)
+
+    do = array(s.heads, s.value_dim)
+    return (forward, (q, k, v, indices)) if phase == "forward" else (both, (q, k, v, indices, do))
+
+  for name in ("nsa", "minimax_m3", "infllm_v2"):
+    for phase in ("forward", "forward_backward"):
+      s = BLOCK_SPARSE[name]
+      run = functools.partial(build, s, phase)
+      units = s.groups * T
+      yield Case("block_sparse", phase, name, "1 token x group of heads", units, run)
+
+
 def cases() -> dict[str, Case]:
   """All cases by name."""
   return {
     case.name: case
-    for make in (_recurrence_cases, _step_cases, _short_conv_cases)
+    for make in (_recurrence_cases, _step_cases, _short_conv_cases, _block_sparse_cases)
     for case in make()
   }
 
