@@ -28,7 +28,7 @@ CASES = [
 step = functools.partial(linear_recurrence_step, backend="interpret")
 
 
-def make(case, B=2, H=2, Hv=4, K=16, V=8, dtype=jnp.float32):
+def make(case, B=2, H=1, Hv=2, K=16, V=8, dtype=jnp.float32):
   decay, erase, reads, bonus = case
   shape = Shape(H, K, Hv, V, decay, erase, reads, bonus, batch=B, length=1)
   state = jax.random.normal(jax.random.key(1), (B, Hv, K, V))
@@ -73,7 +73,7 @@ def test_matches_the_definition(case):
 
 # One head of a key for many of a value; an odd number; values wider than the lanes; several grid steps a sequence.
 @pytest.mark.parametrize(
-  "sizes", [(1, 1, 6, 16, 8), (3, 3, 3, 5, 7), (2, 1, 1, 8, 260), (1, 2, 6, 256, 512)]
+  "sizes", [(1, 1, 5, 16, 8), (3, 3, 3, 5, 7), (2, 1, 1, 8, 260), (1, 2, 6, 256, 512)]
 )
 def test_any_shape(sizes):
   r, state = make(("channel", "key", "decayed", False), *sizes)
@@ -83,7 +83,7 @@ def test_any_shape(sizes):
 @pytest.mark.parametrize("case", [CASES[0], CASES[5], CASES[10], CASES[14], CASES[15], CASES[18]])
 def test_states_that_are_stored_with_keys_along_lanes(case):
   """Mamba-2's: 128 keys, 64 values."""
-  r, state = make(case, Hv=6, K=128, V=16)
+  r, state = make(case, Hv=3, K=128, V=16)
   assert_close(jax.jit(step)(r, state), exact(r, state), 1e-6)
 
 

@@ -1,0 +1,150 @@
+"""The kernels through the real TPU compiler, for chips that are not here, in processes of its own.
+
+A few programs in the default tier; all of them, on every chip, with ``-m compile`` (half an hour).
+"""
+
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from pallas_kernels.cost import CHIPS, cases, environment, measure, report
+from pallas_kernels.cost.__main__ import INSTALL, RECORD
+from pallas_kernels.linear_recurrence.shapes import SHAPES
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+pytestmark = [
+  pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason=f"libtpu, the TPU compiler, is not installed: {INSTALL}",
+  ),
+  # Compilers take all the cores that there are: one at a time.
+  pytest.mark.xdist_group("tpu_compiler"),
+]
+
+
+def compiled(chip, names):
+  """The answers by name; all errors in one failure."""
+  answers = dict(measure(chip, names))
+  errors = [f"{name} on {chip}: {a['error']}" for name, a in answers.items() if "error" in a]
+  assert not errors, "\n".join(errors)
+  assert list(answers) == list(names)
+  return answers
+
+
+def same_cost(chip, names):
+  """Figures of the compiler are the recorded ones.
+
+  They are the same on every machine with one version of the compiler. 3 %: what an unrelated change of the
+  scheduler's choices may cost without anybody looking at it.
+  """
+  record = report.read(ROOT / RECORD)
+  version = importlib.metadata.version("libtpu")
+  if other := {row["libtpu"] for row in record} - {version}:
+    pytest.skip(f"the record is of libtpu {', '.join(other)}; here is {version}")
+  keys = ("kernel", "phase", "shape", "chip", "call")
+  wanted = {tuple(row[k] for k in keys): row for row in record}
+  problems = []
+  for name, answer in compiled(chip, names).items():
+    for row in report.records(name, chip, answer):
+      want = wanted.get(tuple(row[k] for k in keys))
+      if want is None:
+        problems.append(f"{name} on {chip}: {row['call']} is not recorded")
+        continue
+      # Two tiles are no news where a kernel allocates next to nothing.
+      for column, slack in (("bundles_per_unit", 0.05), ("vmem_bytes", 8192), ("temp_bytes", 8192)):
+        got, was = row[column] or 0, want[column] or 0
+        if abs(got - was) > max(0.03 * was, slack):
+          problems.append(f"{name} on {chip}: {row['call']}: {column} was {was}, is {got}")
+  hint = "if that is meant: python -m pallas_kernels.cost --out benchmarks/records"
+  assert not problems, "\n".join([*problems, hint])
+
+
+FEW = {
+  "v6e": [
+    "linear_recurrence/forward_backward/kimi_linear",
+    "linear_recurrence_step/float32_state/qwen3_next",
+    "short_conv/forward_backward/qwen3_next_packed",
+  ],
+  "v5e": [
+    "linear_recurrence/forward/lightning",
+    "linear_recurrence_step/bfloat16_state/rwkv7",
+    "short_conv/forward/mamba2",
+  ],
+}
+
+
+@pytest.mark.parametrize("chip", FEW)
+def test_costs_are_the_recorded_ones(chip):
+  same_cost(chip, FEW[chip])
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("chip", CHIPS)
+def test_all_costs_are_the_recorded_ones(chip):
+  same_cost(chip, list(cases()))
+
+
+# Decay, erase, the state an erase reads, bonus: all that a mechanism can be.
+DECAYS = ("none", "constant", "scalar", "channel")
+SPECIALISATIONS = [
+  *itertools.product(DECAYS, ("none", "key", "low_rank"), ("decayed",), ("",)),
+  *itertools.product(("constant", "scalar", "channel"), ("key", "low_rank"), ("undecayed",), ("",)),
+  *itertools.product(DECAYS, ("none",), ("decayed",), ("bonus",)),
+]
+
+
+def specialisation(*parts):
+  return "tests.tpu_programs:specialisation:" + "-".join(parts)
+
+
+def test_a_few_specialisations_compile(monkeypatch):
+  """The most that a kernel does, with the least usual input, on the chips with the least VMEM and the newest."""
+  monkeypatch.chdir(ROOT)
+  compiled("v4", [specialisation("channel", "low_rank", "undecayed", "", "float32")])
+  compiled("7x", [specialisation("scalar", "none", "decayed", "bonus", "bfloat16")])
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("chip", CHIPS)
+def test_every_specialisation_compiles(chip, monkeypatch):
+  """With packed segments, initial and final state, and every gradient."""
+  monkeypatch.chdir(ROOT)
+  for dtype in ("bfloat16", "float32"):
+    compiled(chip, [specialisation(*parts, dtype) for parts in SPECIALISATIONS])
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("chip", CHIPS)
+def test_every_shape_compiles_at_any_length(chip, monkeypatch):
+  """From a chunk to 131072 tokens, and around a chunk."""
+  monkeypatch.chdir(ROOT)
+  shapes = [name for name in SHAPES if not name.startswith("cpu_")]
+  lengths = [
+    *itertools.product(shapes, (131072,)),
+    *itertools.product(("kimi_linear",), (2, 127, 128, 129)),
+  ]
+  compiled(chip, [f"tests.tpu_programs:length:{name}:{T}" for name, T in lengths])
+
+
+def test_compiles_in_a_sharded_program():
+  """For 128 chips, gradients included: each device runs the two kernels on its part, and nothing moves between them."""
+  child = subprocess.run(
+    [sys.executable, "-m", "tests.tpu_programs", "v5p:4x4x8"],
+    env=environment(),
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
+  assert child.returncode == 0, child.stderr[-2000:]
+  answer = json.loads(child.stdout.splitlines()[-1])
+  assert answer["kernels"] == 2
+  assert answer["collectives"] == []
+  # Boundary states, the outputs' cotangent and its float32: no copy of an input.
+  assert answer["temp"] < 2 * answer["argument"]

@@ -1,0 +1,175 @@
+"""The table of costs: what is counted in a kernel and in a schedule, records, the command."""
+
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import pallas as pl
+
+from pallas_kernels.cost import CHIPS, cases, report
+from pallas_kernels.cost.__main__ import RECORD
+from pallas_kernels.cost.dump import around, read_schedule, read_units, read_vmem
+from pallas_kernels.cost.kernels import describe, pallas_calls
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+SCHEDULE = """
+LB: loop body
+     0   :  { %s0 = smov 0 }
+   0x1 LB: > { %v1 = vld }
+   0x2   : > { %v2 = vadd }  /* 0x3 : > { not a bundle } */
+   0x3 LB: >> { %v3 = vld }
+   0x4   : > { %5 = sbr.rel (!%p) target = $region9 }
+   0x5   :  {}
+   0x6   : >> { %v4 = vst }
+   0x7 LB: >> { %v5 = vld }
+   0x8 LB: >>> { %v6 = vld }
+   0x9   : >>> { %v7 = vld }
+   0xa PF: > { %v8 = vst }
+   0xb   :  { %9 = sfence }
+"""
+
+
+def kernel(x_ref, w_ref, o_ref):
+  w = w_ref[...]
+  once = jnp.dot(x_ref[...], w, preferred_element_type=jnp.float32)
+
+  def body(_, y):
+    return jnp.dot(y, w.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+
+  o_ref[...] = jax.lax.fori_loop(0, 5, body, once)
+
+
+def test_a_kernel_is_described_by_its_jaxpr():
+  """Products once in bfloat16, six times at HIGHEST; loops as often as they run; bytes of operands and results."""
+
+  @jax.jit
+  def program(x, w):
+    return pl.pallas_call(
+      kernel,
+      grid=(3,),
+      in_specs=[
+        pl.BlockSpec((8, 128), lambda i: (i, 0)),
+        pl.BlockSpec((128, 128), lambda i: (0, 0)),
+      ],
+      out_specs=pl.BlockSpec((8, 128), lambda i: (i, 0)),
+      out_shape=jax.ShapeDtypeStruct((24, 128), jnp.float32),
+      name="products",
+    )(x, w)
+
+  x, w = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((24, 128), (128, 128)))
+  (call,) = map(describe, pallas_calls(jax.make_jaxpr(program)(x, w).jaxpr))
+  product = 2 * 8 * 128 * 128
+  assert call == {
+    "call": "products",
+    "grid_steps": 3,
+    "bytes": 2 * (24 + 128) * 128 + 4 * 24 * 128,
+    "flops": 3 * (product + 5 * 6 * product),
+    "trips": [(2, 5)],
+  }
+
+
+def test_bundles_of_a_grid_step():
+  """Depth 1 is a grid step: 4 bundles and the empty one of its branch. Loops in it run 10, and 4 times with 3 in it."""
+  assert read_schedule(SCHEDULE, [(2, 10), (2, 4), (3, 12)]) == {
+    "bundles": 5 + 2 * 10 + 1 * 4 + 2 * 12,
+    "once": False,
+  }
+  for unknown in ([(2, 10)], [(2, 10), (2, None), (3, None)]):
+    assert read_schedule(SCHEDULE, unknown) == {"bundles": 5 + 2 + 1 + 2, "once": True}
+  assert read_schedule("   0x0   :  { a }\n   0x1   :  { b }\n", []) == {
+    "bundles": 2,
+    "once": False,
+  }
+
+
+def test_vmem_and_units():
+  allocations = """
+  #allocation2 [shape = 'f32[8]', space=vmem, size = 0x1000, offset = 0, scoped, tag = 'x']
+  #allocation3 [shape = 's32[1]', space=sflag, size = 0x4, scoped]
+    #allocation4_spill [shape = 'u32[8,128]{1,0}', space=vmem, size = 0x800, offset = 0x2000, scoped]
+"""
+  assert read_vmem(allocations) == {"vmem": 0x2800, "spilled": 0x800}
+  units = "== CAPACITY:\nMXU, VALU, VLOAD:FILL\n  2  4  3\n== UTILIZATION:\n2 1 3\n1 1 3\n"
+  assert read_units(units) == {"busiest": "MXU 0.75"}
+
+
+def test_what_is_written_around_the_kernels():
+  """Copies to VMEM, layout S(1), and what writes nothing are not counted."""
+  hlo = """HloModule m
+
+ENTRY %main {
+  %p = bf16[128,64]{1,0:T(8,128)(2,1)} parameter(0)
+  %copy = bf16[128,64]{0,1:T(8,128)(2,1)} copy(%p)
+  %fusion = (f32[8]{0}, f32[4]{0:T(128)S(1)}) fusion(%p), kind=kLoop
+  %start = (f32[8]{0}, f32[8]{0:S(1)}, u32[]) copy-start(%p)
+  %kernel = f32[999]{0} custom-call(%copy), custom_call_target="tpu_custom_call"
+  ROOT %t = (f32[999]{0}) tuple(%kernel)
+}
+"""
+  assert around(hlo) == 128 * 64 * 2 + 8 * 4
+
+
+@pytest.fixture
+def rows():
+  call = dict(call="short_conv_forward", grid_steps=4, bytes=1 << 20, flops=0, bundles=500)
+  call |= dict(
+    once=False, vmem=1 << 20, spilled=0, busiest="VALU 0.5", cycles=9000, temp=0, around=0
+  )
+  backward = call | dict(call="short_conv_backward", bundles=700)
+  name = "short_conv/forward_backward/mamba2"
+  return report.records(name, "v6e", {"rows": [call, backward]})
+
+
+def test_records(rows):
+  """A row for each kernel and one for their sum; the floor is of bytes at 937 a cycle."""
+  assert [row["call"] for row in rows] == ["short_conv_forward", "short_conv_backward", "all"]
+  whole = rows[2]
+  units = 8192 * 5376 / 128**2
+  assert whole["bundles_per_unit"] == round(4 * (500 + 700) / units, 1)
+  assert rows[0]["times_floor"] == round(4 * 500 / ((1 << 20) / 1640 * 1.75), 2)
+  assert whole["cycles_per_unit"] == round(2 * 9000 / units, 1)
+
+
+def test_records_are_kept_and_added_to(rows, tmp_path):
+  path = tmp_path / "tpu_cost.csv"
+  path.write_text(report.to_csv(rows))
+  old = report.read(path)
+  assert old == rows
+  error = report.records("short_conv/forward_backward/mamba2", "v6e", {"error": "no"})
+  other = report.records("linear_recurrence/forward/gla", "v4", {"error": "no"})
+  assert report.merged(old, error) == error
+  assert report.merged(old, other) == [*other, *old]
+
+
+def test_table_and_plot(rows, tmp_path, capsys):
+  error = report.records("linear_recurrence/forward/gla", "v4", {"error": "SIGABRT"})
+  report.print_table([*error, *rows])
+  out = capsys.readouterr().out
+  assert "linear_recurrence/forward/gla on v4: SIGABRT" in out and "both: backward" in out
+  report.plot([*error, *rows], tmp_path / "cost.png")
+  assert (tmp_path / "cost.png").stat().st_size > 1000
+
+
+def test_the_record_and_the_readme_are_of_all_kernels():
+  record = report.read(ROOT / RECORD)
+  assert not [row for row in record if row["error"]]
+  assert {(r["kernel"], r["phase"], r["shape"], r["chip"]) for r in record} == {
+    (*name.split("/"), chip) for name in cases() for chip in CHIPS
+  }
+  text = (ROOT / "README.md").read_text()
+  assert report.with_table(text, record) == text, "python -m pallas_kernels.cost --readme README.md"
+
+
+def run(*arguments, **environment):
+  command = [sys.executable, "-m", "pallas_kernels.cost", *arguments]
+  return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **environment)
+
+
+def test_the_command_names_what_it_knows():
+  wrong = run("--chips", "v6f")
+  assert wrong.returncode == 2 and "known: v4, v5e, v5p, v6e, 7x" in wrong.stderr
+  assert "--spec" in run("--help").stdout
