@@ -31,6 +31,10 @@ ENVIRONMENT = {
 }
 
 
+# Cases that a process compiles: it starts in a second or two, but gives no memory back; estimates take gigabytes.
+_BATCH = 10
+
+
 def compile_case(case: Case, topology: str, dump: str | None = None) -> list[dict]:
   """Compiles for one device of a topology; a row for each pallas_call. In a process with ``environment`` set."""
   from jax.experimental import topologies
@@ -122,7 +126,7 @@ def measure(
   estimate, kept = cycles, {}
   while left:
     with tempfile.TemporaryDirectory() as dump, tempfile.TemporaryFile("w+") as stderr:
-      batch = left[:1] if cycles and not estimate else list(left)
+      batch = left[: 1 if cycles else _BATCH]
       command = [sys.executable, "-m", "pallas_kernels.cost", "--child", chip, dump, *batch]
       env = environment(dump, estimate)
       child = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=stderr, text=True)

@@ -111,6 +111,13 @@ def _mib(n) -> str:
   return "-" if n == "" else f"{n / 2**20:.1f}"
 
 
+def _program(row: dict) -> str:
+  """A program and, where it has several, which of its kernels."""
+  call = row["call"].removeprefix(row["kernel"]).lstrip("_")
+  text = row["phase"].replace("forward_backward", "both").replace("_", " ")
+  return text if call in ("", row["phase"]) else f"{text}: {call}"
+
+
 def print_table(rows: list[dict]) -> None:
   """The table as text, a block for each family of kernels."""
   from rich.console import Console
@@ -127,9 +134,7 @@ def print_table(rows: list[dict]) -> None:
     for name in (*names, "VMEM MiB", "spilled MiB", "temp MiB", "around MiB"):
       table.add_column(name, justify="right")
     for row in (r for r in rows if r["kernel"] == kernel):
-      head = row["phase"].replace("forward_backward", "both")
-      call = row["call"].removeprefix(row["kernel"]).lstrip("_")
-      head += f": {call}" if call not in ("", row["phase"]) else ""
+      head = _program(row)
       if row["error"]:
         table.add_row(head, row["shape"], row["chip"], "[red]error[/]", *[""] * 10)
         continue
@@ -157,22 +162,26 @@ def plot(rows: list[dict], path: pathlib.Path) -> None:
   matplotlib.use("Agg")
   import matplotlib.pyplot as plt
 
-  rows = [r for r in rows if not r["error"] and r["call"] != "all"]
-  labels = list(dict.fromkeys(f"{r['kernel']}\n{r['shape']}: {r['call']}" for r in rows))
-  fig, axis = plt.subplots(figsize=(10, 1.5 + 0.32 * len(labels)), layout="constrained")
-  for i, chip in enumerate(dict.fromkeys(r["chip"] for r in rows)):
-    mine = [r for r in rows if r["chip"] == chip]
-    y = [labels.index(f"{r['kernel']}\n{r['shape']}: {r['call']}") + 0.12 * (i - 2) for r in mine]
-    floors = [max(r["hbm_floor_per_unit"], r["matmul_floor_per_unit"]) for r in mine]
-    axis.plot(
-      [r["bundles_per_unit"] for r in mine], y, "o", color=f"C{i}", markersize=4, label=chip
-    )
-    axis.plot(floors, y, "|", color=f"C{i}", markersize=7)
+  # The forward kernel of a program that also has the backward one is told nearly twice otherwise.
+  rows = [r for r in rows if not r["error"] and _program(r) not in ("both: forward", "both: all")]
+  names = [f"{r['kernel'].replace('_', ' ')}, {r['shape']}, {_program(r)}" for r in rows]
+  labels = list(dict.fromkeys(names))
+  fig, axis = plt.subplots(figsize=(10, 1.5 + 0.25 * len(labels)), layout="constrained")
+  for i, chip in enumerate(CHIPS):
+    mine = [(r, name) for r, name in zip(rows, names, strict=True) if r["chip"] == chip]
+    if not mine:
+      continue
+    y = [labels.index(name) + 0.15 * (i - 2) for _, name in mine]
+    floors = [max(r["hbm_floor_per_unit"], r["matmul_floor_per_unit"]) for r, _ in mine]
+    bundles = [r["bundles_per_unit"] for r, _ in mine]
+    axis.hlines(y, floors, bundles, color=f"C{i}", linewidth=0.8, alpha=0.5)
+    axis.plot(bundles, y, "o", color=f"C{i}", markersize=3.5, label=chip)
+    axis.plot(floors, y, "|", color=f"C{i}", markersize=6)
   axis.set(xscale="log", xlabel="cycles a unit of work: bundles (dot) and floor (tick)")
-  axis.set_yticks(range(len(labels)), [label.replace("\n", " ") for label in labels], fontsize=7)
-  axis.invert_yaxis()
+  axis.set_yticks(range(len(labels)), labels, fontsize=7)
+  axis.set_ylim(len(labels) - 0.4, -0.6)
   axis.grid(axis="x", alpha=0.3)
-  axis.legend(ncols=5, fontsize=8)
+  fig.legend(ncols=5, fontsize=8, loc="outside upper right")
   fig.savefig(path, dpi=130)
 
 
