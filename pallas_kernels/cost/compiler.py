@@ -32,7 +32,7 @@ ENVIRONMENT = {
 
 
 # Cases that a process compiles: it starts in a second or two, but gives no memory back; estimates take gigabytes.
-_BATCH = 10
+_BATCH = 8
 
 
 def compile_case(case: Case, topology: str, dump: str | None = None) -> list[dict]:
