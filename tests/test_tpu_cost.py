@@ -149,7 +149,11 @@ def test_table_and_plot(rows, tmp_path, capsys):
   error = report.records("linear_recurrence/forward/gla", "v4", {"error": "SIGABRT"})
   report.print_table([*error, *rows])
   out = capsys.readouterr().out
-  assert "linear_recurrence/forward/gla on v4: SIGABRT" in out and "both: backward" in out and "forward" in out
+  assert (
+    "linear_recurrence/forward/gla on v4: SIGABRT" in out
+    and "both: backward" in out
+    and "forward" in out
+  )
   report.plot([*error, *rows], tmp_path / "cost.png")
   assert (tmp_path / "cost.png").stat().st_size > 1000
 

@@ -37,10 +37,10 @@ def specialisation(argument: str):
   return _with_gradients(shape, dtype, 300, packed=True)
 
 
-def length(argument: str):
-  """ "shape:T" of a real shape."""
-  name, T = argument.split(":")
-  return _with_gradients(SHAPES[name], jnp.bfloat16, int(T), packed=False)
+def real(argument: str):
+  """ "shape:T:dtype" of a real shape."""
+  name, T, dtype = argument.split(":")
+  return _with_gradients(SHAPES[name], dtype, int(T), packed=False)
 
 
 def sharded(topology: str) -> dict:
