@@ -178,7 +178,7 @@ def _markdown(
 
 
 def _figure(experiment: Experiment, table: Sequence[Row]) -> Any:
-  """A plot for each value of the facet: our mean and range by x, one line a mechanism; published values dotted."""
+  """A plot for each value of the facet: our mean and range by x, one line a mechanism; published values hollow."""
   try:
     import matplotlib
     import matplotlib.figure
@@ -206,7 +206,9 @@ def _figure(experiment: Experiment, table: Sequence[Row]) -> Any:
         _draw(axes, [r for r in here if r.axes[by] == name], x, ticks, str(name), *styles[name])
       axes.set_title(str(value), loc="left", fontsize=10)
       axes.set_xticks(range(len(ticks)), [str(t) for t in ticks])
-      axes.set(xlabel=x, ylabel="accuracy, %", ylim=(-5, 105))
+      axes.set(xlabel=x, ylim=(-5, 105))
+      if facets.index(value) % columns == 0:
+        axes.set_ylabel("accuracy, %")
       axes.grid(color="#dddddd", linewidth=0.6)
       axes.spines[["top", "right"]].set_visible(False)
     handles = {h.get_label(): h for p in panels for h in p.get_legend_handles_labels()[0]}
@@ -230,7 +232,16 @@ def _draw(
   published = [(ticks.index(r.axes[x]), r.published) for r in here if r.published is not None]
   if published:
     where, values = zip(*published, strict=True)
-    axes.plot(where, values, color=colour, linestyle=":", linewidth=1.2, marker=mark, markersize=3)
+    axes.plot(
+      where,
+      values,
+      color=colour,
+      linestyle=":",
+      linewidth=1.2,
+      marker=mark,
+      markersize=8,
+      markerfacecolor="none",
+    )
 
 
 _PAGE = """<!doctype html>
@@ -265,7 +276,7 @@ tbody tr:hover td {{ box-shadow: inset 0 0 0 99rem rgb(0 0 0 / .04); }}
 {predictions}
 <h2>Figures</h2>
 <p>Accuracy on examples that neither training nor the choice of a learning rate has seen, guessing being 0 %: the mean
-over seeds, bands from the worst to the best. Published values are dotted.</p>
+over seeds, bands from the worst to the best. Published values are hollow.</p>
 {svg}
 <h2>Table</h2>
 <p>Spread is the standard deviation over seeds. "-" is not run, or not published. Click a heading to sort.</p>
