@@ -1,6 +1,7 @@
 """Block-sparse attention: the blocks are given, by whatever mechanism chose them."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from pallas_kernels.block_sparse import reference, tpu, xla
 from pallas_kernels.block_sparse.layout import Layout
 from pallas_kernels.softmax_attention import softmax_attention
 
-_FORWARD = {
+_FORWARD: dict[str, Callable[..., tuple[Array, Array]]] = {
   "reference": reference.forward,
   "xla": xla.forward,
   "tpu": tpu.forward,
