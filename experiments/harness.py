@@ -33,6 +33,8 @@ from attnlab.config import check, complete, resolve, to_json
 from attnlab.errors import UserError, unknown
 from experiments.cells import Cell, Experiment
 
+flags.disclaim_key_flags()  # The flags are those of the experiment that calls `main`.
+
 SIZES = ("cpu", "gpu", "paper")
 # Of a progress table: more cells than this are told of only while they run.
 _ROWS = 30
