@@ -402,9 +402,9 @@ def test_bfloat16(case):
   """Activations in bfloat16: outputs and every parameter's gradient near those of float32.
 
   bfloat16 keeps 8 bits, a rounding error of 2e-3; some dozens of roundings on the way add up to several percent. Where
-  blocks are chosen, all are: rounded scores may choose another of two that are nearly equal, and rightly so.
+  an indexer chooses, all is chosen: it may rightly take another of two whose rounded scores are nearly equal.
   """
-  if case.cls.family == "sparse" and "top_k" in case.settings:
+  if case.cls.own_loss:
     case = Case(case.cls, case.settings | dict(top_k=8))
   y, grads = case.packed
   x = case.x.astype(jnp.bfloat16)

@@ -70,6 +70,13 @@ def whole(layer, x, **options):
   return np.asarray(jit(run)(layer, x))
 
 
+@functools.cache
+def alone(name):
+  """A layer, tokens, and its output for them."""
+  layer, x = make(name), tokens()
+  return layer, x, whole(layer, x)
+
+
 # What the oracles share: projections, RoPE and one query's softmax, in float64.
 
 
@@ -450,18 +457,22 @@ MIXERS = (moba, infllm2, nsa, nsa_fla, longformer, bigbird, window_linear, minim
 ORACLES = {f.__name__: f for f in MIXERS} | dict(hca=deepseek_v4, csa=deepseek_v4)
 
 
+# One worker takes all of a mixer's: they share what is compiled.
+NAMES = [pytest.param(n, marks=pytest.mark.xdist_group(f"sparse-{n}")) for n in ORACLES]
+
+
 def test_every_sparse_mixer_has_an_oracle():
   assert set(SPARSE) <= set(ORACLES)
 
 
-@pytest.mark.parametrize("name", ORACLES)
+@pytest.mark.parametrize("name", NAMES)
 def test_oracle(name):
   """The whole layer; float32 against float64, on sums of some dozens of terms."""
-  layer, x = make(name), tokens()
+  layer, x, got = alone(name)
   want = ORACLES[name](layer, x[0].astype(np.float64))
   want = (want[0] if isinstance(want, tuple) else want).reshape(T, -1)
   want = want @ np.asarray(layer.out_proj.kernel[...], np.float64)
-  np.testing.assert_allclose(whole(layer, x)[0], want, rtol=2e-5, atol=2e-5)
+  np.testing.assert_allclose(got[0], want, rtol=2e-5, atol=2e-5)
 
 
 POOLED = dict(pool=3, top_k=6, rope_dim=0, index_rope_dim=0)
@@ -509,22 +520,23 @@ def read(layer, x, pieces, ids=None, max_len=T + 3):
   return np.concatenate(out, axis=1)
 
 
-@pytest.mark.parametrize("name", ORACLES)
+@pytest.mark.parametrize("name", NAMES)
 def test_blocks_across_steps(name):
   """Pieces that end anywhere in blocks and pools, shorter and longer than they are, and single tokens."""
-  layer, x = make(name), tokens()
+  layer, x, want = alone(name)
   got = read(layer, x, [7, 1, 1, 7, 1, 1, 7, 1, 1])
-  np.testing.assert_allclose(got, whole(layer, x), rtol=2e-5, atol=2e-5)
+  np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ORACLES)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_padding_moves_blocks(name):
   """A prompt with padding on the left has the blocks that it has without."""
-  layer, x = make(name), tokens()
+  layer, x, want = alone(name)
   padded = np.concatenate([tokens(seed=2)[:, :3], x[:, :-3]], axis=1)
   ids = (np.arange(T) >= 3).astype(np.int32)[None]
   got = read(layer, padded, [9, 9, 9], ids)[:, 3:]
-  np.testing.assert_allclose(got, whole(layer, x)[:, :-3], rtol=2e-5, atol=2e-5)
+  np.testing.assert_allclose(got, want[:, :-3], rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", sorted(set(SPARSE) - {"hca"}))  # which chooses nothing
@@ -551,12 +563,14 @@ def test_everything_is_full_attention(name):
 @pytest.mark.parametrize("name", ["moba", "infllm2"])
 def test_dense_is_softmax_attention(name):
   """Of the same parameters."""
-  layer, full, x = make(name), make_softmax(), tokens()
+  layer, x, sparse = alone(name)
+  full = make_softmax()
   params = {k: v for k, v in vars(layer).items() if k.endswith("_proj") and v is not None}
   for key, value in params.items():
     setattr(full, key, value)
-  np.testing.assert_array_equal(whole(layer, x, dense=True), whole(full, x))
-  assert np.abs(whole(layer, x) - whole(full, x)).max() > 1e-3
+  want = whole(full, x)
+  np.testing.assert_array_equal(whole(layer, x, dense=True), want)
+  assert np.abs(sparse - want).max() > 1e-3
 
 
 def make_softmax():
@@ -589,7 +603,8 @@ def test_a_choice_handed_on():
   given = jit(lambda layer, x: layer(x, context(0, T, 1)).shared)(gives, x)
   ctx = context(0, T, 1)
   run = lambda layer, x, shared: layer(x, Context(ctx.positions, shared=shared)).y  # noqa: E731
-  np.testing.assert_allclose(jit(run)(takes, x, given), whole(own, x), rtol=1e-6, atol=1e-6)
+  want = alone("dsa")[2]
+  np.testing.assert_allclose(jit(run)(takes, x, given), want, rtol=1e-6, atol=1e-6)
   nothing = jax.tree.map(jnp.zeros_like, given)
   assert not np.any(jit(run)(takes, x, nothing))
 

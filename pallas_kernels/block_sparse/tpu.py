@@ -27,7 +27,8 @@ _QUERIES = 8
 _TILE = 16
 # Logits of what is hidden, and the logarithm of a sum that is empty.
 _NOTHING = -1e30
-# Lanes of a register, and keys of a query that are one matrix.
+# Lanes of a register, and keys of a query that are one matrix. On v6e, 16 heads of 128 channels and 16 blocks of 64
+# take 298 bundles a query forward and 809 backward with 1024, 367 and 1144 with 512, 476 and 1055 with 256.
 _LANES, _KEYS = 128, 1024
 # What is left for all that is not keys and values.
 _REST = 6 * 2**20
