@@ -110,7 +110,7 @@ class RMSNorm(nnx.Module):
   """
 
   def __init__(self, size: int, eps: float = 1e-6, axis: str | None = None, scale: bool = True):
-    self.eps = eps
+    self.size, self.eps = size, eps
     ones = jax.nn.initializers.ones
     self.scale = param(jax.random.key(0), ones, (size,), (axis,)) if scale else None
 
@@ -119,6 +119,14 @@ class RMSNorm(nnx.Module):
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
     if self.scale is not None:
       y = y * sharding.put(self.scale[...], *self.scale.get_metadata()["axes"])
+    return y.astype(x.dtype)
+
+  def heads(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """The norm of each head, D being heads of ``size`` channels side by side."""
+    y = _over_heads(x, self.size, lambda total: jax.lax.rsqrt(total / self.size + self.eps))
+    if self.scale is not None:
+      scale = sharding.put(self.scale[...], *self.scale.get_metadata()["axes"])
+      y = y * sharding.put(jnp.tile(scale, x.shape[-1] // self.size), "heads")
     return y.astype(x.dtype)
 
 
@@ -163,6 +171,35 @@ def l2norm(x: Float[Array, "... D"], eps: float = 1e-6) -> Float[Array, "... D"]
   """``x / |x|`` over the last axis, in float32."""
   y = x.astype(jnp.float32)
   return (y * jax.lax.rsqrt(jnp.sum(y * y, axis=-1, keepdims=True) + eps)).astype(x.dtype)
+
+
+def l2norm_heads(x: Float[Array, "B T D"], size: int, eps: float = 1e-6) -> Float[Array, "B T D"]:
+  """``l2norm`` of each head, D being heads of ``size`` channels side by side."""
+  return _over_heads(x, size, lambda total: jax.lax.rsqrt(total + eps)).astype(x.dtype)
+
+
+def _over_heads(x: Float[Array, "B T D"], size: int, factor) -> Float[Array, "B T D"]:
+  """x in float32, each head times ``factor`` of its sum of squares.
+
+  A TPU lays out [B, T, heads, size] differently from [B, T, heads * size]: every norm that took the one
+  view of the other's data would copy all of it, in float32. So sums over a head, and back, are
+  products with a matrix of zeros and ones. Squares of bfloat16 numbers may be rounded to bfloat16:
+  an error of 2^-9 / sqrt(size) in their sum.
+  """
+  heads = x.shape[-1] // size
+  if heads % sharding.size("heads"):  # devices hold parts of heads
+    y = sharding.split(x, heads, size).astype(jnp.float32)
+    return sharding.merge(y * factor(jnp.sum(y * y, axis=-1, keepdims=True)), 2)
+  rounding = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+
+  def on_device(x):
+    member = jnp.repeat(jnp.eye(x.shape[-1] // size), size, axis=0)
+    y = x.astype(jnp.float32)
+    total = jnp.matmul(y * y, member, precision=rounding)
+    return y * jnp.matmul(factor(total), member.T, precision=jax.lax.Precision.HIGHEST)
+
+  axes = ("batch", None, "heads")
+  return sharding.local(on_device, (axes,), axes)(x)
 
 
 class ShortConv(nnx.Module):

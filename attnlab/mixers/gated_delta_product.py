@@ -9,7 +9,7 @@ from attnlab import sharding
 from attnlab.mixers.base import Layer, register
 from attnlab.mixers.gates import inverse_softplus_step, log_uniform_rate, softplus_decay, step_size
 from attnlab.mixers.linear import LinearMixer
-from attnlab.nn import Linear, ShortConv, l2norm, param
+from attnlab.nn import Linear, ShortConv, l2norm_heads, param
 from pallas_kernels import gated_delta_product
 
 
@@ -65,8 +65,8 @@ class GatedDeltaProduct(LinearMixer):
 
   def signals(self, x, recent, ctx):
     n = self.config.steps
-    q = l2norm(self.project("q", x, recent, self.H, self.K))
-    k = l2norm(self.project("k", x, recent, self.H, n, self.K))
+    q, k = (l2norm_heads(self.project(name, x, recent), self.K) for name in ("q", "k"))
+    q, k = sharding.split(q, self.H, self.K), sharding.split(k, self.H, n, self.K)
     v = self.project("v", x, recent, self.Hv, n, self.V)
     beta = step_size(sharding.split(self.b_proj(x), self.Hv, n), self.config.negative_eigenvalues)
     signals = dict(q=q, k=k, v=v, beta=beta)

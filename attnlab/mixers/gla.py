@@ -17,7 +17,7 @@ class GLA(LinearMixer):
   """A decay for each channel of the key, from a low-rank projection, its logarithm divided by 16."""
 
   core = staticmethod(gla)
-  qkv_activation = qk_norm = None
+  qkv_activation, qk_norm = None, False
 
   @dataclasses.dataclass(frozen=True, kw_only=True)
   class Config(LinearMixer.Config):

@@ -29,7 +29,8 @@ class HGRN2(LinearMixer):
   """
 
   core = staticmethod(_hgrn2)
-  qkv_activation = qk_norm = gate_activation = None
+  qkv_activation = gate_activation = None
+  qk_norm = False
 
   @dataclasses.dataclass(frozen=True, kw_only=True)
   class Config(Mixer.Config):

@@ -60,14 +60,16 @@ class KDA(LinearMixer):
 
   def signals(self, x, recent, ctx):
     q, k, v = self.qkv(x, recent)
-    f = sharding.split(self.f_proj(x), self.Hv, self.K)
-    A_log = sharding.put(self.A_log[...], "heads")[:, None]
-    dt_bias = sharding.put(self.dt_bias[...], "heads", None)
+    # In [B, T, heads * K] as long as possible, for the reason of attnlab.nn's norms of heads.
+    f = self.f_proj(x)
+    A_log = sharding.put(jnp.repeat(sharding.put(self.A_log[...], None), self.K), "heads")
+    dt_bias = sharding.put(sharding.put(self.dt_bias[...], None, None).reshape(-1), "heads")
     if self.config.decay_gate == "safe":
       gate = jax.nn.sigmoid(jnp.exp(A_log) * (f.astype(jnp.float32) + dt_bias))
       g = self.config.lower_bound * gate
     else:
       g = softplus_decay(f, A_log, dt_bias)
+    g = sharding.split(g, self.Hv, self.K)
     beta = step_size(self.b_proj(x), self.config.negative_eigenvalues)
     return dict(q=q, k=k, v=v, g=g, beta=beta)
 

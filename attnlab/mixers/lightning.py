@@ -25,7 +25,7 @@ class Lightning(LinearMixer):
   """SiLU on q, k and v, a constant decay a head, weaker in later layers, one norm over all heads, a sigmoid gate."""
 
   core = staticmethod(functools.partial(lightning_attention, scale=1.0))
-  qk_norm = None
+  qk_norm = False
   gate_activation = staticmethod(jax.nn.sigmoid)
 
   @dataclasses.dataclass(frozen=True, kw_only=True)

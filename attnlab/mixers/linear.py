@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from attnlab import sharding
 from attnlab.errors import UserError
 from attnlab.mixers.base import Cache, Context, Layer, Mixer, MixerOutput
-from attnlab.nn import Linear, RMSNorm, ShortConv, TokenShift, l2norm
+from attnlab.nn import Linear, RMSNorm, ShortConv, TokenShift, l2norm_heads
 
 Signals = dict[str, Array]
 
@@ -69,7 +69,7 @@ class LinearMixer(Mixer):
 
   # Of the default projections and output; a mechanism overrides what differs.
   qkv_activation: ClassVar[Callable[[Array], Array] | None] = staticmethod(jax.nn.silu)
-  qk_norm: ClassVar[Callable[[Array], Array] | None] = staticmethod(l2norm)
+  qk_norm: ClassVar[bool] = True
   gate_activation: ClassVar[Callable[[Array], Array] | None] = staticmethod(jax.nn.silu)
 
   def __init__(self, config: Config, layer: Layer, key: Array):
@@ -122,20 +122,21 @@ class LinearMixer(Mixer):
     return RMSNorm(self.V, layer.norm_eps)
 
   def project(self, name: str, x: Float[Array, "B T D"], recent: Recent, *shape: int) -> Array:
-    """``{name}_proj``, its convolution and the activation: [B, T, *shape]."""
+    """``{name}_proj``, its convolution and the activation: [B, T, *shape], or [B, T, D] without a shape."""
     y = getattr(self, f"{name}_proj")(x)
     if self.config.conv_size:
       y = recent(f"{name}_conv", y)
     if self.qkv_activation is not None:
       y = self.qkv_activation(y)
-    return sharding.split(y, *shape)
+    return sharding.split(y, *shape) if shape else y
 
   def qkv(self, x: Float[Array, "B T D"], recent: Recent) -> tuple[Array, Array, Array]:
     """q, k [B, T, H, K] and v [B, T, Hv, V] from the residual stream."""
 
-    q, k = (self.project(name, x, recent, self.H, self.K) for name in ("q", "k"))
-    if self.qk_norm is not None:
-      q, k = self.qk_norm(q), self.qk_norm(k)
+    q, k = (self.project(name, x, recent) for name in ("q", "k"))
+    if self.qk_norm:
+      q, k = l2norm_heads(q, self.K), l2norm_heads(k, self.K)
+    q, k = (sharding.split(y, self.H, self.K) for y in (q, k))
     return q, k, self.project("v", x, recent, self.Hv, self.V)
 
   def signals(self, x: Float[Array, "B T D"], recent: Recent, ctx: Context) -> Signals:
@@ -154,11 +155,14 @@ class LinearMixer(Mixer):
   def output(self, o: Float[Array, "B T Hv V"], x: Float[Array, "B T D"], signals: Signals):
     """What leaves the layer: by default ``W_o (norm(o) * act(W_g x))``, the norm over each head."""
     del signals
-    o = self.out_norm(o)
+    if isinstance(self.out_norm, RMSNorm):
+      o = self.out_norm.heads(sharding.merge(o, 2))
+    else:
+      o = sharding.merge(self.out_norm(o), 2)
     if self.gate_proj is not None:
       gate = self.gate_activation(self.gate_proj(x).astype(jnp.float32))
-      o = (o * sharding.split(gate, *o.shape[2:])).astype(x.dtype)
-    return self.out_proj(sharding.merge(o, 2))
+      o = (o * gate).astype(x.dtype)
+    return self.out_proj(o)
 
   def hand_on(self, signals: Signals, ctx: Context) -> dict[str, Array]:
     """What is left to later layers: the arrays that ``shared`` declares."""

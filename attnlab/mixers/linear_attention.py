@@ -28,7 +28,8 @@ class LinearAttention(LinearMixer):
   """Keys times values, summed, under a feature map of q and k; an RMSNorm instead of the paper's denominator."""
 
   core = staticmethod(linear_attention)
-  qkv_activation = qk_norm = gate_activation = None
+  qkv_activation = gate_activation = None
+  qk_norm = False
 
   @dataclasses.dataclass(frozen=True, kw_only=True)
   class Config(LinearMixer.Config):

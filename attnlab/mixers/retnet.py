@@ -18,7 +18,7 @@ class RetNet(LinearMixer):
   """A constant decay a head, ``1 - 2^(-5-h)``, and rotary positions on q and k."""
 
   core = staticmethod(retention)
-  qkv_activation = qk_norm = None
+  qkv_activation, qk_norm = None, False
 
   @dataclasses.dataclass(frozen=True, kw_only=True)
   class Config(LinearMixer.Config):
