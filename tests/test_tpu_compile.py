@@ -39,7 +39,7 @@ def compiled(chip, names):
 
 
 def same_cost(chip, names):
-  """Figures of the compiler are the recorded ones.
+  """Figures of the compiler, and refusals of the kernels, are the recorded ones.
 
   They are the same on every machine with one version of the compiler. 3 %: what an unrelated change of the
   scheduler's choices may cost without anybody looking at it.
@@ -51,11 +51,16 @@ def same_cost(chip, names):
   keys = ("kernel", "phase", "shape", "chip", "call")
   wanted = {tuple(row[k] for k in keys): row for row in record}
   problems = []
-  for name, answer in compiled(chip, names).items():
+  for name, answer in measure(chip, names):
     for row in report.records(name, chip, answer):
       want = wanted.get(tuple(row[k] for k in keys))
       if want is None:
-        problems.append(f"{name} on {chip}: {row['call']} is not recorded")
+        problems.append(f"{name} on {chip}: {row['call'] or row['error']}: not recorded")
+        continue
+      if row["error"] or want["error"]:
+        # A kernel may refuse a chip, if that is on record; anything else is an error.
+        if not report.refused(row) or row["error"] != want["error"]:
+          problems.append(f"{name} on {chip}: {row['error'] or 'no longer refused'}")
         continue
       # Two tiles are no news where a kernel allocates next to nothing.
       for column, slack in (("bundles_per_unit", 0.05), ("vmem_bytes", 8192), ("temp_bytes", 8192)):

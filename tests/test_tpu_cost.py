@@ -160,7 +160,7 @@ def test_table_and_plot(rows, tmp_path, capsys):
 
 def test_the_record_and_the_readme_are_of_all_kernels():
   record = report.read(ROOT / RECORD)
-  assert not [row for row in record if row["error"]]
+  assert not [row for row in record if row["error"] and not report.refused(row)]
   assert {(r["kernel"], r["phase"], r["shape"], r["chip"]) for r in record} == {
     (*name.split("/"), chip) for name in cases() for chip in CHIPS
   }

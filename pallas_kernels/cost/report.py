@@ -111,6 +111,11 @@ def _mib(n) -> str:
   return "-" if n == "" else f"{n / 2**20:.1f}"
 
 
+def refused(row: dict) -> bool:
+  """Whether the kernel said that it cannot serve the call on this chip, which is no failure."""
+  return row["error"].startswith("NotImplementedError")
+
+
 def _program(row: dict) -> str:
   """A program and, where it has several, which of its kernels."""
   call = row["call"].removeprefix(row["kernel"]).lstrip("_")
@@ -136,7 +141,13 @@ def print_table(rows: list[dict]) -> None:
     for row in (r for r in rows if r["kernel"] == kernel):
       head = _program(row)
       if row["error"]:
-        table.add_row(head, row["shape"], row["chip"], "[red]error[/]", *[""] * 10)
+        table.add_row(
+          head,
+          row["shape"],
+          row["chip"],
+          "refused" if refused(row) else "[red]error[/]",
+          *[""] * 10,
+        )
         continue
       figures = [row["bundles_per_step"], row["bundles_per_unit"], row["cycles_per_unit"]]
       figures += [row["hbm_floor_per_unit"], row["matmul_floor_per_unit"]]
