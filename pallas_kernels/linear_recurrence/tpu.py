@@ -1,13 +1,13 @@
 """The recurrence as two Pallas kernels for TPUs: all chunks forward, and all chunks in reverse.
 
-One program walks the chunks of a group of heads, the states in VMEM; several heads a step give the
-scheduler independent work. Inputs stay as they lie in memory, [B, T, heads * dim]: a head is a range
-of lanes. What is one number a head and token (decay, beta) is laid out with tokens in lanes first,
-[B, groups, chunks, heads, chunk], which costs one small copy. The tail of a length that is no
-multiple of the chunk is masked in the kernel: nothing large is padded or copied.
+One program walks the chunks of a group of heads, the states in VMEM; several heads a step give the scheduler
+independent work. Inputs are taken as projections write them, [B, T, heads * dim]: a head is a range of lanes. (An array
+that XLA holds as [B, T, heads, dim], in tiles of heads and channels, is copied to that first.) What is one number a
+head and token (decay, beta) is laid out with tokens in lanes, [B, groups, chunks, heads, chunk], which costs a small
+copy. The tail of a length that is no multiple of the chunk is masked in the kernel: nothing large is padded.
 
-What a step computes is ``tpu_chunk.py``; the backward kernel differentiates it there, from the state
-at the chunk's start, which the forward kernel has kept.
+What a step computes is ``tpu_chunk.py``; the backward kernel differentiates it there, from the state at the chunk's
+start, which the forward kernel has kept.
 """
 
 import dataclasses
