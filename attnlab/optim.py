@@ -5,6 +5,7 @@ logical name of each dimension, and `weight_decay`. From these come the weight-d
 Muon, which parameters are matrices. Nothing here knows a parameter's name.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -86,7 +87,21 @@ def optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTr
   else:
     raise unknown("config.optim.name", config.name, OPTIMIZERS)
   clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-  return optax.chain(clip, update)
+  if not config.only:
+    return optax.chain(clip, update)
+  # Before clipping, so that only what is trained counts; and after, for weight decay.
+  frozen = optax.masked(optax.set_to_zero(), functools.partial(_without, config.only))
+  return optax.chain(frozen, clip, update, frozen)
+
+
+def _without(part: str, params: nnx.State) -> nnx.State:
+  """True where a parameter's path has no such part; UserError if none has it."""
+  is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
+  flat = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_variable)
+  out = [part not in jax.tree_util.keystr(path) for path, _ in flat]
+  if all(out):
+    raise UserError(f"config.optim.only = {part!r} is part of no parameter's path")
+  return jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_variable), out)
 
 
 def check(config: ml_collections.ConfigDict) -> None:

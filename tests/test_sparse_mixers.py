@@ -364,7 +364,7 @@ def dsa(layer, x, dense=False):
   w = linear(i.w_proj, x) * (c.index_heads * c.index_dim) ** -0.5
   y = linear(i.k_proj, x)
   y = (y - y.mean(-1, keepdims=True)) / np.sqrt(y.var(-1, keepdims=True) + i.k_norm.eps)
-  y = y * np.asarray(i.k_norm.scale[0], np.float64) + np.asarray(i.k_norm.bias[0], np.float64)
+  y = y * np.asarray(i.k_norm.scale[...], np.float64) + np.asarray(i.k_norm.bias[...], np.float64)
   index_k = np.stack([with_rope(z, t) for t, z in enumerate(y)])
   P, keys = c.pool, []
   for j in range(T // P):

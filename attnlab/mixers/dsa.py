@@ -14,8 +14,24 @@ from attnlab.mixers.base import MixerOutput, register
 from attnlab.mixers.indexer import all_weights, chosen_weights, kl, recall
 from attnlab.mixers.mla import MultiHeadLatentAttention
 from attnlab.mixers.sparse import SparseCore, at_a_time, extend_tails
-from attnlab.nn import HeadNorm, Linear, param, rope
+from attnlab.nn import Linear, param, rope
 from pallas_kernels.block_sparse import over_queries, select_blocks
+
+
+class LayerNorm(nnx.Module):
+  """``(x - mean) / std * scale + bias`` over the last axis, in float32 (arXiv:1607.06450)."""
+
+  def __init__(self, size: int, eps: float = 1e-6):
+    self.eps, key = eps, jax.random.key(0)
+    self.scale = param(key, jax.nn.initializers.ones, (size,), (None,))
+    self.bias = param(key, jax.nn.initializers.zeros, (size,), (None,))
+
+  def __call__(self, x):
+    y = x.astype(jnp.float32)
+    y = y - jnp.mean(y, axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+    y = y * sharding.put(self.scale[...], None) + sharding.put(self.bias[...], None)
+    return y.astype(x.dtype)
 
 
 class LightningIndexer(nnx.Module):
@@ -29,7 +45,7 @@ class LightningIndexer(nnx.Module):
     self.config = config
     self.q_proj = Linear(keys[0], inputs, c.index_heads * c.index_dim, ("embed", None))
     self.k_proj = Linear(keys[1], d_model, c.index_dim, ("embed", None))
-    self.k_norm = HeadNorm(1, c.index_dim, center=True)
+    self.k_norm = LayerNorm(c.index_dim)
     self.w_proj = Linear(keys[2], d_model, c.index_heads, ("embed", None))
     if c.pool > 1:
       self.gate_proj = Linear(keys[3], d_model, c.index_dim, ("embed", None))
@@ -46,7 +62,7 @@ class LightningIndexer(nnx.Module):
   def keys(self, x, ctx):
     """Of tokens: keys [B, T, 1, dim], and gates if they are pooled."""
     x = jax.lax.stop_gradient(x)
-    out = {"index_k": self.rotated(self.k_norm(self.k_proj(x)[:, :, None]), ctx)}
+    out = {"index_k": self.rotated(self.k_norm(self.k_proj(x))[:, :, None], ctx)}
     return out if self.config.pool == 1 else out | {"index_u": self.gate_proj(x)[:, :, None]}
 
   def rotated(self, y, ctx):

@@ -44,18 +44,22 @@ def select_blocks(
   end = jnp.minimum(complete, current + 1 - local)
   candidate = (slots >= initial) & (slots < end[..., None])
   count = min(top_k - initial - local, N)
-  parts = []
+  parts = []  # none of them empty: compiled for several devices, arrays of no elements have crashed XLA (jax 0.11.2)
   if count:
     values = jnp.where(candidate[:, None], scores, -jnp.inf)
     values, best = jax.lax.top_k(values, count)  # of equal ones the first comes first
     parts.append(jnp.where(values > -jnp.inf, best - first[:, None, :, None], -1))
-  recent = current[..., None] - jnp.arange(local)
-  head = jnp.arange(initial)
-  # Where they meet a block is forced twice: the local ones give way.
-  recent = jnp.where(recent >= initial, recent, -1)
-  head = jnp.where(head <= current[..., None], head, -1)
-  forced = jnp.concatenate([head, recent], axis=-1)[:, None]
-  parts.append(jnp.broadcast_to(forced, (B, G, T, forced.shape[-1])))
+  if local:
+    recent = current[..., None] - jnp.arange(local)
+    parts.append(
+      jnp.where(recent >= initial, recent, -1)
+    )  # where they meet, a block is forced once
+  if initial:
+    head = jnp.arange(initial)
+    parts.append(jnp.where(head <= current[..., None], head, -1))
+  parts = [
+    x if x.ndim == 4 else jnp.broadcast_to(x[:, None], (B, G, T, x.shape[-1])) for x in parts
+  ]
   chosen = jnp.concatenate(parts, axis=-1).astype(jnp.int32)
   last = jnp.iinfo(jnp.int32).max
   chosen = jnp.sort(jnp.where(chosen < 0, last, chosen), axis=-1)
