@@ -85,7 +85,7 @@ def test_any_length(T):
 
 
 def test_chunk_of_128():
-  assert_close(*both(*inputs(KDA, T=129, B=1, H=1, Hv=1, K=128, V=128), chunk=None), 1e-5)
+  assert_close(*both(*inputs(KDA, T=129, B=1, H=1, Hv=1, K=128, V=128), chunk=128), 1e-5)
 
 
 @pytest.mark.parametrize("case", some([SSD, GDN], [SSD]))
@@ -166,7 +166,7 @@ def test_named_backend_says_why_it_cannot():
 @pytest.mark.parametrize("case", CASES, ids=ids)
 def test_every_case_in_chunks_of_128(case, rho, dtype):
   sizes = dict(T=257, B=2, K=128, V=64, rho=rho)
-  got, want = both(*inputs(case, dtype, **sizes), chunk=None)
+  got, want = both(*inputs(case, dtype, **sizes), chunk=128)
   assert_close(got, want, 1e-5 if dtype == jnp.float32 else 2e-2)
 
 
@@ -174,4 +174,4 @@ def test_every_case_in_chunks_of_128(case, rho, dtype):
 @pytest.mark.parametrize("case", [FEW[2], KDA], ids=ids)
 def test_past_65536_tokens(case):
   r, S = inputs(case, B=1, T=65537, H=1, Hv=1, K=8, V=8)
-  assert_close(*both(r, S, chunk=None), 2e-5)
+  assert_close(*both(r, S, chunk=128), 2e-5)
