@@ -83,7 +83,7 @@ outputs = quick_jit(call)
 
 
 @quick_jit
-def _run(r, S, segment_ids, do, dS, *, backend, chunk):
+def run_jit(r, S, segment_ids, do, dS, *, backend, chunk):
   forward = functools.partial(call, segment_ids=segment_ids, backend=backend, chunk=chunk)
   (o, final), vjp = jax.vjp(forward, r, S)
   dr, dinitial = vjp((do.astype(o.dtype), dS.astype(final.dtype)))
@@ -95,7 +95,7 @@ def run(r, S, segment_ids=None, do=None, dS=None, *, backend="xla", chunk=8):
   rng = np.random.default_rng(7)
   do = rng.normal(size=r.v.shape).astype(np.float32) if do is None else do
   dS = rng.normal(size=S.shape).astype(np.float32) if dS is None else dS
-  return _run(r, S, segment_ids, do, dS, backend=backend, chunk=chunk)
+  return run_jit(r, S, segment_ids, do, dS, backend=backend, chunk=chunk)
 
 
 def reference(*args):

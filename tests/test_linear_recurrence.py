@@ -25,6 +25,7 @@ from recurrences import (
   outputs,
   reference,
   run,
+  run_jit,
 )
 
 from pallas_kernels.linear_recurrence import (
@@ -361,7 +362,7 @@ def test_memory_is_linear_in_length():
   def temporaries(T):
     r, S = cast(make("channel", "key", "decayed", False, B=1, T=T, K=16, V=16), jnp.float32)
     return (
-      _run.lower(r, S, None, r.v, S, backend="xla", chunk=None)
+      run_jit.lower(r, S, None, r.v, S, backend="xla", chunk=None)
       .compile()
       .memory_analysis()
       .temp_size_in_bytes
