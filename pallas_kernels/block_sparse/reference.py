@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.block_sparse.layout import Layout
+from pallas_kernels.softmax_attention.reference import attend
 
 
 @jax.tree_util.register_dataclass
@@ -46,24 +47,7 @@ def forward(
   blocks: Blocks,
   scale: float,
 ) -> tuple[Float[Array, "B Tq H V"], Float[Array, "B Tq H"]]:
-  """``o_t = sum_s exp(scale q_t . k_s - lse_t) v_s`` over the keys s of t's blocks and window."""
-  dtype = jnp.promote_types(q.dtype, jnp.float32)
-  H = q.shape[2]
-  k, v = (jnp.repeat(x.astype(dtype), H // x.shape[2], axis=2) for x in (k, v))
+  """Softmax attention of each query over its blocks and window: the outputs, and lse."""
   mask = blocks.mask(k.shape[1])
-  mask = jnp.repeat(mask, H // mask.shape[1], axis=1)
-  logits = scale * jnp.einsum("bqhd,bkhd->bhqk", q.astype(dtype), k, precision="highest")
-  logits = jnp.where(mask, logits, -jnp.inf)
-  top = jnp.max(logits, axis=-1)
-  if sinks is not None:
-    sinks = sinks.astype(dtype)[:, None]
-    top = jnp.maximum(top, sinks)
-  # A row that sees nothing: finite numbers all the way, so that gradients are too, and zeros at the end.
-  top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0))
-  p = jnp.where(mask, jnp.exp(jnp.where(mask, logits, 0) - top[..., None]), 0)
-  total = jnp.sum(p, axis=-1) + (0 if sinks is None else jnp.exp(sinks - top))
-  some = total > 0
-  total = jnp.where(some, total, 1)
-  o = jnp.einsum("bhqk,bkhv->bqhv", p / total[..., None], v, precision="highest")
-  lse = jnp.where(some, top + jnp.log(total), -jnp.inf)
-  return o.astype(q.dtype), jnp.swapaxes(lse, 1, 2)
+  mask = jnp.repeat(mask, q.shape[2] // mask.shape[1], axis=1)
+  return attend(q, k, v, sinks, mask, scale)

@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.softmax_attention.visibility import Visibility
 
@@ -15,12 +15,26 @@ def forward(
   seen: Visibility,
   scale: float,
 ) -> tuple[Float[Array, "B Tq H V"], Float[Array, "B Tq H"]]:
-  """``o_t = sum_s exp(scale q_t . k_s - lse_t) v_s``, ``lse_t = log(sum_s exp(scale q_t . k_s) + exp(sink))``."""
+  """``attend`` to what is seen."""
+  return attend(q, k, v, sinks, seen.mask()[:, None], scale)
+
+
+def attend(
+  q: Float[Array, "B Tq H D"],
+  k: Float[Array, "B Tk Hkv D"],
+  v: Float[Array, "B Tk Hkv V"],
+  sinks: Float[Array, " H"] | None,
+  mask: Bool[Array, "B #H Tq Tk"],
+  scale: float,
+) -> tuple[Float[Array, "B Tq H V"], Float[Array, "B Tq H"]]:
+  """``o_t = sum_s exp(scale q_t . k_s - lse_t) v_s``, ``lse_t = log(sum_s exp(scale q_t . k_s) + exp(sink))``.
+
+  The sums are over the keys s for which the mask is set.
+  """
   dtype = jnp.promote_types(q.dtype, jnp.float32)
   groups = q.shape[2] // k.shape[2]
   k, v = (jnp.repeat(x.astype(dtype), groups, axis=2) for x in (k, v))
   logits = scale * jnp.einsum("bqhd,bkhd->bhqk", q.astype(dtype), k, precision="highest")
-  mask = seen.mask()[:, None]
   logits = jnp.where(mask, logits, -jnp.inf)
   top = jnp.max(logits, axis=-1)
   if sinks is not None:
