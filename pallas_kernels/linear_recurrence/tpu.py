@@ -75,9 +75,19 @@ class _Plan:
   exact: bool
 
   @property
+  def scalar(self) -> bool:
+    """Whether a head has one decay a token."""
+    return self.decay in ("constant", "scalar")
+
+  @property
   def rows(self) -> int:
     """Rows of the array of gates: decays, then betas."""
-    return self.heads * ((self.decay in ("constant", "scalar")) + (self.erase == "key"))
+    return self.heads * (self.scalar + (self.erase == "key"))
+
+  @property
+  def beta(self) -> int:
+    """The first column of betas in a step: after the cumulative decays, with and without a token's own."""
+    return self.heads * self.scalar * (1 + self.before)
 
   @property
   def before(self) -> bool:
@@ -172,13 +182,6 @@ def _operands(p: _Plan, r: Recurrence, runs, walk) -> tuple[dict, dict]:
 
     return pl.BlockSpec((1, p.C, width), index)
 
-  def rows(x):
-    fixed = x.shape[0] == 1
-    return pl.BlockSpec(
-      (1, 1, 1, p.rows, p.C),
-      lambda b, g, n, j: (0 if fixed else b, g * p.repeats + j, walk(n), 0, 0),
-    )
-
   keys, values, wide = (
     tokens(p.keys * p.K, True),
     tokens(p.heads * p.V, False),
@@ -194,7 +197,7 @@ def _operands(p: _Plan, r: Recurrence, runs, walk) -> tuple[dict, dict]:
   arrays = {name: x.reshape(p.B, p.T, -1) for name, x in arrays.items()}
   if p.rows:
     arrays["gates"] = _gates(p, r)
-    specs["gates"] = rows(arrays["gates"])
+    specs["gates"] = _gate_rows(p, walk, shared=arrays["gates"].shape[0] < p.B)
   if p.bonus:
     arrays["bonus"] = r.bonus.astype(jnp.float32).reshape(1, -1)
     specs["bonus"] = pl.BlockSpec((1, p.keys * p.K), lambda b, g, n, j: (0, g))
@@ -202,6 +205,14 @@ def _operands(p: _Plan, r: Recurrence, runs, walk) -> tuple[dict, dict]:
     arrays["runs"] = _relative_runs(p, runs)
     specs["runs"] = pl.BlockSpec((1, 1, 1, p.C), lambda b, g, n, j: (b, walk(n), 0, 0))
   return arrays, specs
+
+
+def _gate_rows(p: _Plan, walk, shared: bool = False) -> pl.BlockSpec:
+  """Of ``_gates``, or of what is laid out like it; ``shared``: by all sequences."""
+  shape = (1, 1, 1, p.rows, p.C)
+  return pl.BlockSpec(
+    shape, lambda b, g, n, j: (0 if shared else b, g * p.repeats + j, walk(n), 0, 0)
+  )
 
 
 def _states(p: _Plan) -> pl.BlockSpec:
@@ -229,12 +240,12 @@ class _Step:
     self.valid = None
     if p.T % p.C:
       self.valid = jax.lax.broadcasted_iota(jnp.int32, (p.C, 1), 0) < p.T - n * p.C
-    seen, strictly = row >= lane, row > lane
-    self.masks = Masks(seen, strictly)
+    strictly = row > lane
+    self.masks = Masks(self.lower, strictly)
     columns = []
     if p.rows:
       gates = refs["gates"][0, 0, 0]
-      if p.decay in ("constant", "scalar"):
+      if p.scalar:
         self.g = gates[: p.heads]
         g = jnp.maximum(self.g, _SMALLEST)
         self.G_rows = dot_ones(g, jnp.where(self.upper, 1.0, 0.0))
@@ -257,7 +268,7 @@ class _Step:
       same = runs_column == runs
       last = runs[:, p.C - 1 :]
       self.masks = Masks(
-        seen & same, strictly & same, runs_column == 0, runs_column == last, last == 0
+        self.lower & same, strictly & same, runs_column == 0, runs_column == last, last == 0
       )
 
   def tokens(self, name: str, i: int, width: int) -> Array:
@@ -282,7 +293,7 @@ class _Step:
     p = self.p
     hk = self.key(h)
     x = dict(q=self.tokens("q", hk, p.K), k=self.tokens("k", hk, p.K), v=self.tokens("v", h, p.V))
-    if p.decay in ("constant", "scalar"):
+    if p.scalar:
       x["G"], x["G_row"] = self.column(h), self.G_rows[h : h + 1]
       if p.before:
         x["before"] = self.column(p.heads + h)
@@ -295,8 +306,7 @@ class _Step:
     if "G" in x:
       x["last"] = x["G"][p.C - 1 :]
     if p.erase == "key":
-      scalar = p.decay in ("constant", "scalar")
-      x["beta"] = self.column(p.heads * (scalar * (1 + p.before)) + h)
+      x["beta"] = self.column(p.beta + h)
     elif p.erase == "low_rank":
       x["a"], x["b"] = self.tokens("a", h, p.K), self.tokens("b", h, p.K)
     if p.bonus:
@@ -339,7 +349,7 @@ def _backward_kernel(p: _Plan, names, *refs):
       refs["dbonus"][...] = jnp.zeros(refs["dbonus"].shape, jnp.float32)
 
   shared = {}  # gradients of key heads, summed over their value heads
-  count = p.heads * ((p.decay in ("constant", "scalar")) * (1 + p.before) + (p.erase == "key"))
+  count = p.beta + p.heads * (p.erase == "key")
   lanes = jax.lax.broadcasted_iota(jnp.int32, (p.C, max(-(-count // 8) * 8, 8)), 1)
   columns = jnp.zeros(lanes.shape, jnp.float32)
 
@@ -361,7 +371,7 @@ def _backward_kernel(p: _Plan, names, *refs):
       step.write("da", dx.a, h, p.K)
       step.write("db", dx.b, h, p.K)
     if p.erase == "key":
-      columns = add_column(columns, dx.beta, count - p.heads + h)
+      columns = add_column(columns, dx.beta, p.beta + h)
     if p.bonus:
       at = slice(hk * p.K, (hk + 1) * p.K)
       refs["dbonus"][0, :, at] = refs["dbonus"][0, :, at] + dx.bonus
@@ -401,7 +411,7 @@ def _backward_kernel(p: _Plan, names, *refs):
 
   if p.rows:
     across = columns.T
-    if p.decay in ("constant", "scalar"):
+    if p.scalar:
       dG = across[: p.heads] + refs["rows"][: p.heads]
       dE = across[p.heads : 2 * p.heads] if p.before else None
       if dE is not None:
@@ -411,7 +421,7 @@ def _backward_kernel(p: _Plan, names, *refs):
         dg = dg - dE
       refs["dgates"][0, 0, 0, : p.heads] = jnp.where(step.g >= _SMALLEST, dg, 0.0)
     if p.erase == "key":
-      refs["dgates"][0, 0, 0, p.rows - p.heads :] = across[count - p.heads : count]
+      refs["dgates"][0, 0, 0, p.rows - p.heads :] = across[p.beta : count]
 
 
 # --- calls ---
@@ -527,14 +537,12 @@ def backward(
       spec = pl.BlockSpec((1, 1, p.keys * p.K), lambda b, g, n, j: (b, 0, g))
     elif name == "gates":
       shape = (p.B, *shape[1:])
-      spec = pl.BlockSpec(
-        (1, 1, 1, p.rows, p.C), lambda b, g, n, j: (b, g * p.repeats + j, walk(n), 0, 0)
-      )
+      spec = _gate_rows(p, walk)
     outs["d" + name], out_specs["d" + name] = jax.ShapeDtypeStruct(shape, x.dtype), spec
   outs["dinitial"] = jax.ShapeDtypeStruct(arrays["dfinal"].shape, jnp.float32)
   out_specs["dinitial"] = _states(p)
   scratch = {}
-  if p.decay in ("constant", "scalar"):
+  if p.scalar:
     scratch["rows"] = pltpu.VMEM((-(-p.heads // 8) * 8, p.C), jnp.float32)
   if p.repeats > 1:
     scratch |= {name: pltpu.VMEM((p.C, p.K), jnp.float32) for name in ("sum_q", "sum_k")}

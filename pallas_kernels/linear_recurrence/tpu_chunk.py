@@ -244,10 +244,10 @@ def _join(first: Array, second: Array, h: int) -> Array:
   return jnp.concatenate([x for pair in pairs for x in pair])
 
 
-def _middle(G: Array, size: int) -> Array:
-  """The cumulative decay at the middle of each block of ``size`` rows, for half of its rows."""
+def _middle(G: Array, size: int, count: int) -> Array:
+  """The cumulative decay at the middle of each block of ``size`` rows, ``count`` times each."""
   half = size // 2
-  rows = [jnp.broadcast_to(b[half - 1 : half], (half, G.shape[1])) for b in _blocks(G, size)]
+  rows = [jnp.broadcast_to(b[half - 1 : half], (count, G.shape[1])) for b in _blocks(G, size)]
   return jnp.concatenate(rows)
 
 
@@ -271,13 +271,10 @@ def _near(C: int, base: int) -> Bool[Array, "C C"]:
 def _factors(decays, G, base):
   """For each level (0: the blocks on the diagonal), factors of the rows and of the columns."""
   C = G.shape[0]
-  half = base // 2
-  middle = jnp.concatenate(
-    [jnp.broadcast_to(b[half - 1 : half], b.shape) for b in _blocks(G, base)]
-  )
+  middle = _middle(G, base, base)
   factors = {0: ([jnp.exp(d - middle) for d in decays], jnp.exp(middle - G))}
   for h in _levels(C, base):
-    middle = _middle(G, 2 * h)
+    middle = _middle(G, 2 * h, h)
     rows = [jnp.exp(_halves(d, h)[1] - middle) for d in decays]
     factors[h] = rows, jnp.exp(middle - _halves(G, h)[0])
   return factors
