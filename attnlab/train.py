@@ -258,8 +258,10 @@ def _due(step: int, every: int) -> bool:
 
 def _reached(accuracy: float, workdir: Path, step: int) -> bool:
   """Whether the run ended at `step` because its validation had this accuracy."""
+  if accuracy <= 0:
+    return False
   records = [r for r in metrics.read(workdir / "metrics.jsonl") if r["step"] == step]
-  return any(r.get("eval/accuracy", -1) >= accuracy > 0 for r in records)
+  return any(r.get("eval/accuracy", -1) >= accuracy for r in records)
 
 
 def _blame(model: PyTree, norms: np.ndarray) -> str:
