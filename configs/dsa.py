@@ -1,7 +1,7 @@
 """DeepSeek sparse attention in every layer (arXiv:2512.02556).
 
 python -m attnlab.train --config=configs/dsa.py
-  100 updates of the tiny size, a minute or two on two CPU cores
+  100 updates of the tiny size
 python -m attnlab.train --config=configs/dsa.py:size=1.3b,recipe=pretrain
   the paper's scale: 10 billion tokens, for accelerators; not run here
 """

@@ -1,7 +1,7 @@
 """Three Gated DeltaNet layers to one of MoBA, no full attention.
 
 python -m attnlab.train --config=configs/gdn_moba.py
-  100 updates of the tiny size, a minute or two on two CPU cores
+  100 updates of the tiny size
 python -m attnlab.train --config=configs/gdn_moba.py:size=1.3b
   the same at 1.3 billion parameters, for accelerators; not run here
 """

@@ -2,7 +2,7 @@
 GLM-5-Next.
 
 python -m attnlab.train --config=configs/kda_dsa.py
-  100 updates of the tiny size, a minute or two on two CPU cores
+  100 updates of the tiny size
 python -m attnlab.train --config=configs/kda_dsa.py:size=1.3b
   the same at 1.3 billion parameters, pools of 16 tokens; for accelerators; not run here
 """

@@ -1,7 +1,7 @@
 """MiniMax sparse attention in every layer (arXiv:2606.13392).
 
 python -m attnlab.train --config=configs/minimax_m3.py
-  100 updates of the tiny size, a minute or two on two CPU cores
+  100 updates of the tiny size
 python -m attnlab.train --config=configs/minimax_m3.py:size=1.3b,recipe=pretrain
   the paper's scale: 10 billion tokens, for accelerators; not run here
 """

@@ -1,7 +1,7 @@
 """MoBA in every layer (arXiv:2502.13189).
 
 python -m attnlab.train --config=configs/moba.py
-  100 updates of the tiny size, a minute or two on two CPU cores
+  100 updates of the tiny size
 python -m attnlab.train --config=configs/moba.py:size=1.3b,recipe=pretrain
   the paper's scale: 10 billion tokens, for accelerators; not run here
 """

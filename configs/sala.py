@@ -1,7 +1,7 @@
 """Three Lightning layers to one of InfLLM-V2, no full attention, after MiniCPM-SALA; no RoPE.
 
 python -m attnlab.train --config=configs/sala.py
-  100 updates of the tiny size, a minute or two on two CPU cores
+  100 updates of the tiny size
 python -m attnlab.train --config=configs/sala.py:size=1.3b
   the same at 1.3 billion parameters, for accelerators; not run here
 """

@@ -1,7 +1,7 @@
 """A window of exact attention, and a linear state of what lies before it, in every layer (arXiv:2410.10254).
 
 python -m attnlab.train --config=configs/window_linear.py
-  100 updates of the tiny size, a minute or two on two CPU cores
+  100 updates of the tiny size
 python -m attnlab.train --config=configs/window_linear.py:size=1.3b,recipe=pretrain
   10 billion tokens, for accelerators; not run here
 """
