@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quick import jit
 
 from pallas_kernels.block_sparse import (
   Layout,
@@ -22,9 +23,6 @@ from pallas_kernels.softmax_attention import softmax_attention
 B, H, HKV, D, V = 2, 4, 2, 6, 5
 # Rows of different documents; one has one token alone.
 SEGMENTS = np.stack([np.repeat([1, 2, 3], [5, 14, 4]), np.repeat([3, 1, 2], [12, 1, 10])])
-# Compiled code is used once: most of XLA's time on a CPU is LLVM's optimisations.
-FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-jit = functools.partial(jax.jit, compiler_options=FAST)
 
 
 @pytest.fixture

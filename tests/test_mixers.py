@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from quick import jit
 
 import pallas_kernels as pk
 from attnlab import sharding
@@ -50,9 +51,6 @@ SEGMENTS = np.array(
   [[1] * 3 + [2] * 4, [1] * 7, [3] * 2 + [1] * 2 + [2] * 3, [1] + [2] * 6], np.int32
 )
 WHOLE = np.ones((B, T), np.int32)
-# Compiled code is used once: most of XLA's time on a CPU is LLVM's optimisations.
-FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-jit = functools.partial(jax.jit, compiler_options=FAST)
 
 
 def cases():

@@ -1,21 +1,17 @@
 """The mixture of experts against a loop over all experts, in float64."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from quick import jit
 
 from attnlab import sharding
 from attnlab.errors import UserError
 from attnlab.moe import MoE
 
 B, T, D, F = 4, 6, 8, 5
-# Compiled code is used once: most of XLA's time on a CPU is LLVM's optimisations.
-FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-jit = functools.partial(jax.jit, compiler_options=FAST)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quick import jit
 
 from pallas_kernels.softmax_attention import cudnn, softmax_attention, splash, xla
 from pallas_kernels.softmax_attention.visibility import Visibility
@@ -13,9 +14,6 @@ from pallas_kernels.softmax_attention.visibility import Visibility
 B, H, HKV, D, V = 2, 4, 2, 6, 5
 # Rows of different documents; the second has one token alone.
 SEGMENTS = np.stack([np.repeat([1, 2, 3], [5, 20, 15]), np.repeat([1, 2, 3], [30, 1, 9])])
-# Compiled code is used once: most of XLA's time on a CPU is LLVM's optimisations.
-FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-jit = functools.partial(jax.jit, compiler_options=FAST)
 
 
 @pytest.fixture

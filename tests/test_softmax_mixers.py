@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quick import jit
 
 from attnlab import sharding
 from attnlab.errors import UserError
@@ -14,10 +15,6 @@ from attnlab.mixers import Context, Layer, configure, mixer
 D, B = 16, 2
 MLA = dict(num_heads=2, kv_lora_rank=12, nope_dim=4, rope_dim=2, value_dim=6)
 SOFTMAX = dict(num_heads=4, head_dim=8)
-
-# Compiled code is used once: most of XLA's time on a CPU is LLVM's optimisations.
-FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-jit = functools.partial(jax.jit, compiler_options=FAST)
 
 
 def make(name, d_model=D, **settings):

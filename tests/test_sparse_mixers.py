@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from quick import jit
 
 from attnlab.errors import UserError
 from attnlab.mixers import Context, Layer, configure, mixer, mixers
@@ -38,10 +39,6 @@ CASES = {
 EVERYTHING = dict(top_k=64, window=64, dilation=1, random=64)
 SPARSE = sorted(name for name, cls in mixers().items() if cls.family == "sparse")
 SEGMENTS = np.array([[1] * 11 + [2] * 16, [1] * 27])
-
-# Compiled code is used once: most of XLA's time on a CPU is LLVM's optimisations.
-FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-jit = functools.partial(jax.jit, compiler_options=FAST)
 
 
 def make(name, **settings):
