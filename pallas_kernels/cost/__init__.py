@@ -1,4 +1,4 @@
-"""What the kernels cost on TPUs that are not there; `python -m pallas_kernels.cost --help` says more."""
+"""What the kernels cost on TPUs and GPUs that are not there; `python -m pallas_kernels.cost --help` says more."""
 
 from pallas_kernels.cost.cases import Case, cases
 from pallas_kernels.cost.chips import CHIPS, Chip

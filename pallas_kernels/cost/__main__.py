@@ -1,4 +1,4 @@
-"""What the kernels cost on TPUs that are not there: compiled by the real TPU compiler, on any Linux machine.
+"""What the kernels cost on TPUs and GPUs that are not there: compiled by the real compilers, on any Linux machine.
 
     python -m pallas_kernels.cost                                        every kernel, shape and chip
     python -m pallas_kernels.cost --chips v6e --kernels linear_recurrence --shapes kimi_linear,mamba2
@@ -6,6 +6,7 @@
     python -m pallas_kernels.cost --out benchmarks/records               also tpu_cost.csv and tpu_cost.png
     python -m pallas_kernels.cost --spec my_module:my_function           any function that returns (fn, arguments)
     python -m pallas_kernels.cost --readme README.md                     its table, from benchmarks/records
+    python -m pallas_kernels.cost --platform gpu                         registers, spills and memory on an H200
 
 libtpu, a package, compiles for a described chip with no chip there (pip install "jax[tpu]"). A row is one
 pallas_call of one program on one chip:
@@ -24,6 +25,10 @@ Everything is of one TensorCore, which has half of the bandwidth of a v4, v5p an
 Limits. Waits for memory and stalls of the matrix units are no bundles. Both sides of a pl.when count. A loop inside the
 kernel counts as often as it runs where its trip count is known and the compiler kept it as one loop; elsewhere it
 counts once, which the row says ("once").
+
+For an H200 (sm_90a) nothing counts time. A row is one kernel: registers of a thread, the bytes that it spills (stored
+and loaded, once each), shared memory of a block, the bytes of its operands and results, and temp as above. With --out
+the table is gpu_cost.csv.
 """
 
 import argparse
@@ -35,7 +40,7 @@ import time
 
 import jax
 
-from pallas_kernels.cost import report
+from pallas_kernels.cost import gpu, gpu_report, report
 from pallas_kernels.cost.cases import cases
 from pallas_kernels.cost.chips import CHIPS
 from pallas_kernels.cost.compiler import measure, serve
@@ -78,23 +83,17 @@ def _chosen(p, what: str, given: str | None, known: list[str]) -> list[str]:
   return names
 
 
-def main(argv: list[str] | None = None) -> None:
-  argv = sys.argv[1:] if argv is None else argv
-  if argv[:1] == ["--child"]:
-    return serve(argv[1], argv[3:], argv[2])
-  known = cases()
+def _arguments(argv: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
   p = argparse.ArgumentParser(
     prog="python -m pallas_kernels.cost",
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  kernels, phases, shapes = (
-    list(dict.fromkeys(getattr(c, f) for c in known.values())) for f in ("kernel", "phase", "shape")
-  )
+  p.add_argument("--platform", default="tpu", choices=("tpu", "gpu"))
   p.add_argument("--chips", help=f"of: {', '.join(CHIPS)}")
-  p.add_argument("--kernels", help=f"of: {', '.join(kernels)}")
-  p.add_argument("--phases", help=f"of: {', '.join(phases)}")
-  p.add_argument("--shapes", help=f"of: {', '.join(shapes)}")
+  p.add_argument("--kernels", help=f"of: {_known('kernel')}")
+  p.add_argument("--phases", help=f"of: {_known('phase')}")
+  p.add_argument("--shapes", help=f"of: {_known('shape')}")
   p.add_argument("--spec", help="MODULE:FUNCTION[:ARGUMENT],... that return (fn, arguments)")
   p.add_argument(
     "--cycles", metavar="CHIPS", help="ask for estimates; slow on v5e and v5p, where they crash"
@@ -104,43 +103,81 @@ def main(argv: list[str] | None = None) -> None:
     "--out", type=pathlib.Path, help="folder of tpu_cost.csv and .png; other rows there stay"
   )
   p.add_argument("--readme", type=pathlib.Path, help="a file whose table is made from the record")
-  a = p.parse_args(argv)
+  return p, p.parse_args(argv)
+
+
+def _known(field: str) -> str:
+  return ", ".join(dict.fromkeys(getattr(c, field) for c in cases().values()))
+
+
+def _names(p: argparse.ArgumentParser, a: argparse.Namespace) -> list[str]:
+  """The cases that were asked for."""
+  if a.spec:
+    return a.spec.split(",")
+  found = list(cases(a.platform).values())
+  for field, given in (("kernel", a.kernels), ("phase", a.phases), ("shape", a.shapes)):
+    known = list(dict.fromkeys(getattr(c, field) for c in cases(a.platform).values()))
+    wanted = _chosen(p, field, given, known)
+    found = [c for c in found if getattr(c, field) in wanted]
+  if not found:
+    p.error("no kernel has these phases and shapes")
+  return [c.name for c in found]
+
+
+def main(argv: list[str] | None = None) -> None:
+  argv = sys.argv[1:] if argv is None else argv
+  if argv[:2] == ["--child", "gpu"]:
+    return gpu.serve(argv[3:], argv[2])
+  if argv[:1] == ["--child"]:
+    return serve(argv[1], argv[3:], argv[2])
+  p, a = _arguments(argv)
   if a.readme:
     table = report.read(a.readme.resolve().parent / RECORD)
     a.readme.write_text(report.with_table(a.readme.read_text(), table))
     return
-  chips = _chosen(p, "chip", a.chips, list(CHIPS))
-  chosen = [
-    (_chosen(p, what, given, all_of))
-    for what, given, all_of in (
-      ("kernel", a.kernels, kernels),
-      ("phase", a.phases, phases),
-      ("shape", a.shapes, shapes),
-    )
-  ]
-  names = [
-    c.name
-    for c in known.values()
-    if c.kernel in chosen[0] and c.phase in chosen[1] and c.shape in chosen[2]
-  ]
-  names = a.spec.split(",") if a.spec else names
-  if not names:
-    p.error("no kernel has these phases and shapes")
+  chips, names = _chosen(p, "chip", a.chips, list(CHIPS)), _names(p, a)
+  failed = _on_gpu(names, a) if a.platform == "gpu" else _on_tpus(p, chips, names, a)
+  if failed:
+    sys.exit(1)
+
+
+def _on_tpus(p, chips: list[str], names: list[str], a: argparse.Namespace) -> bool:
+  """Makes and records the table; whether anything failed."""
   if importlib.util.find_spec("libtpu") is None:
     sys.exit(f"cost: the TPU compiler, libtpu, is not installed (Linux only): {INSTALL}")
   cycles = _chosen(p, "chip", a.cycles, list(CHIPS)) if a.cycles else []
   rows = survey(chips, names, cycles, a.jobs)
   report.print_table(rows)
   if a.out:
-    a.out.mkdir(parents=True, exist_ok=True)
-    table, image = a.out / "tpu_cost.csv", a.out / "tpu_cost.png"
-    if not a.spec:
-      rows = report.merged(report.read(table) if table.exists() else [], rows)
-    table.write_text(report.to_csv(rows))
-    report.plot(rows, image)
-    print(f"wrote {table} and {image}")
-  if any(row["error"] and not report.refused(row) for row in rows):
-    sys.exit(1)
+    rows = _record(a, a.out / "tpu_cost.csv", rows, report.COLUMNS)
+    report.plot(rows, a.out / "tpu_cost.png")
+    print(f"wrote {a.out / 'tpu_cost.png'}")
+  return any(row["error"] and not report.refused(row) for row in rows)
+
+
+def _on_gpu(names: list[str], a: argparse.Namespace) -> bool:
+  """As ``_on_tpus``."""
+  if words := gpu.missing():
+    sys.exit(f"cost: {words}")
+  rows, start = [], time.monotonic()
+  for i, (name, answer) in enumerate(gpu.measure(names)):
+    rows += gpu_report.records(name, answer)
+    _progress(i + 1, len(names), name, start)
+  gpu_report.print_table(rows)
+  if a.out:
+    rows = _record(a, a.out / "gpu_cost.csv", rows, gpu_report.COLUMNS)
+  return any(row["error"] and not report.refused(row) for row in rows)
+
+
+def _record(a, path: pathlib.Path, rows: list[dict], columns: tuple[str, ...]) -> list[dict]:
+  """Writes the rows, and those of other programs that are there already; all that are there now."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  if not a.spec:
+    old = report.read(path) if path.exists() else []
+    rows = report.merged(old, rows, report.programs(a.platform))
+  path.write_text(report.to_csv(rows, columns))
+  print(f"wrote {path}")
+  return rows
 
 
 if __name__ == "__main__":

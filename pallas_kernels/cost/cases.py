@@ -47,13 +47,13 @@ def _projected(tree):
   return jax.tree.map(lambda x: x.reshape(*x.shape[:2], -1) if x.ndim == 4 else x, tree)
 
 
-def _recurrence_cases() -> Iterator[Case]:
+def _recurrence_cases(backend: str) -> Iterator[Case]:
   def build(shape, phase):
     r = jax.eval_shape(lambda: inputs(shape, dtype=jnp.bfloat16))
 
     def forward(projected):
       own = jax.tree.map(lambda x, like: x.reshape(like.shape), projected, r)
-      return _projected(linear_recurrence(own, backend="tpu")[0])
+      return _projected(linear_recurrence(own, backend=backend)[0])
 
     def both(projected, do):
       o, vjp = jax.vjp(forward, projected)
@@ -71,13 +71,13 @@ def _recurrence_cases() -> Iterator[Case]:
       yield Case("linear_recurrence", phase, name, "128 tokens x head", units, run)
 
 
-def _step_cases() -> Iterator[Case]:
+def _step_cases(backend: str) -> Iterator[Case]:
   B = 64
 
   def build(shape, dtype):
     r = jax.eval_shape(lambda: inputs(shape, batch=B, length=1, dtype=jnp.bfloat16))
     state = jax.ShapeDtypeStruct((B, r.v.shape[2], r.k.shape[3], r.v.shape[3]), dtype)
-    return functools.partial(linear_recurrence_step, backend="tpu"), (r, state)
+    return functools.partial(linear_recurrence_step, backend=backend), (r, state)
 
   for name, shape in SHAPES.items():
     if name.startswith("cpu_"):
@@ -94,7 +94,7 @@ def _step_cases() -> Iterator[Case]:
 _CONVOLUTIONS = {"qwen3_next": 8192, "mamba2": 5376}
 
 
-def _short_conv_cases() -> Iterator[Case]:
+def _short_conv_cases(backend: str) -> Iterator[Case]:
   T = 8192
 
   def build(D, phase, packed):
@@ -105,7 +105,7 @@ def _short_conv_cases() -> Iterator[Case]:
     ids = array(1, T, dtype=jnp.int32) if packed else None
 
     def forward(x, weight, ids):
-      return short_conv(x, weight, segment_ids=ids, backend="tpu")[0]
+      return short_conv(x, weight, segment_ids=ids, backend=backend)[0]
 
     def both(x, weight, ids, dy):
       y, vjp = jax.vjp(lambda *a: forward(*a, ids), x, weight)
@@ -122,7 +122,7 @@ def _short_conv_cases() -> Iterator[Case]:
         yield Case("short_conv", phase, shape, unit, T * D / 128**2, run)
 
 
-def _block_sparse_cases() -> Iterator[Case]:
+def _block_sparse_cases(backend: str) -> Iterator[Case]:
   T = 8192
 
   def build(s, phase):
@@ -137,7 +137,7 @@ def _block_sparse_cases() -> Iterator[Case]:
     indices = jax.ShapeDtypeStruct((1, s.groups, T, s.top_k), jnp.int32)
 
     def forward(q, k, v, indices):
-      return block_sparse_attention(q, k, v, indices, block_size=s.block_size, backend="tpu")[0]
+      return block_sparse_attention(q, k, v, indices, block_size=s.block_size, backend=backend)[0]
 
     def both(q, k, v, indices, do):
       o, vjp = jax.vjp(lambda *a: forward(*a, indices), q, k, v)
@@ -154,19 +154,21 @@ def _block_sparse_cases() -> Iterator[Case]:
       yield Case("block_sparse", phase, name, "1 token x group of heads", units, run)
 
 
-def cases() -> dict[str, Case]:
-  """All cases by name."""
-  return {
-    case.name: case
-    for make in (_recurrence_cases, _step_cases, _short_conv_cases, _block_sparse_cases)
-    for case in make()
-  }
+_MAKERS = {
+  "tpu": (_recurrence_cases, _step_cases, _short_conv_cases, _block_sparse_cases),
+  "gpu": (),
+}
 
 
-def case_of(name: str) -> Case:
+def cases(platform: str = "tpu") -> dict[str, Case]:
+  """All cases of a platform by name."""
+  return {case.name: case for make in _MAKERS[platform] for case in make(platform)}
+
+
+def case_of(name: str, platform: str = "tpu") -> Case:
   """The case of a name, or of "module:function[:argument]": what the function returns is its function and arguments."""
   if ":" not in name:
-    return cases()[name]
+    return cases(platform)[name]
   module, function, *argument = name.split(":", 2)
 
   def build():

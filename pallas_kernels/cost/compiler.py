@@ -5,16 +5,13 @@ import json
 import os
 import pathlib
 import re
-import signal
-import subprocess
-import sys
 import tempfile
-import threading
 from collections.abc import Iterator
 
 import jax
 import numpy as np
 
+from pallas_kernels.cost import child
 from pallas_kernels.cost import dump as dumps
 from pallas_kernels.cost.cases import Case, case_of
 from pallas_kernels.cost.chips import CHIPS
@@ -63,16 +60,14 @@ def compile_case(case: Case, topology: str, dump: str | None = None) -> list[dic
 
 
 def serve(chip: str, names: list[str], dump: str) -> None:
-  """The child: compiles the cases one after the other, a line of JSON on stdout for each."""
-  for name in names:
+  """The child: compiles the cases one after the other."""
+
+  def compile_one(name):
     for path in glob.glob(f"{dump}/*"):
       os.remove(path)
-    try:
-      answer = {"rows": compile_case(case_of(name), CHIPS[chip].topology, dump)}
-    except Exception as error:
-      text = str(error).strip() or type(error).__name__
-      answer = {"error": f"{type(error).__name__}: {text.splitlines()[0]}"}
-    print("RESULT " + json.dumps({"name": name} | answer), flush=True)
+    return compile_case(case_of(name), CHIPS[chip].topology, dump)
+
+  child.serve(names, compile_one)
 
 
 # --- the process that asks ---
@@ -80,9 +75,7 @@ def serve(chip: str, names: list[str], dump: str) -> None:
 
 def environment(dump: str | None = None, cycles: bool = False) -> dict[str, str]:
   """The environment of a process that compiles for TPUs, writing the compiler's dumps to a folder."""
-  root = str(pathlib.Path(__file__).resolve().parents[2])
-  env = os.environ | ENVIRONMENT
-  env["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
+  env = child.environment(ENVIRONMENT)
   if dump:
     passes = f"final_bundles|post-delay-converter|{dumps.UNITS}"
     flags = [
@@ -94,18 +87,6 @@ def environment(dump: str | None = None, cycles: bool = False) -> dict[str, str]
       flags.append(f"--xla_jf_dump_static_llo_profile_to={dump}")
     env["LIBTPU_INIT_ARGS"] = " ".join([os.environ.get("LIBTPU_INIT_ARGS", ""), *flags])
   return env
-
-
-def _last_words(stderr: str, code: int) -> str:
-  """One line of what a process said before it died."""
-  how = f"the compiler ended with {signal.Signals(-code).name if code < 0 else f'exit {code}'}"
-  hits = re.findall(r"(?:Check failed|RET_CHECK failure|INTERNAL:|F\d{4} [\d:.]+ +\d+ ).*", stderr)
-  lines = hits or [
-    line
-    for line in stderr.splitlines()
-    if line.strip() and not re.search("TPU_ACCELERATOR_TYPE|symbolize", line)
-  ]
-  return f"{how}: {lines[0].strip()[:200]}" if lines else how
 
 
 def measure(
@@ -125,34 +106,20 @@ def measure(
   left = list(names)
   estimate, kept = cycles, {}
   while left:
-    with tempfile.TemporaryDirectory() as dump, tempfile.TemporaryFile("w+") as stderr:
-      batch = left[: 1 if cycles else _BATCH]
-      command = [sys.executable, "-m", "pallas_kernels.cost", "--child", chip, dump, *batch]
-      env = environment(dump, estimate)
-      child = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=stderr, text=True)
-      done, clock = 0, _killed_after(timeout, child)
-      try:
-        for line in child.stdout:
-          if not line.startswith("RESULT "):
-            continue
-          clock.cancel()
-          clock = _killed_after(timeout, child)
-          answer = json.loads(line[len("RESULT ") :])
-          name = answer.pop("name")
-          for row, estimated in zip(answer.get("rows", []), kept.pop(name, []), strict=False):
-            row["cycles"] = estimated
-          left.remove(name)
-          done += 1
-          yield name, answer
-        child.wait()
-      finally:  # also where the caller wants no more
-        clock.cancel()
-        child.kill()
-      if done == len(batch):
+    batch, count = left[: 1 if cycles else _BATCH], len(left)
+    with (
+      tempfile.TemporaryDirectory() as dump,
+      child.Child([chip, dump, *batch], environment(dump, estimate), timeout) as process,
+    ):
+      for name, answer in process.answers():
+        for row, estimated in zip(answer.get("rows", []), kept.pop(name, []), strict=False):
+          row["cycles"] = estimated
+        left.remove(name)
+        yield name, answer
+      if len(left) == count - len(batch):
         estimate = cycles
         continue
-      stderr.seek(0)
-      name, words = left[0], _last_words(stderr.read(), child.returncode)
+      name, words = left[0], process.last_words()
       if estimate:
         # The profile is made last: its figures are there, and the rest comes from a compilation without it.
         kept[name] = _cycles_of_the_dead(dump)
@@ -161,13 +128,6 @@ def measure(
       left.pop(0)
       estimate = cycles
       yield name, {"error": words}
-
-
-def _killed_after(seconds: float, child: subprocess.Popen) -> threading.Timer:
-  timer = threading.Timer(seconds, child.kill)
-  timer.daemon = True
-  timer.start()
-  return timer
 
 
 def _cycles_of_the_dead(dump: str) -> list[int | None]:

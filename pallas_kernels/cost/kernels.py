@@ -14,10 +14,11 @@ def _subjaxprs(value) -> Iterator[Any]:
 
 
 def pallas_calls(jaxpr) -> list:
-  """The pallas_call equations of a jaxpr, in order, whatever they are nested in."""
+  """The equations of a jaxpr that are Pallas kernels, in order, whatever they are nested in."""
   found = []
   for eqn in jaxpr.eqns:
-    if eqn.primitive.name == "pallas_call":
+    # plgpu.kernel, of GPUs, makes the second.
+    if eqn.primitive.name in ("pallas_call", "mpmd_map"):
       found.append(eqn)
     else:
       for value in eqn.params.values():
@@ -77,6 +78,12 @@ def trip_counts(jaxpr, outer: int = 1) -> list[tuple[int, int | None]]:
   return list(walk(jaxpr, 1, outer))
 
 
+def moved(eqn) -> dict:
+  """A kernel's name, and the bytes of its operands and results."""
+  name = eqn.params["name"] or "kernel"
+  return {"call": name, "bytes": sum(map(_nbytes, [*eqn.invars, *eqn.outvars]))}
+
+
 def _nbytes(atom) -> int:
   aval = atom.aval
   return math.prod(aval.shape) * aval.dtype.itemsize if hasattr(aval, "shape") else 0
@@ -86,10 +93,8 @@ def describe(eqn) -> dict:
   """Grid steps, HBM bytes and FLOPs of a pallas_call equation, all of the whole call."""
   steps = math.prod(int(n) for n in eqn.params["grid_mapping"].grid) or 1
   body = eqn.params["jaxpr"]
-  return {
-    "call": eqn.params["name"] or "kernel",
+  return moved(eqn) | {
     "grid_steps": steps,
-    "bytes": sum(map(_nbytes, [*eqn.invars, *eqn.outvars])),
     "flops": steps * matmul_flops(body),
     "trips": trip_counts(body),
   }

@@ -14,7 +14,9 @@ COLUMNS = (
   "cycles_per_unit", "hbm_floor_per_unit", "matmul_floor_per_unit", "times_floor", "busiest", "vmem_bytes",
   "spilled_bytes", "temp_bytes", "around_bytes", "loops", "libtpu", "error",
 )  # fmt: skip
-_TEXT = ("kernel", "phase", "shape", "chip", "call", "unit", "busiest", "loops", "libtpu", "error")
+_TEXT = (
+  "kernel", "phase", "shape", "chip", "call", "unit", "busiest", "loops", "libtpu", "jax", "ptxas", "error",
+)  # fmt: skip
 
 
 def records(name: str, chip: str, answer: dict) -> list[dict]:
@@ -28,7 +30,7 @@ def records(name: str, chip: str, answer: dict) -> list[dict]:
   case = case_of(name)
   base = dict.fromkeys(COLUMNS, "")
   base |= dict(kernel=case.kernel, phase=case.phase, shape=case.shape, chip=chip, unit=case.unit)
-  base["libtpu"] = _version("libtpu")
+  base["libtpu"] = version("libtpu")
   if "error" in answer:
     return [base | {"error": answer["error"]}]
   c, out, sums = CHIPS[chip], [], collections.Counter()
@@ -65,17 +67,18 @@ def records(name: str, chip: str, answer: dict) -> list[dict]:
   return out
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
+  """A package's version, empty where it is not installed."""
   try:
     return importlib.metadata.version(package)
   except importlib.metadata.PackageNotFoundError:
     return ""
 
 
-def to_csv(rows: list[dict]) -> str:
+def to_csv(rows: list[dict], columns: tuple[str, ...] = COLUMNS) -> str:
   """The table as CSV."""
   text = io.StringIO()
-  writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+  writer = csv.DictWriter(text, columns, lineterminator="\n")
   writer.writeheader()
   writer.writerows(rows)
   return text.getvalue()
@@ -95,16 +98,27 @@ def read(path: pathlib.Path) -> list[dict]:
     return [{k: v if k in _TEXT else value(v) for k, v in row.items()} for row in rows]
 
 
-def merged(old: list[dict], new: list[dict]) -> list[dict]:
-  """The old rows but for those of programs that there are new rows of, or that are no more; in order."""
+def merged(old: list[dict], new: list[dict], programs: list[tuple[str, ...]]) -> list[dict]:
+  """The old rows but for those of programs that there are new rows of, or that are no more; in order.
+
+  Args:
+    programs: all that there are: (kernel, phase, shape), and the chip where rows have one.
+  """
 
   def program(row):
-    return row["kernel"], row["phase"], row["shape"], row["chip"]
+    return tuple(row[k] for k in ("kernel", "phase", "shape", "chip") if k in row)
 
-  names = [(*name.split("/"), chip) for name in cases() for chip in CHIPS]
   made = {program(row) for row in new}
-  rows = [row for row in old if program(row) not in made and program(row) in names] + new
-  return sorted(rows, key=lambda row: names.index(program(row)) if program(row) in names else -1)
+  rows = [row for row in old if program(row) not in made and program(row) in programs] + new
+  return sorted(
+    rows, key=lambda row: programs.index(program(row)) if program(row) in programs else -1
+  )
+
+
+def programs(platform: str) -> list[tuple[str, ...]]:
+  """(kernel, phase, shape) of all cases, on TPUs with each chip."""
+  names = [tuple(name.split("/")) for name in cases(platform)]
+  return names if platform == "gpu" else [(*name, chip) for name in names for chip in CHIPS]
 
 
 def _mib(n) -> str:
