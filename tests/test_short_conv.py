@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import dispatch
 from pallas_kernels.short_conv import short_conv, short_conv_step
 
 D = 5
@@ -79,10 +80,11 @@ def test_no_state_is_zero_state():
   )
 
 
-@pytest.mark.parametrize("T", [2, 11, 37])
+@pytest.mark.parametrize("T, platform", [(2, "cpu"), (11, "cpu"), (37, "cpu"), (37, "gpu")])
 @pytest.mark.parametrize("packed", [False, True])
-def test_every_gradient_matches_the_loop(T, packed):
+def test_every_gradient_matches_the_loop(T, platform, packed, monkeypatch):
   """Also the weight's with B > 1 and packing. The loop is linear, so its transpose is exact."""
+  monkeypatch.setattr(dispatch, "platform", lambda: platform)
   segment_ids = np.tile(SEGMENTS, (1, 4))[:, :T] if packed else None
   args = inputs(T)
   dy, dafter = (np.random.default_rng(1).normal(size=args[i].shape) for i in (0, 3))
