@@ -5,9 +5,10 @@ import pathlib
 
 import pytest
 
-from pallas_kernels.cost import gpu
+from pallas_kernels.cost import cases, gpu, gpu_report, report
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+RECORD = ROOT / "benchmarks" / "records" / "gpu_cost.csv"
 
 REPORT = """
 ptxas info    : 0 bytes gmem
@@ -47,3 +48,43 @@ def test_every_program_has_an_answer(monkeypatch):
   assert row["bytes"] == 2 * 64 * 128 * 4 and 64 * 128 * 4 <= row["shared"] < 64 * 128 * 4 + 1024
   assert "error" in answers[1][1]
   assert "SIGABRT" in answers[2][1]["error"]
+
+
+def same_cost(names):
+  """What ptxas tells of the kernels is what is recorded, where the versions are: registers within 8, no new spills."""
+  record = {tuple(row[k] for k in KEYS): row for row in report.read(RECORD)}
+  problems = []
+  for name, answer in gpu.measure(names):
+    for row in gpu_report.records(name, answer):
+      want = record.get(tuple(row[k] for k in KEYS))
+      if want is None:
+        problems.append(f"{name}: {row['call'] or row['error']}: not recorded")
+        continue
+      if (row["jax"], row["ptxas"]) != (want["jax"], want["ptxas"]):
+        pytest.skip(f"the record is of jax {want['jax']} and ptxas {want['ptxas']}")
+      for column, slack in (("registers", 8), ("spilled_bytes", 0), ("shared_bytes", 0)):
+        if abs(row[column] - want[column]) > slack:
+          problems.append(f"{name}: {row['call']}: {column} was {want[column]}, is {row[column]}")
+  hint = "if that is meant: python -m pallas_kernels.cost --platform gpu --out benchmarks/records"
+  assert not problems, "\n".join([*problems, hint])
+
+
+KEYS = ("kernel", "phase", "shape", "call")
+FEW = ["linear_recurrence_step/float32_state/kimi_linear"]
+
+
+def test_the_record_is_of_all_kernels_and_none_spills():
+  record = report.read(RECORD)
+  assert {tuple(row[k] for k in KEYS[:3]) for row in record} == set(report.programs("gpu"))
+  assert not [row for row in record if row["error"] or row["spilled_bytes"]]
+
+
+@needs_compilers
+def test_costs_are_the_recorded_ones():
+  same_cost(FEW)
+
+
+@needs_compilers
+@pytest.mark.compile
+def test_all_costs_are_the_recorded_ones():
+  same_cost(list(cases("gpu")))

@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from jax._src.state.types import AbstractRef
+
 
 def _subjaxprs(value) -> Iterator[Any]:
   for x in value if isinstance(value, tuple | list) else (value,):
@@ -79,9 +81,11 @@ def trip_counts(jaxpr, outer: int = 1) -> list[tuple[int, int | None]]:
 
 
 def moved(eqn) -> dict:
-  """A kernel's name, and the bytes of its operands and results."""
+  """A kernel's name, and the bytes of its operands and results; one that it changes in place is both."""
   name = eqn.params["name"] or "kernel"
-  return {"call": name, "bytes": sum(map(_nbytes, [*eqn.invars, *eqn.outvars]))}
+  size = sum(map(_nbytes, [*eqn.invars, *eqn.outvars]))
+  changed = [v for v in eqn.invars if isinstance(getattr(v, "aval", None), AbstractRef)]
+  return {"call": name, "bytes": size + sum(map(_nbytes, changed))}
 
 
 def _nbytes(atom) -> int:

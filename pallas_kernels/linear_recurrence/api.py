@@ -4,10 +4,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch, segments
-from pallas_kernels.linear_recurrence import reference, step_tpu, tpu, xla
+from pallas_kernels.linear_recurrence import reference, step_gpu, step_tpu, tpu, xla
 from pallas_kernels.linear_recurrence.recurrence import Recurrence
 
 # "interpret" runs the TPU kernels in Pallas's interpreter, for tests on any machine.
@@ -20,7 +21,20 @@ _CHUNKED = {
   ),
 }
 _ORDER = {"cpu": ["xla"], "gpu": ["xla"], "tpu": ["tpu", "xla"]}
-_STEP_ORDER = {"cpu": ["reference"], "gpu": ["reference"], "tpu": ["tpu", "reference"]}
+_STEPS = {
+  "tpu": step_tpu.step,
+  "interpret": functools.partial(step_tpu.step, interpret=True),
+  "gpu": step_gpu.step,
+  "interpret_gpu": functools.partial(step_gpu.step, interpret=plgpu.InterpretGPUParams()),
+}
+_STEP_CHECKS = {
+  "reference": lambda r, state: None,
+  "tpu": step_tpu.supports,
+  "interpret": step_tpu.supports,
+  "gpu": step_gpu.check,
+  "interpret_gpu": step_gpu.supports,
+}
+_STEP_ORDER = {"cpu": ["reference"], "gpu": ["gpu", "reference"], "tpu": ["tpu", "reference"]}
 
 
 def linear_recurrence(
@@ -90,8 +104,8 @@ def linear_recurrence_step(
   Args:
     r: the token of every sequence.
     state: as ``linear_recurrence`` returns it, or in bfloat16.
-    backend: "auto", "tpu" (a Pallas kernel that reads and writes the state once), "reference" (any platform), or
-      "interpret": the kernel in Pallas's interpreter, on any machine.
+    backend: "auto", "tpu" or "gpu" (Pallas kernels that read and write the state once), "reference" (any platform), or
+      "interpret" and "interpret_gpu": the kernels in Pallas's interpreters, on any machine.
 
   Returns:
     The output in v's dtype and the new state in the dtype of ``state``.
@@ -103,9 +117,9 @@ def linear_recurrence_step(
   r.validate()
   if r.k.shape[1] != 1:
     raise ValueError(f"a step takes one token; got {r.k.shape[1]}")
-  serves = {name: lambda: step_tpu.supports(r, state) for name in ("tpu", "interpret")}
-  name = dispatch.choose(backend, serves | {"reference": lambda: None}, _STEP_ORDER)
-  return _reference_step(r, state) if name == "reference" else _step(name == "interpret", r, state)
+  serves = {name: functools.partial(f, r, state) for name, f in _STEP_CHECKS.items()}
+  name = dispatch.choose(backend, serves, _STEP_ORDER)
+  return _reference_step(r, state) if name == "reference" else _step(name, r, state)
 
 
 def _reference_step(r, state):
@@ -114,13 +128,13 @@ def _reference_step(r, state):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _step(interpret, r, state):
-  return step_tpu.step(r, state, interpret=interpret)
+def _step(backend, r, state):
+  return _STEPS[backend](r, state)
 
 
 # Nobody trains on sequences of one token: the gradients are the reference's.
 _step.defvjp(
-  lambda interpret, r, state: (_step(interpret, r, state), (r, state)),
+  lambda backend, r, state: (_step(backend, r, state), (r, state)),
   lambda _, inputs, cotangents: jax.vjp(_reference_step, *inputs)[1](cotangents),
 )
 

@@ -18,7 +18,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.linear_recurrence.recurrence import KeyErase, LowRankErase, Recurrence
+from pallas_kernels.linear_recurrence.recurrence import Recurrence
+from pallas_kernels.linear_recurrence.step_operands import operands
 
 _LANES, _SUBLANES = 128, 8
 # Bytes of the float32 state of a grid step, at the most: 4 MiB of VMEM for it, in and out, twice each.
@@ -36,33 +37,6 @@ def supports(r: Recurrence, state: Float[Array, "B Hv K V"]) -> None:
   K, V = state.shape[2:]
   if K * V > _BLOCK:  # of one head, which would not fit the VMEM of every chip
     raise NotImplementedError(f"a state of {K} x {V} is too large for the TPU kernel")
-
-
-def _operands(r: Recurrence) -> tuple[dict, dict, dict]:
-  """What the kernel takes of each head, [B, Hv, D] float32: of key channels, of value channels, and single numbers."""
-  groups = r.v.shape[2] // r.k.shape[2]
-
-  def token(x):
-    return x[:, 0].astype(jnp.float32)
-
-  def of_value_heads(x):
-    return jnp.repeat(token(x), groups, axis=1)
-
-  keys = {"q": of_value_heads(r.q), "k": of_value_heads(r.k)}
-  numbers = {}
-  if r.decay == "constant":
-    decay = jnp.exp(r.log_decay.astype(jnp.float32))
-    numbers["decay"] = jnp.broadcast_to(decay[:, None], (r.v.shape[0], *decay.shape, 1))
-  elif r.log_decay is not None:
-    (keys if r.decay == "channel" else numbers)["decay"] = jnp.exp(token(r.log_decay))
-  if isinstance(r.erase, KeyErase):
-    numbers["beta"] = token(r.erase.beta)[..., None]
-  elif isinstance(r.erase, LowRankErase):
-    keys |= {"a": token(r.erase.a), "b": token(r.erase.b)}
-  if r.bonus is not None:
-    u = jnp.repeat(r.bonus.astype(jnp.float32), groups, axis=0)
-    numbers["own"] = jnp.sum(keys["q"] * u * keys["k"], axis=-1, keepdims=True)
-  return keys, {"v": token(r.v)}, numbers
 
 
 def _stack(parts: dict, heads: int, width: int) -> Float[Array, "B N R L"]:
@@ -145,11 +119,11 @@ def step(
   """
   B, Hv, K, V = state.shape
   turned = _turned(K, V)
-  keys, values, numbers = _operands(r)
+  keys, values, numbers = operands(r)
   spread, rows = (values, keys | numbers) if turned else (keys, values | numbers)
   most = min(max(_BLOCK // (4 * K * V), 1), _LANES)
   heads = max(h for h in range(1, min(most, Hv) + 1) if Hv % h == 0)
-  operands = _stack(spread, heads, V if turned else K), _stack(rows, heads, K if turned else V)
+  stacked = _stack(spread, heads, V if turned else K), _stack(rows, heads, K if turned else V)
   if turned:
     state = jnp.swapaxes(state, 2, 3)
 
@@ -158,11 +132,11 @@ def step(
 
   of_heads = pl.BlockSpec((1, heads, *state.shape[2:]), lambda b, h: (b, h, 0, 0))
   o = jax.ShapeDtypeStruct((B, Hv // heads, heads, V), r.v.dtype)
-  moved = sum(x.size * x.dtype.itemsize for x in (*operands, state, state, o))
+  moved = sum(x.size * x.dtype.itemsize for x in (*stacked, state, state, o))
   o, new = pl.pallas_call(
     functools.partial(_kernel, list(spread), list(rows), heads, turned, r.reads == "undecayed"),
     grid=(B, Hv // heads),
-    in_specs=[*map(whole, operands), of_heads],
+    in_specs=[*map(whole, stacked), of_heads],
     out_specs=(whole(o), of_heads),
     out_shape=(o, jax.ShapeDtypeStruct(state.shape, state.dtype)),
     input_output_aliases={2: 1},
@@ -170,5 +144,5 @@ def step(
     cost_estimate=pl.CostEstimate(flops=7 * state.size, transcendentals=0, bytes_accessed=moved),
     interpret=interpret,
     name="linear_recurrence_step",
-  )(*operands, state)
+  )(*stacked, state)
   return o.reshape(B, 1, Hv, V), jnp.swapaxes(new, 2, 3) if turned else new
