@@ -36,7 +36,7 @@ class Size:
 
 
 SIZES = {
-  "cpu": Size((32, 64), 16, 64, 600, 32, (5e-3, 1e-2)),
+  "cpu": Size((16, 32), 16, 64, 600, 32, (5e-3, 1e-2)),
   "gpu": Size((256, 512), 64, 256, 5000, 64, (5e-4, 1e-3, 2e-3)),
   # The paper's lengths, heads, updates and grid. It does not state batch, width and vocabulary.
   "paper": Size((256, 512, 1024, 2048), 128, 256, 20_000, 64, (5e-5, 1e-4, 5e-4, 1e-3)),
