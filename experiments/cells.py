@@ -6,6 +6,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from attnlab import accounting
+from attnlab.config import resolve
+from configs.base import base
+
 Axes = Mapping[str, Any]
 
 
@@ -37,12 +41,14 @@ class Cell:
     config: complete but for the seed and the learning rate.
     learning_rates: the grid. The one with the best validation accuracy (of the first seed) is taken for all seeds.
     tests: its figures.
+    facts: more columns of the table, such as bytes at some length; they may be a plot's x.
   """
 
   axes: Axes
   config: ConfigDict
   learning_rates: tuple[float, ...]
   tests: tuple[Test, ...] = (Test(),)
+  facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +74,8 @@ class Experiment:
     about: what is asked, and how; paragraphs are separated by empty lines.
     source: of the published values.
     cells: of a size, the cells.
-    plot: names of axes: "x", "line", and "facet", each value of which has a plot of its own.
+    plot: names of axes: "x", "line", and "facet", each value of which has a plot of its own. x may also be a fact of
+      the cells, a number: it is drawn on a logarithmic scale.
     predictions: written before it was run.
   """
 
@@ -79,3 +86,63 @@ class Experiment:
   cells: Callable[[str], list[Cell]]
   plot: Mapping[str, str]
   predictions: tuple[Prediction, ...] = ()
+
+
+def config(
+  pattern: str,
+  task: str,
+  task_args: Mapping[str, Any],
+  *,
+  seq_len: int,
+  layers: int,
+  d_model: int,
+  mlp: int = 0,
+  steps: int,
+  batch_size: int,
+  evaluations: int = 10,
+  eval_batches: int = 8,
+  stop_accuracy: float = 0.0,
+) -> ConfigDict:
+  """A cell's config under the recipe that all experiments share: AdamW without weight decay, 5 % warm-up, cosine.
+
+  Args:
+    pattern, layers, d_model, mlp: the model; mlp 0: mixers alone.
+    task, task_args, seq_len: what it is trained on; every example is new.
+    steps, batch_size: of training, which ends early at stop_accuracy of validation (0: never).
+    evaluations, eval_batches: how often it is validated, and on how many batches.
+  """
+  c = base()
+  c.model.pattern = pattern
+  c.model.num_layers, c.model.d_model, c.model.mlp.hidden = layers, d_model, mlp
+  c.data.update(dict(name="task", task=task, seq_len=seq_len))
+  c.data.task_args = ConfigDict({"train_examples": 1 << 22, **task_args})
+  c.optim.update(dict(warmup_steps=steps // 20, weight_decay=0.0))
+  c.train.update(dict(steps=steps, batch_size=batch_size, log_every=20, checkpoint_every=1000))
+  c.train.update(dict(eval_every=steps // evaluations, eval_batches=eval_batches))
+  c.train.stop_accuracy = stop_accuracy
+  return c
+
+
+def greatest(holds: Callable[[int], bool]) -> int:
+  """The greatest number from 1 that a condition holds for, if it holds for all below it; 1 if it never does."""
+  high = 2
+  while holds(high):
+    high *= 2
+  low = high // 2
+  while high - low > 1:
+    middle = (low + high) // 2
+    low, high = (middle, high) if holds(middle) else (low, middle)
+  return low
+
+
+def with_parameters(c: ConfigDict, parameters: int) -> ConfigDict:
+  """A copy whose MLP is as wide as makes the model have so many parameters, as nearly as it can (at least 1)."""
+  out = c.copy_and_resolve_references()
+
+  def count(hidden: int) -> int:
+    out.model.mlp.hidden = hidden
+    return accounting.parameters(resolve(out).model)
+
+  one, two = count(1), count(2)
+  out.model.mlp.hidden = max(1, 1 + round((parameters - one) / (two - one)))
+  return out

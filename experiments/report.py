@@ -8,7 +8,7 @@ import io
 import itertools
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ def rows(plan: Plan, results: Mapping[str, Mapping[str, Any]]) -> list[Row]:
     finite = [r for r in done if "not_finite" not in r]
     config = plan.sweep(number)[0].config
     facts: dict[str, Any] = {
+      **cell.facts,
       "parameters": accounting.parameters(config.model),
       "state bytes": accounting.cache_bytes(config.model, config.data.seq_len),
       "train FLOPs a token": round(accounting.train_flops_per_token(config)),
@@ -178,7 +179,10 @@ def _markdown(
 
 
 def _figure(experiment: Experiment, table: Sequence[Row]) -> Any:
-  """A plot for each value of the facet: our mean and range by x, one line a mechanism; published values hollow."""
+  """A plot for each value of the facet: our mean and range by x, one line a mechanism; published values hollow.
+
+  Values of an axis stand side by side; a fact is a number, on a logarithmic scale.
+  """
   try:
     import matplotlib
     import matplotlib.figure
@@ -201,11 +205,16 @@ def _figure(experiment: Experiment, table: Sequence[Row]) -> Any:
         axes.axis("off")
         continue
       here = [r for r in table if r.axes[facet] == value]
-      ticks = list(dict.fromkeys(r.axes[x] for r in here))
+      ticks = list(dict.fromkeys(r.axes[x] for r in here if x in r.axes))
+      place = (lambda r: ticks.index(r.axes[x])) if ticks else (lambda r: r.facts[x])  # noqa: B023
       for name in names:
-        _draw(axes, [r for r in here if r.axes[by] == name], x, ticks, str(name), *styles[name])
-      axes.set_title(str(value), loc="left", fontsize=10)
-      axes.set_xticks(range(len(ticks)), [str(t) for t in ticks])
+        of_it = sorted((r for r in here if r.axes[by] == name), key=place)
+        _draw(axes, of_it, place, str(name), *styles[name])
+      axes.set_title(f"{facet} {value}" if _is_number(value) else str(value), loc="left", fontsize=10)
+      if ticks:
+        axes.set_xticks(range(len(ticks)), [str(t) for t in ticks])
+      else:
+        axes.set_xscale("log")
       axes.set(xlabel=x, ylim=(-5, 105))
       if facets.index(value) % columns == 0:
         axes.set_ylabel("accuracy, %")
@@ -219,17 +228,21 @@ def _figure(experiment: Experiment, table: Sequence[Row]) -> Any:
   return figure
 
 
+def _is_number(value: Any) -> bool:
+  return isinstance(value, int | float)
+
+
 def _draw(
-  axes: Any, here: Sequence[Row], x: str, ticks: list[Any], name: str, colour, mark
+  axes: Any, here: Sequence[Row], place: Callable[[Row], float], name: str, colour, mark
 ) -> None:
-  ours = [(ticks.index(r.axes[x]), r) for r in here if r.values]
+  ours = [(place(r), r) for r in here if r.values]
   if ours:
     places = [i for i, _ in ours]
     style = dict(color=colour, marker=mark, markersize=4.5, linewidth=1.8, label=name)
     axes.plot(places, [r.mean for _, r in ours], **style)
     low, high = ([f(r.values) for _, r in ours] for f in (min, max))
     axes.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
-  published = [(ticks.index(r.axes[x]), r.published) for r in here if r.published is not None]
+  published = [(place(r), r.published) for r in here if r.published is not None]
   if published:
     where, values = zip(*published, strict=True)
     axes.plot(

@@ -99,11 +99,8 @@ def test_accelerators(monkeypatch):
   assert accelerators() == ["2", "5"]
 
 
-NAMES = sorted(
-  m.name
-  for m in pkgutil.iter_modules(experiments.__path__)
-  if m.name not in ("cells", "harness", "report", "worker")
-)
+FILES = {m.name for m in pkgutil.iter_modules(experiments.__path__) if not m.ispkg}
+NAMES = sorted(n for n in FILES if hasattr(importlib.import_module(f"experiments.{n}"), "EXPERIMENT"))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -115,7 +112,9 @@ def test_cells_of_every_size_can_be_run(name):
     for i, cell in enumerate(plan.cells):
       check(plan.sweep(i)[0].config)
       for test in cell.tests:
-        assert {e.plot[k] for k in ("x", "line", "facet")} <= {**cell.axes, **test.axes}.keys()
+        axes = {**cell.axes, **test.axes}.keys()
+        assert {e.plot["line"], e.plot["facet"]} <= axes
+        assert e.plot["x"] in axes or cell.facts[e.plot["x"]] > 0
     axes = [tuple({**c.axes, **t.axes}.items()) for c in plan.cells for t in c.tests]
     assert len(set(axes)) == len(axes)
   # Predictions name figures that there are: with all at 60 %, each holds or not, at one size at least.

@@ -1,0 +1,170 @@
+"""Sliding window against linear attention at equal state bytes, and at equal FLOPs.
+
+python -m experiments.equal_bytes [--size=cpu|gpu|paper] [--only=head_dim=16] [--seeds=3]
+"""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from attnlab import accounting
+from attnlab.config import resolve
+from experiments.cells import Cell, Experiment, Prediction, Test, config, greatest
+from experiments.harness import main
+
+LINEAR = ("gated_deltanet", "mamba2", "linear_attention")
+WINDOWS = ("swa, equal bytes", "swa, equal FLOPs")
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+  """A protocol: recall of a few pairs, at more and more distance.
+
+  Attributes:
+    vocab_size, pairs: of MQAR, with random ids between the queries, which are anywhere after the pairs.
+    length: of a row in training.
+    tests: lengths of rows in tests.
+    head_dims: of keys and values; two layers of two heads, mixers alone. A linear state has head_dim^2 values a head.
+    d_model, steps, batch_size: of every model.
+    learning_rates: the grid.
+  """
+
+  vocab_size: int
+  pairs: int
+  length: int
+  tests: tuple[int, ...]
+  head_dims: tuple[int, ...]
+  d_model: int
+  steps: int
+  batch_size: int
+  learning_rates: tuple[float, ...]
+
+
+SIZES = {
+  "cpu": Size(64, 4, 32, (16, 32, 64, 256), (8, 16), 64, 400, 32, (3e-3, 1e-2)),
+  "gpu": Size(1024, 16, 256, (64, 128, 256, 512, 1024), (16, 32, 64), 256, 5000, 64, (1e-3, 3e-3)),
+  # Not a paper's: what nobody has published. States are of the size that shipped models have.
+  "paper": Size(
+    8192, 64, 1024, (256, 512, 1024, 2048, 4096), (32, 64, 128), 512, 20_000, 64, (5e-4, 1e-3, 2e-3)
+  ),
+}  # fmt: skip
+
+
+def linear(name: str, head_dim: int) -> str:
+  """The pattern of a linear mixer with two heads and head_dim x head_dim states. Convolutions are part of the state."""
+  values = "state_dim" if name == "mamba2" else "value_dim"
+  conv = ", conv_size=4" if name == "linear_attention" else ""
+  return f"{name}(num_heads=2, head_dim={head_dim}, {values}={head_dim}{conv})"
+
+
+def window(size: str, head_dim: int, equal: str) -> int:
+  """The greatest window that costs no more than Gated DeltaNet of the same heads does.
+
+  Args:
+    size, head_dim: of the cell.
+    equal: "bytes" of state, keys and values, convolutions included; or "FLOPs" of a token in training.
+  """
+
+  def cost(pattern: str) -> float:
+    model = resolve(_config(size, pattern)).model
+    length = 1 << 20  # far beyond any window
+    if equal == "bytes":
+      return accounting.cache_bytes(model, length)
+    return accounting.costs(model, length).train_flops
+
+  budget = cost(linear("gated_deltanet", head_dim))
+  return greatest(lambda w: cost(_swa(head_dim, w)) <= budget)
+
+
+def _swa(head_dim: int, window: int) -> str:
+  return f"swa(num_heads=2, head_dim={head_dim}, window={window})"
+
+
+def _config(size: str, pattern: str) -> ConfigDict:
+  s = SIZES[size]
+  args = dict(vocab_size=s.vocab_size, num_kv_pairs=s.pairs, power_a=1.0)
+  model = dict(layers=2, d_model=s.d_model)
+  return config(
+    pattern, "mqar", args, seq_len=s.length, steps=s.steps, batch_size=s.batch_size, **model
+  )
+
+
+def cell(size: str, head_dim: int, name: str) -> Cell:
+  s = SIZES[size]
+  facts = {}
+  if name in WINDOWS:
+    facts["window"] = window(size, head_dim, name.split()[-1])
+    pattern = _swa(head_dim, facts["window"])
+  else:
+    pattern = linear(name, head_dim)
+  c = _config(size, pattern)
+  state = accounting.cache_bytes(resolve(c).model, s.tests[-1])
+  facts["bytes at the longest"] = state
+  chance = 2 / s.vocab_size  # of a value
+  tests = tuple(Test({"length": n}, dict(seq_len=n), chance) for n in s.tests)
+  return Cell({"head_dim": head_dim, "mixer": name}, c, s.learning_rates, tests, facts)
+
+
+def cells(size: str) -> list[Cell]:
+  names = (*LINEAR, *WINDOWS)
+  return [cell(size, d, name) for d in SIZES[size].head_dims for name in names]
+
+
+def against_the_window(shortest: bool):
+  """Of the smallest heads: that the window of equal bytes is at least as good as Gated DeltaNet at the shortest length
+  within two points, or that it is worse by twenty at the training length."""
+
+  def holds(value):
+    for s in SIZES.values():
+      length = s.tests[0] if shortest else s.length
+      delta, swa = (
+        value(head_dim=s.head_dims[0], length=length, mixer=name)
+        for name in ("gated_deltanet", "swa, equal bytes")
+      )
+      if delta is not None and swa is not None:
+        return swa >= delta - 2 if shortest else swa < delta - 20
+    return None
+
+  return holds
+
+
+def bytes_decide(value) -> bool | None:
+  for s in SIZES.values():
+    got = [value(head_dim=s.head_dims[0], length=s.length, mixer=name) for name in WINDOWS]
+    if None not in got:
+      return got[1] > got[0]
+  return None
+
+
+EXPERIMENT = Experiment(
+  name="equal_bytes",
+  title="Sliding window against linear attention, at equal bytes and at equal FLOPs",
+  about=(
+    "Decoding waits for memory, so the fair rival of a linear state is a window of keys and values of as many bytes. "
+    "Both are asked for pairs seen at the beginning of a row, anywhere in it, random ids between: the longer the row, "
+    "the farther back. Trained at one length, tested at all.\n\n"
+    "The windows are derived by attnlab.accounting: the greatest that needs no more bytes than Gated DeltaNet's state "
+    "and convolutions in its two layers, or no more FLOPs a token in training. Two layers of a window reach back twice as far."
+  ),
+  source="none",
+  cells=cells,
+  plot={"x": "length", "line": "mixer", "facet": "head_dim"},
+  predictions=(
+    Prediction(
+      "With the smallest heads and at the shortest length, where most pairs lie inside it, the window of equal bytes is "
+      "as good as Gated DeltaNet.",
+      against_the_window(True),
+    ),
+    Prediction(
+      "At the training length, where most lie outside it, it is worse by 20 points.",
+      against_the_window(False),
+    ),
+    Prediction(
+      "The window of equal FLOPs is wider than that of equal bytes, and better at the training length.",
+      bytes_decide,
+    ),
+  ),
+)  # fmt: skip
+
+if __name__ == "__main__":
+  main(EXPERIMENT)
