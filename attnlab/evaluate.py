@@ -74,7 +74,8 @@ def make_evaluate(
 
   Returns:
     A function of the model's structure and arrays: nll in nats, accuracy, bits_per_token and, for
-    text, bits_per_byte. It reads the same rows each time.
+    text, bits_per_byte; for a task, row_accuracy: the share of examples of which every target is
+    right. It reads the same rows each time.
 
   Raises:
     UserError: anything wrong with the validation data.
@@ -96,7 +97,9 @@ def make_evaluate(
     totals = [_totals(graphdef, model, place(b)) for b in itertools.islice(batches, count)]
     sums = {k: sum(float(t[k]) for t in totals) for k in totals[0]}
     weights = max(sums["weights"], 1)
-    means = {k: v / weights for k, v in sums.items() if k not in ("weights", "bytes")}
+    means = {k: sums[k] / weights for k in ("nll", "accuracy")}
+    if config.data.name == "task":
+      means["row_accuracy"] = sums["right_rows"] / max(sums["rows"], 1)
     return metrics.with_bits(means | {k: sums[k] for k in ("weights", "bytes")})
 
   return evaluate
@@ -104,9 +107,15 @@ def make_evaluate(
 
 @jax.jit(static_argnums=0)
 def _totals(graphdef: nnx.GraphDef, model: PyTree, batch: dict[str, Array]) -> dict[str, Array]:
-  _, report = nnx.merge(graphdef, model["params"], model["rest"]).loss(batch)
-  means = {k: report[k] * report["weight"] for k in ("nll", "accuracy")}
-  return means | {k: batch[k].sum() for k in ("weights", "bytes")}
+  nll, _, correct, w, _ = nnx.merge(graphdef, model["params"], model["rest"]).scores(batch)
+  rows = (w > 0).any(axis=1)
+  return {
+    "nll": (w * nll).sum(),
+    "accuracy": (w * correct).sum(),
+    "rows": rows.sum(),
+    "right_rows": (rows & ((correct > 0) | (w == 0)).all(axis=1)).sum(),
+    **{k: batch[k].sum() for k in ("weights", "bytes")},
+  }
 
 
 @jax.jit(static_argnums=0)

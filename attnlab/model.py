@@ -152,12 +152,7 @@ class Model(nnx.Module):
     Returns:
       The loss, and metrics: nll (nats), accuracy, both means by weight; weight; the layers' scalars.
     """
-    ctx = Context(batch["positions"], batch["segment_ids"], dense=self.dense)
-    x, _, aux = self._layers(self._embed(batch["inputs"]), ctx, None)
-    targets, w = batch["targets"], batch["weights"]
-    if "labels" in batch:  # no logits where nothing is to be predicted
-      x, targets, w = (sharding.take(y, batch["labels"]) for y in (x, targets, w))
-    nll, lse, correct = cross_entropy(x, self._head(), targets)
+    nll, lse, correct, w, aux = self.scores(batch)
     weight = w.sum()
     mean = lambda y: (w * y).sum() / jnp.maximum(weight, 1e-9)  # noqa: E731
     metrics = {"nll": mean(nll), "accuracy": mean(correct), "weight": weight} | aux
@@ -165,6 +160,16 @@ class Model(nnx.Module):
     if self.z_loss:
       loss += self.z_loss * mean(lse**2)
     return loss, metrics
+
+  def scores(self, batch: dict[str, Array]) -> tuple[Array, Array, Array, Array, dict[str, Array]]:
+    """Of every target, or with "labels" those alone: nll, log Z, whether it is right, weight, each [B, T] or [B, K];
+    and the layers' scalars."""
+    ctx = Context(batch["positions"], batch["segment_ids"], dense=self.dense)
+    x, _, aux = self._layers(self._embed(batch["inputs"]), ctx, None)
+    targets, w = batch["targets"], batch["weights"]
+    if "labels" in batch:  # no logits where nothing is to be predicted
+      x, targets, w = (sharding.take(y, batch["labels"]) for y in (x, targets, w))
+    return *cross_entropy(x, self._head(), targets), w, aux
 
   def token_nll(self, batch: dict[str, Array]) -> Float[Array, "B T"]:
     """The loss of each target in nats, whatever its weight."""

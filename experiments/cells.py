@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
@@ -15,13 +15,15 @@ Axes = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Test:
-  """One figure of a cell: accuracy on data that neither training nor the choice of a learning rate has seen.
+  """One figure of a cell, on data that neither training nor the choice of a learning rate has seen.
 
   Attributes:
     axes: what it adds to the cell's axes, such as {"evaluated": 256}; may be empty.
     data: keys over the config's `data` section; `task_args` over its own.
     chance: the accuracy of guessing: 0 % in the report, perfect accuracy being 100 %.
     published: the paper's value in percent; None: there is none.
+    measure: "accuracy" of targets; "rows": of examples, all of whose targets must be right; or "bits" a byte of text,
+      which are told as they are: neither percent nor over chance.
   """
 
   __test__ = False  # pytest's: not a class of tests
@@ -30,6 +32,12 @@ class Test:
   data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   chance: float = 0.0
   published: float | None = None
+  measure: Literal["accuracy", "rows", "bits"] = "accuracy"
+
+  @property
+  def spec(self) -> dict[str, Any]:
+    """What determines its result, for experiments/worker.py."""
+    return dict(self.data) | ({} if self.measure == "accuracy" else {"measure": self.measure})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,14 +49,14 @@ class Cell:
     config: complete but for the seed and the learning rate.
     learning_rates: the grid. The one with the best validation accuracy (of the first seed) is taken for all seeds.
     tests: its figures.
-    facts: more columns of the table, such as bytes at some length; they may be a plot's x.
+    facts: what makes more columns of the table, such as bytes at some length; they may be a plot's x.
   """
 
   axes: Axes
   config: ConfigDict
   learning_rates: tuple[float, ...]
   tests: tuple[Test, ...] = (Test(),)
-  facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  facts: Callable[[], Mapping[str, Any]] = dict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +65,8 @@ class Prediction:
 
   Attributes:
     text: in words.
-    holds: of a function from axes to our value in percent (None: not run), whether it held; None: not known yet.
+    holds: of a function from axes to our value as the table tells it (None: not run), whether it held; None: not
+      known yet.
   """
 
   text: str
@@ -107,15 +116,20 @@ def config(
 
   Args:
     pattern, layers, d_model, mlp: the model; mlp 0: mixers alone.
-    task, task_args, seq_len: what it is trained on; every example is new.
+    task, task_args, seq_len: what it is trained on, every example being new; task "text": bytes of the standard
+      library's sources.
     steps, batch_size: of training, which ends early at stop_accuracy of validation (0: never).
     evaluations, eval_batches: how often it is validated, and on how many batches.
   """
   c = base()
   c.model.pattern = pattern
   c.model.num_layers, c.model.d_model, c.model.mlp.hidden = layers, d_model, mlp
-  c.data.update(dict(name="task", task=task, seq_len=seq_len))
-  c.data.task_args = ConfigDict({"train_examples": 1 << 22, **task_args})
+  c.data.seq_len = seq_len
+  if task == "text":
+    c.train.sample_every = 0
+  else:
+    c.data.update(dict(name="task", task=task))
+    c.data.task_args = ConfigDict({"train_examples": 1 << 22, **task_args})
   c.optim.update(dict(warmup_steps=steps // 20, weight_decay=0.0))
   c.train.update(dict(steps=steps, batch_size=batch_size, log_every=20, checkpoint_every=1000))
   c.train.update(dict(eval_every=steps // evaluations, eval_batches=eval_batches))
@@ -123,16 +137,15 @@ def config(
   return c
 
 
-def greatest(holds: Callable[[int], bool]) -> int:
-  """The greatest number from 1 that a condition holds for, if it holds for all below it; 1 if it never does."""
-  high = 2
-  while holds(high):
-    high *= 2
-  low = high // 2
-  while high - low > 1:
-    middle = (low + high) // 2
-    low, high = (middle, high) if holds(middle) else (low, middle)
-  return low
+def greatest(cost: Callable[[int], float], budget: float) -> int:
+  """The greatest number from 1 whose cost is within a budget, the cost being nearly a straight line; at least 1."""
+  one, two = cost(1), cost(2)
+  n = max(1, 1 + int((budget - one) / (two - one)))
+  while n > 1 and cost(n) > budget:
+    n -= 1
+  while cost(n + 1) <= budget:
+    n += 1
+  return n
 
 
 def with_parameters(c: ConfigDict, parameters: int) -> ConfigDict:

@@ -4,6 +4,7 @@ python -m experiments.equal_bytes [--size=cpu|gpu|paper] [--only=head_dim=16] [-
 """
 
 import dataclasses
+from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
@@ -51,29 +52,31 @@ SIZES = {
 
 
 def linear(name: str, head_dim: int) -> str:
-  """The pattern of a linear mixer with two heads and head_dim x head_dim states. Convolutions are part of the state."""
+  """The pattern of a linear mixer with two heads and head_dim x head_dim states. Convolutions are part of the "
+  "state."""
   values = "state_dim" if name == "mamba2" else "value_dim"
   conv = ", conv_size=4" if name == "linear_attention" else ""
   return f"{name}(num_heads=2, head_dim={head_dim}, {values}={head_dim}{conv})"
 
 
-def window(size: str, head_dim: int, equal: str) -> int:
-  """The greatest window that costs no more than Gated DeltaNet of the same heads does.
+def equal_window(
+  linear: ConfigDict, windowed: Callable[[int], ConfigDict], equal: str = "bytes"
+) -> int:
+  """The greatest window that costs no more than a linear model does, far beyond any window.
 
   Args:
-    size, head_dim: of the cell.
-    equal: "bytes" of state, keys and values, convolutions included; or "FLOPs" of a token in training.
+    linear: the linear model, resolved.
+    windowed: of a window, the model with it.
+    equal: "bytes" of states, keys, values and convolutions; or "FLOPs" of a token in training.
   """
 
-  def cost(pattern: str) -> float:
-    model = resolve(_config(size, pattern)).model
-    length = 1 << 20  # far beyond any window
+  def cost(model: ConfigDict) -> float:
+    length = 1 << 20
     if equal == "bytes":
       return accounting.cache_bytes(model, length)
     return accounting.costs(model, length).train_flops
 
-  budget = cost(linear("gated_deltanet", head_dim))
-  return greatest(lambda w: cost(_swa(head_dim, w)) <= budget)
+  return greatest(lambda w: cost(windowed(w)), cost(linear))
 
 
 def _swa(head_dim: int, window: int) -> str:
@@ -91,17 +94,22 @@ def _config(size: str, pattern: str) -> ConfigDict:
 
 def cell(size: str, head_dim: int, name: str) -> Cell:
   s = SIZES[size]
-  facts = {}
   if name in WINDOWS:
-    facts["window"] = window(size, head_dim, name.split()[-1])
-    pattern = _swa(head_dim, facts["window"])
+    delta = resolve(_config(size, linear("gated_deltanet", head_dim))).model
+    w = equal_window(
+      delta, lambda w: resolve(_config(size, _swa(head_dim, w))).model, name.split()[-1]
+    )
+    pattern = _swa(head_dim, w)
   else:
     pattern = linear(name, head_dim)
   c = _config(size, pattern)
-  state = accounting.cache_bytes(resolve(c).model, s.tests[-1])
-  facts["bytes at the longest"] = state
   chance = 2 / s.vocab_size  # of a value
   tests = tuple(Test({"length": n}, dict(seq_len=n), chance) for n in s.tests)
+
+  def facts():
+    state = accounting.cache_bytes(resolve(c).model, s.tests[-1])
+    return {"pattern": pattern, "bytes at the longest": state}
+
   return Cell({"head_dim": head_dim, "mixer": name}, c, s.learning_rates, tests, facts)
 
 
@@ -141,18 +149,19 @@ EXPERIMENT = Experiment(
   title="Sliding window against linear attention, at equal bytes and at equal FLOPs",
   about=(
     "Decoding waits for memory, so the fair rival of a linear state is a window of keys and values of as many bytes. "
-    "Both are asked for pairs seen at the beginning of a row, anywhere in it, random ids between: the longer the row, "
-    "the farther back. Trained at one length, tested at all.\n\n"
-    "The windows are derived by attnlab.accounting: the greatest that needs no more bytes than Gated DeltaNet's state "
-    "and convolutions in its two layers, or no more FLOPs a token in training. Two layers of a window reach back twice as far."
+    "Both are asked for pairs seen at the beginning of a row, anywhere in it, random ids between: the longer the "
+    "row, the farther back. Trained at one length, tested at all.\n\n"
+    "The windows are derived by attnlab.accounting: the greatest that needs no more bytes than Gated DeltaNet's "
+    "state and convolutions in its two layers, or no more FLOPs a token in training. Two layers of a window reach "
+    "back twice as far."
   ),
   source="none",
   cells=cells,
   plot={"x": "length", "line": "mixer", "facet": "head_dim"},
   predictions=(
     Prediction(
-      "With the smallest heads and at the shortest length, where most pairs lie inside it, the window of equal bytes is "
-      "as good as Gated DeltaNet.",
+      "With the smallest heads and at the shortest length, where most pairs lie inside it, the window of equal bytes "
+      "is as good as Gated DeltaNet.",
       against_the_window(True),
     ),
     Prediction(

@@ -47,7 +47,7 @@ class Run:
   Attributes:
     axes: of its cell.
     config: resolved.
-    tests: changes to the config's `data` section, one for each test.
+    tests: changes to the config's `data` section, and what is measured, one for each test.
   """
 
   axes: Mapping[str, Any]
@@ -97,7 +97,7 @@ class Plan:
       with config.unlocked():
         config.seed, config.optim.learning_rate = seed, float(rate)
       config = resolve(complete(config))
-      tests = tuple(t.data for t in c.tests)
+      tests = tuple(t.spec for t in c.tests)
       self._runs[cell, rate, seed] = Run(c.axes, config, tests)
     return self._runs[cell, rate, seed]
 

@@ -5,10 +5,7 @@ python -m experiments.niah [--size=cpu|gpu|paper] [--only=task=filtering] [--see
 
 import dataclasses
 
-from ml_collections import ConfigDict
-
-from configs.base import base
-from experiments.cells import Cell, Experiment, Prediction, Test
+from experiments.cells import Cell, Experiment, Prediction, Test, config
 from experiments.harness import main
 
 TASKS = ("retention", "filtering", "memorisation")
@@ -51,17 +48,14 @@ def cell(size: str, task: str, name: str) -> Cell:
   more = {"softmax": "", "mamba2": f", state_dim={s.head_dim}"}.get(
     name, f", value_dim={s.head_dim}"
   )
-  c = base()
-  c.model.pattern = f"{name}(num_heads={s.heads}, head_dim={s.head_dim}{more})"
-  c.model.num_layers, c.model.d_model, c.model.mlp.hidden = s.layers, s.d_model, 2 * s.d_model
-  c.data.update(dict(name="task", task=f"needle_{task}", seq_len=s.lengths[0]))
-  args = dict(vocab_size=s.vocab_size, train_examples=1 << 22)
+  args = dict(vocab_size=s.vocab_size)
   if task == "memorisation":
     args["value_size"] = 4 if size == "cpu" else 8
-  c.data.task_args = ConfigDict(args)
-  c.optim.update(dict(warmup_steps=s.steps // 20, weight_decay=0.0))
-  c.train.update(dict(steps=s.steps, batch_size=s.batch_size, log_every=20, checkpoint_every=1000))
-  c.train.update(dict(eval_every=s.steps // 10, eval_batches=16))
+  c = config(
+    f"{name}(num_heads={s.heads}, head_dim={s.head_dim}{more})", f"needle_{task}", args,
+    seq_len=s.lengths[0], layers=s.layers, d_model=s.d_model, mlp=2 * s.d_model, steps=s.steps,
+    batch_size=s.batch_size, eval_batches=16,
+  )  # fmt: skip
   tests = tuple(Test({"length": n}, dict(seq_len=n), 1 / (s.vocab_size - 2)) for n in s.lengths)
   return Cell({"task": task, "mixer": name}, c, s.learning_rates, tests)
 
@@ -88,8 +82,8 @@ EXPERIMENT = Experiment(
   title="Needles in haystacks: keeping, finding and keeping much",
   about=(
     "A key and its value lie somewhere in the hay, and are asked for at the end. Retention: the hay is one phrase "
-    "again and again. Filtering: random words. Memorisation: the same, and a value of many words. Trained at the first "
-    "length, tested on that and longer ones; accuracy is a word's.\n\n"
+    "again and again. Filtering: random words. Memorisation: the same, and a value of many words. Trained at the "
+    "first length, tested on that and longer ones; accuracy is a word's.\n\n"
     "Gated DeltaNet's paper tells of models of 1.3B trained on text; its values have no place beside these. What can "
     "be compared is the order of the mechanisms: there, decay costs retention, a gate helps to filter, and the delta "
     "rule helps to memorise."

@@ -14,7 +14,7 @@ from typing import Any
 
 from attnlab import accounting
 from attnlab.errors import UserError
-from experiments.cells import Experiment, Prediction
+from experiments.cells import Experiment, Prediction, Test
 from experiments.harness import Plan
 
 # Okabe and Ito's colours, told apart by all, without the yellow that paper swallows.
@@ -28,15 +28,17 @@ class Row:
 
   Attributes:
     axes: of its cell and its test.
-    values: in percent, chance being 0, one a finished seed.
+    values: in percent, chance being 0, or in bits a byte; one a finished seed.
     published: in percent, or None.
     facts: learning rate, parameters, state bytes and so on; those that are known.
+    measure: the test's.
   """
 
   axes: Mapping[str, Any]
   values: tuple[float, ...]
   published: float | None
   facts: Mapping[str, Any]
+  measure: str = "accuracy"
 
   @property
   def mean(self) -> float | None:
@@ -57,7 +59,7 @@ def rows(plan: Plan, results: Mapping[str, Mapping[str, Any]]) -> list[Row]:
     finite = [r for r in done if "not_finite" not in r]
     config = plan.sweep(number)[0].config
     facts: dict[str, Any] = {
-      **cell.facts,
+      **cell.facts(),
       "parameters": accounting.parameters(config.model),
       "state bytes": accounting.cache_bytes(config.model, config.data.seq_len),
       "train FLOPs a token": round(accounting.train_flops_per_token(config)),
@@ -68,10 +70,17 @@ def rows(plan: Plan, results: Mapping[str, Mapping[str, Any]]) -> list[Row]:
       facts["seconds"] = round(statistics.fmean(r["seconds"] for r in finite))
       facts["devices"] = finite[0]["devices"]
     for i, test in enumerate(cell.tests):
-      accuracies = [r["tests"][i] if "tests" in r else test.chance for r in done]
-      values = tuple(100 * (a - test.chance) / (1 - test.chance) for a in accuracies)
-      out.append(Row({**cell.axes, **test.axes}, values, test.published, facts))
+      told = [r["tests"][i] if "tests" in r else None for r in done]
+      values = tuple(_value(test, figure) for figure in told)
+      out.append(Row({**cell.axes, **test.axes}, values, test.published, facts, test.measure))
   return out
+
+
+def _value(test: Test, figure: float | None) -> float:
+  """A run's figure as it is told; None: the run was not finite, and is as good as guessing."""
+  if test.measure == "bits":
+    return 8.0 if figure is None else figure
+  return 100 * ((test.chance if figure is None else figure) - test.chance) / (1 - test.chance)
 
 
 def write(
@@ -210,14 +219,19 @@ def _figure(experiment: Experiment, table: Sequence[Row]) -> Any:
       for name in names:
         of_it = sorted((r for r in here if r.axes[by] == name), key=place)
         _draw(axes, of_it, place, str(name), *styles[name])
-      axes.set_title(f"{facet} {value}" if _is_number(value) else str(value), loc="left", fontsize=10)
+      axes.set_title(
+        f"{facet} {value}" if _is_number(value) else str(value), loc="left", fontsize=10
+      )
       if ticks:
-        axes.set_xticks(range(len(ticks)), [str(t) for t in ticks])
+        long = sum(len(str(t)) for t in ticks) > 36
+        turned = dict(rotation=30, ha="right") if long else {}
+        axes.set_xticks(range(len(ticks)), [str(t) for t in ticks], **turned)
       else:
         axes.set_xscale("log")
-      axes.set(xlabel=x, ylim=(-5, 105))
-      if facets.index(value) % columns == 0:
-        axes.set_ylabel("accuracy, %")
+      bits = here[0].measure == "bits"
+      axes.set(xlabel=x) if bits else axes.set(xlabel=x, ylim=(-5, 105))
+      if bits or facets.index(value) % columns == 0:
+        axes.set_ylabel("bits a byte" if bits else "accuracy, %")
       axes.grid(color="#dddddd", linewidth=0.6)
       axes.spines[["top", "right"]].set_visible(False)
     handles = {h.get_label(): h for p in panels for h in p.get_legend_handles_labels()[0]}

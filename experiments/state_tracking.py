@@ -5,10 +5,7 @@ python -m experiments.state_tracking [--size=cpu|gpu|paper] [--only=task=parity]
 
 import dataclasses
 
-from ml_collections import ConfigDict
-
-from configs.base import base
-from experiments.cells import Cell, Experiment, Prediction, Test
+from experiments.cells import Cell, Experiment, Prediction, Test, config
 from experiments.harness import main
 
 
@@ -67,7 +64,7 @@ class Size:
   householder: tuple[int, ...]
 
 
-def _arithmetic(label: str, brackets: bool, layers: int, tests: tuple[int, ...]) -> Task:
+def arithmetic(label: str, brackets: bool, layers: int, tests: tuple[int, ...]) -> Task:
   name = "modular_arithmetic_brackets" if brackets else "modular_arithmetic"
   return Task(label, name, dict(modulus=5), 1 / 5, layers, (3, 40), tests)
 
@@ -88,7 +85,7 @@ SIZES = {
   "gpu": Size(
     (
       Task("parity", "parity", {}, 1 / 2, 2, (3, 40), (40, 128, 256)),
-      _arithmetic("arithmetic", False, 2, (40, 256)),
+      arithmetic("arithmetic", False, 2, (40, 256)),
       *(_group(g, 64, (64, 256)) for g in ("s3", "s4", "a5", "s5")),
     ),
     128, 4, 32, 256, 10_000, (1e-3, 3e-3), (2, 3, 4),
@@ -97,8 +94,8 @@ SIZES = {
   "paper": Size(
     (
       Task("parity", "parity", {}, 1 / 2, 2, (3, 40), (40, 256)),
-      _arithmetic("arithmetic", False, 2, (40, 256)),
-      _arithmetic("arithmetic with brackets", True, 2, (40, 256)),
+      arithmetic("arithmetic", False, 2, (40, 256)),
+      arithmetic("arithmetic with brackets", True, 2, (40, 256)),
       *(_group(g, 128, (128, 512)) for g in ("s3", "s4", "a5", "s5")),
     ),
     128, 12, 32, 256, 100_000, (5e-4, 1e-3, 2e-3), (2, 3, 4),
@@ -136,34 +133,33 @@ def mechanisms(size: Size) -> dict[str, str]:
   return out
 
 
-def cell(size: str, task: Task, name: str, pattern: str) -> Cell:
-  s = SIZES[size]
-  c = base()
-  c.model.pattern, c.model.num_layers, c.model.d_model = pattern, task.layers, s.d_model
-  c.model.mlp.hidden = s.mlp
+def cell(s: Size, task: Task, name: str, pattern: str, published: float | None) -> Cell:
+  """A mechanism on a task; what is published is of the tests at 256."""
   training = task.data(*task.train, everywhere=True)
-  args = ConfigDict(training["task_args"] | dict(train_examples=1 << 22))
-  c.data.update(dict(name="task", task=task.name, seq_len=training["seq_len"]))
-  c.data.task_args = args
-  c.optim.update(dict(warmup_steps=s.steps // 20, weight_decay=0.0))
-  c.train.update(
-    dict(steps=s.steps, batch_size=task.batch_size, log_every=20, checkpoint_every=1000)
-  )
-  c.train.update(dict(eval_every=s.steps // 12, eval_batches=8))
+  c = config(
+    pattern, task.name, training["task_args"], seq_len=training["seq_len"], layers=task.layers,
+    d_model=s.d_model, mlp=s.mlp, steps=s.steps, batch_size=task.batch_size, evaluations=12,
+  )  # fmt: skip
   tests, shortest = [], task.train[0]
   for longest in task.tests:
-    published = None
-    if longest == 256 and task.label in PUBLISHED_TASKS and name in PUBLISHED:
-      published = PUBLISHED[name][PUBLISHED_TASKS.index(task.label)]
     data = task.data(shortest, longest, everywhere=False)
-    tests.append(Test({"length": longest}, data, task.chance, published))
+    value = published if longest == 256 else None
+    tests.append(Test({"length": longest}, data, task.chance, value))
+    if task.name == "group_word":
+      data = task.data(shortest, longest, everywhere=True)
+      axes = {"task": f"{task.label}, every prefix", "length": longest}
+      tests.append(Test(axes, data, measure="rows"))
     shortest = longest if shortest else 0
   return Cell({"task": task.label, "mechanism": name}, c, s.learning_rates, tuple(tests))
 
 
 def cells(size: str) -> list[Cell]:
-  every = mechanisms(SIZES[size]).items()
-  return [cell(size, task, name, pattern) for task in SIZES[size].tasks for name, pattern in every]
+  s, out = SIZES[size], []
+  for task in s.tasks:
+    for name, pattern in mechanisms(s).items():
+      values = dict(zip(PUBLISHED_TASKS, PUBLISHED.get(name, ()), strict=False))
+      out.append(cell(s, task, name, pattern, values.get(task.label)))
+  return out
 
 
 def parity(names: tuple[str, ...], solved: bool):
@@ -195,8 +191,9 @@ EXPERIMENT = Experiment(
     "A state that is only ever shrunk cannot count modulo two: that needs an eigenvalue of -1, which the delta rule "
     "has where its step may be 2 (`negative`). Permutations of more things need more reflections a token. Trained on "
     "short words, tested on longer ones: words are from the length before `length` to it (group words: of it).\n\n"
-    "Accuracy is of the one answer at the end of a word. DeltaProduct's paper reports words all of whose prefixes "
-    "are right, which is harder. The published values of parity and arithmetic are of lengths 40 to 256."
+    "Accuracy is of the one answer at the end of a word; of group words also (`every prefix`) the share of words all "
+    "of whose prefixes are right, which DeltaProduct's paper reports. The published values of parity and arithmetic "
+    "are of lengths 40 to 256."
   ),
   source="arXiv:2411.12537, Table 3; arXiv:2603.15569, Table 5b",
   cells=cells,

@@ -25,13 +25,15 @@ from attnlab.train import train
 
 # Validation examples of the tests; those of seed 0 choose the learning rate.
 TEST_SEED = 1
+# By what a test measures, its key among evaluation's.
+_KEYS = {"accuracy": "accuracy", "rows": "row_accuracy", "bits": "bits_per_byte"}
 
 
 def run(directory: Path) -> dict[str, Any]:
   """Trains, tests, and returns what result.json holds.
 
   Returns:
-    {"accuracy", "nll" of validation, "tests": accuracies in order, "steps", "seconds", "parameters", "devices"}, or
+    {"accuracy", "nll" of validation, "tests": figures in order, "steps", "seconds", "parameters", "devices"}, or
     {"not_finite": why}: this learning rate is too high.
   """
   given = json.loads((directory / "run.json").read_text())
@@ -49,7 +51,7 @@ def run(directory: Path) -> dict[str, Any]:
 
 
 def test(directory: Path, tests: Sequence[Mapping[str, Any]]) -> list[float]:
-  """The accuracy of a run's last checkpoint under each of some changes to its `data` section."""
+  """What is measured of a run's last checkpoint under each of some changes to its `data` section."""
   config = run_config(directory)
   mesh = reading_mesh(config.train.batch_size // config.train.grad_accum)
   _, graphdef, model = load_model(directory, config, mesh)
@@ -59,9 +61,10 @@ def test(directory: Path, tests: Sequence[Mapping[str, Any]]) -> list[float]:
     with changed.unlocked():
       changed.data.validation_seed = TEST_SEED
       changed.data.task_args.update(changes.get("task_args", {}))
-      changed.data.update({k: v for k, v in changes.items() if k != "task_args"})
+      changed.data.update({k: v for k, v in changes.items() if k not in ("task_args", "measure")})
     with jax.set_mesh(mesh):
-      out.append(make_evaluate(resolve(changed), mesh)(graphdef, model)["accuracy"])
+      values = make_evaluate(resolve(changed), mesh)(graphdef, model)
+    out.append(values[_KEYS[changes.get("measure", "accuracy")]])
   return out
 
 

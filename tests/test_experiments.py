@@ -3,17 +3,24 @@
 import csv
 import dataclasses
 import importlib
+import itertools
 import json
 import pkgutil
 import re
 import shutil
 import subprocess
 
+import jax
+import numpy as np
 import pytest
+from flax import nnx
 
 import experiments
-from attnlab.config import check
+from attnlab import data, optim, sharding
+from attnlab.config import check, resolve
 from attnlab.errors import UserError
+from attnlab.evaluate import make_evaluate
+from attnlab.state import make_init
 from configs.base import base
 from experiments import harness, report
 from experiments.cells import Cell, Experiment, Prediction, Test
@@ -100,7 +107,9 @@ def test_accelerators(monkeypatch):
 
 
 FILES = {m.name for m in pkgutil.iter_modules(experiments.__path__) if not m.ispkg}
-NAMES = sorted(n for n in FILES if hasattr(importlib.import_module(f"experiments.{n}"), "EXPERIMENT"))
+NAMES = sorted(
+  n for n in FILES if hasattr(importlib.import_module(f"experiments.{n}"), "EXPERIMENT")
+)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -114,7 +123,7 @@ def test_cells_of_every_size_can_be_run(name):
       for test in cell.tests:
         axes = {**cell.axes, **test.axes}.keys()
         assert {e.plot["line"], e.plot["facet"]} <= axes
-        assert e.plot["x"] in axes or cell.facts[e.plot["x"]] > 0
+        assert e.plot["x"] in axes or i or cell.facts()[e.plot["x"]] > 0
     axes = [tuple({**c.axes, **t.axes}.items()) for c in plan.cells for t in c.tests]
     assert len(set(axes)) == len(axes)
   # Predictions name figures that there are: with all at 60 %, each holds or not, at one size at least.
@@ -239,3 +248,24 @@ def test_worker_tells_of_a_loss_that_is_not_finite(tmp_path, monkeypatch):
   monkeypatch.setattr(worker, "train", train)
   (tmp_path / "run.json").write_text(json.dumps(Plan([tiny()], 1, {}).sweep(0)[0].spec))
   assert worker.run(tmp_path) == {"not_finite": "update 3"}
+
+
+def test_a_row_is_right_if_all_its_targets_are():
+  """Against the logits of whole rows, of a model that has learnt nothing."""
+  config = tiny().config
+  config.data.task_args = dict(everywhere=True, min_length=3, max_length=3)
+  config.train.eval_batches = 4
+  config = resolve(config)
+  mesh = sharding.make_mesh(config.mesh)
+  with jax.set_mesh(mesh):
+    graphdef, init, _ = make_init(config, optim.optimizer(config.optim, 4), mesh)
+    arrays = init()["model"]
+    got = make_evaluate(config, mesh)(graphdef, arrays)
+    model = nnx.merge(graphdef, arrays["params"], arrays["rest"])
+    batches = data.make_iterator(config.data, split="validation", batch_size=8, seed=0)
+    right = []
+    for batch in itertools.islice(batches, 4):
+      ids = np.asarray(model.forward(batch["inputs"])).argmax(-1)
+      right += list(((ids == batch["targets"]) | (batch["weights"] == 0)).all(1))
+  assert 0 < sum(right) < len(right) == 32
+  assert got["row_accuracy"] == sum(right) / 32 <= got["accuracy"]

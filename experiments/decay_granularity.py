@@ -1,0 +1,123 @@
+"""What a decay a channel, a convolution and a delta rule are worth: one part changed at a time.
+
+python -m experiments.decay_granularity [--size=cpu|gpu|paper] [--only=task=recall] [--seeds=3]
+"""
+
+import dataclasses
+
+from experiments.cells import Cell, Experiment, Prediction, Test, config
+from experiments.harness import main
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+  """A protocol.
+
+  Attributes:
+    length: of a row.
+    vocab_size, pairs: of recall.
+    head_dim: of keys and values; two layers of two heads, mixers alone.
+    d_model, steps, batch_size: of every model; training ends early at 99.5 % of validation.
+    learning_rates: the grid.
+  """
+
+  length: int
+  vocab_size: int
+  pairs: int
+  head_dim: int
+  d_model: int
+  steps: int
+  batch_size: int
+  learning_rates: tuple[float, ...]
+
+
+SIZES = {
+  "cpu": Size(32, 128, 8, 16, 64, 500, 32, (5e-3, 1e-2)),
+  "gpu": Size(512, 1024, 64, 64, 256, 5000, 64, (5e-4, 1e-3, 2e-3)),
+  "paper": Size(2048, 8192, 256, 128, 256, 20_000, 64, (1e-4, 5e-4, 1e-3)),
+}
+
+# Decay x update. The delta rule is that of DeltaNet, Gated DeltaNet and KDA; the sum that of linear
+# attention and GLA. (A sum with one rate a head is Mamba-2, which has another step and layout; RetNet's rate is fixed.)
+MIXERS = {
+  ("none", "sum"): "linear_attention",
+  ("a constant", "sum"): "retnet",
+  ("a head", "sum"): "mamba2",
+  ("a channel", "sum"): "gla",
+  ("none", "delta"): "deltanet",
+  ("a head", "delta"): "gated_deltanet",
+  ("a channel", "delta"): "kda",
+}
+TASKS = ("palindrome", "recall")
+
+
+def pattern(s: Size, mixer: str, conv: bool) -> str:
+  values = "state_dim" if mixer == "mamba2" else "value_dim"
+  return f"{mixer}(num_heads=2, head_dim={s.head_dim}, {values}={s.head_dim}, conv_size={4 * conv})"
+
+
+def cell(size: str, task: str, decay: str, update: str, conv: bool) -> Cell:
+  s = SIZES[size]
+  name, args, chance = {
+    "palindrome": ("palindrome", dict(vocab_size=64), 1 / 63),
+    "recall": (
+      "mqar",
+      dict(vocab_size=s.vocab_size, num_kv_pairs=s.pairs, random_non_queries=False),
+      2 / s.vocab_size,
+    ),
+  }[task]
+  c = config(
+    pattern(s, MIXERS[decay, update], conv), name, args, seq_len=s.length, layers=2,
+    d_model=s.d_model, steps=s.steps, batch_size=s.batch_size, stop_accuracy=0.995,
+  )  # fmt: skip
+  axes = {"task": task, "decay": decay, "update": f"{update}, {'' if conv else 'no '}convolution"}
+  return Cell(axes, c, s.learning_rates, (Test(chance=chance),))
+
+
+def cells(size: str) -> list[Cell]:
+  return [
+    cell(size, task, *key, conv) for task in TASKS for key in MIXERS for conv in (True, False)
+  ]
+
+
+def better(task: str, one: tuple[str, str], other: tuple[str, str], by: float = 0.0):
+  """That one (decay, update) is better than another by some points."""
+
+  def holds(value):
+    a, b = (value(task=task, decay=decay, update=update) for decay, update in (one, other))
+    return None if a is None or b is None else a > b + by
+
+  return holds
+
+
+EXPERIMENT = Experiment(
+  name="decay_granularity",
+  title="Decay: none, constant, a head, a channel; with and without delta rule and convolution",
+  about=(
+    "Seven mechanisms are one table of two parts: how finely the state is decayed, and whether a new value is added "
+    "to the old one or takes its place (the delta rule). Each with its short convolution and without; heads, states "
+    "and training are the same.\n\n"
+    "Mechanisms keep their own output gates and norms, so a column is not one part alone: Mamba-2 has a wider output "
+    "and its own step, RetNet rotates its keys."
+  ),
+  source="none",
+  cells=cells,
+  plot={"x": "decay", "line": "update", "facet": "task"},
+  predictions=(
+    Prediction(
+      "Palindrome: with the delta rule, a decay for each channel is better than one for each head.",
+      better("palindrome", ("a channel", "delta, convolution"), ("a head", "delta, convolution")),
+    ),
+    Prediction(
+      "Recall: without decay, the delta rule is better than the sum by 10 points.",
+      better("recall", ("none", "delta, convolution"), ("none", "sum, convolution"), 10),
+    ),
+    Prediction(
+      "Recall: without the convolution, Gated DeltaNet loses 20 points.",
+      better("recall", ("a head", "delta, convolution"), ("a head", "delta, no convolution"), 20),
+    ),
+  ),
+)  # fmt: skip
+
+if __name__ == "__main__":
+  main(EXPERIMENT)

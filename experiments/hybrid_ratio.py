@@ -1,0 +1,153 @@
+"""How many global layers does a linear model need, and must they see everything?
+
+python -m experiments.hybrid_ratio [--size=cpu|gpu|paper] [--only=task=recall] [--seeds=3]
+"""
+
+import dataclasses
+
+from experiments.cells import Cell, Experiment, Prediction, Test, config
+from experiments.harness import main
+
+# Linear layers to global ones; of each period the last layer is global, as in the models that ship.
+RATIOS = {"0:1": 0, "1:1": 1, "3:1": 3, "7:1": 7, "pure": None}
+GLOBAL = ("softmax", "sparse")
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+  """A protocol.
+
+  Attributes:
+    length: of a row.
+    vocab_size: of both tasks.
+    pairs: of recall.
+    chains, hops: of chained recall.
+    head_dim: of keys and values; two heads.
+    sparse: settings of the sparse layers: of InfLLM-V2, which has softmax attention's parameters.
+    d_model, mlp: of every model; all have eight layers.
+    steps, batch_size: of training, which ends early at 99.5 % of validation.
+    learning_rates: the grid.
+  """
+
+  length: int
+  vocab_size: int
+  pairs: int
+  chains: int
+  hops: int
+  head_dim: int
+  sparse: str
+  d_model: int
+  mlp: int
+  steps: int
+  batch_size: int
+  learning_rates: tuple[float, ...]
+
+
+SIZES = {
+  # The sparse layers see 8 to 16 of 64 tokens: the block of the query and one chosen for it.
+  "cpu": Size(
+    64, 128, 16, 8, 2, 8, "block_size=8, top_k=2, initial=0, local=1, pool_size=4, pool_stride=2",
+    32, 0, 400, 32, (5e-3,),
+  ),
+  "gpu": Size(
+    512, 1024, 64, 32, 2, 32, "block_size=32, top_k=4, initial=1, local=1, pool_size=16, pool_stride=8",
+    256, 512, 10_000, 64, (5e-4, 1e-3, 2e-3),
+  ),
+  # Not a paper's: block sizes and the share of what is seen are InfLLM-V2's at 32k.
+  "paper": Size(
+    4096, 8192, 512, 256, 3, 64, "block_size=64, top_k=12, initial=1, local=4, pool_size=32, pool_stride=16",
+    512, 1024, 40_000, 64, (2.5e-4, 5e-4, 1e-3),
+  ),
+}  # fmt: skip
+
+
+def pattern(s: Size, kind: str, ratio: str) -> str:
+  heads = f"num_heads=2, head_dim={s.head_dim}"
+  linear = f"gated_deltanet({heads}, value_dim={s.head_dim})"
+  n = RATIOS[ratio]
+  if n is None:
+    return linear
+  end = f"softmax({heads})" if kind == "softmax" else f"infllm_v2({heads}, {s.sparse})"
+  return f"{n}*{linear} + {end}" if n else end
+
+
+def cell(size: str, task: str, kind: str, ratio: str) -> Cell:
+  s = SIZES[size]
+  name, args = {
+    "recall": ("mqar", dict(num_kv_pairs=s.pairs)),
+    "chained recall": ("multi_hop_mqar", dict(num_chains=s.chains, hops=s.hops)),
+  }[task]
+  args |= dict(vocab_size=s.vocab_size, random_non_queries=False)
+  c = config(
+    pattern(s, kind, ratio), name, args, seq_len=s.length, layers=8, d_model=s.d_model, mlp=s.mlp,
+    steps=s.steps, batch_size=s.batch_size, stop_accuracy=0.995,
+  )  # fmt: skip
+  chance = 2 / s.vocab_size if name == "mqar" else 1 / s.vocab_size
+  axes = {"task": task, "global layers": kind, "linear to global": ratio}
+  return Cell(axes, c, s.learning_rates, (Test(chance=chance),))
+
+
+def cells(size: str) -> list[Cell]:
+  return [
+    cell(size, task, kind, ratio)
+    for task in ("recall", "chained recall")
+    for kind in GLOBAL
+    for ratio in RATIOS
+  ]
+
+
+def at(value, task: str, kind: str, ratio: str) -> float | None:
+  return value(**{"task": task, "global layers": kind, "linear to global": ratio})
+
+
+def one_is_enough(kind: str, task: str):
+  """That 3:1 comes within five points of layers that are all global."""
+
+  def holds(value):
+    hybrid, full = (at(value, task, kind, ratio) for ratio in ("3:1", "0:1"))
+    return None if hybrid is None or full is None else hybrid >= full - 5
+
+  return holds
+
+
+def pure_is_worse(value) -> bool | None:
+  pure, hybrid = (at(value, "chained recall", "softmax", ratio) for ratio in ("pure", "3:1"))
+  return None if pure is None or hybrid is None else pure < hybrid - 10
+
+
+def sparse_is_enough(value) -> bool | None:
+  sparse, full = (at(value, "recall", kind, "3:1") for kind in GLOBAL)
+  return None if sparse is None or full is None else sparse >= full - 10
+
+
+EXPERIMENT = Experiment(
+  name="hybrid_ratio",
+  title="Hybrids: linear layers to global ones, which see all or choose",
+  about=(
+    "Eight layers: all global, one in two, one in four, one in eight, none. The linear ones are Gated DeltaNet, with "
+    "states too small for all pairs; the global ones are softmax attention, or sparse attention (InfLLM-V2) with the "
+    "very same parameters, which looks at a few blocks. A model of linear and sparse layers has no full attention at "
+    "all.\n\n"
+    "Recall asks for the value of a key; chained recall for the value of the value: what large linear models were "
+    "found to lose."
+  ),
+  source="none",
+  cells=cells,
+  plot={"x": "linear to global", "line": "global layers", "facet": "task"},
+  predictions=(
+    Prediction(
+      "Recall: three linear layers to one of softmax are within 5 points of softmax in all layers.",
+      one_is_enough("softmax", "recall"),
+    ),
+    Prediction(
+      "Chained recall: linear layers alone are worse by 10 points than with one layer of softmax in four.",
+      pure_is_worse,
+    ),
+    Prediction(
+      "Recall: at 3:1, sparse layers come within 10 points of softmax layers.", sparse_is_enough
+    ),
+  ),
+)  # fmt: skip
+
+if __name__ == "__main__":
+  main(EXPERIMENT)

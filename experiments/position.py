@@ -1,0 +1,123 @@
+"""Rotary, partly rotary or no position encoding in hybrids, and what becomes of longer rows.
+
+python -m experiments.position [--size=cpu|gpu|paper] [--only=layers=hybrid] [--seeds=3]
+"""
+
+import dataclasses
+
+from experiments.cells import Cell, Experiment, Prediction, Test, config
+from experiments.harness import main
+
+# What the share of rotated channels is called.
+POSITIONS = {"RoPE": 1.0, "a quarter RoPE": 0.25, "none": 0.0}
+TASKS = ("recall", "needle")
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+  """A protocol.
+
+  Attributes:
+    length: of a row in training; tests are at 1, 2, 4 and 8 times as much.
+    vocab_size, pairs: of recall; the needle has the same words.
+    head_dim: of keys and values; two heads.
+    d_model, mlp, layers: of every model.
+    steps, batch_size: of training. No run ends early: what is right at one length becomes right at others later.
+    learning_rates: the grid.
+  """
+
+  length: int
+  vocab_size: int
+  pairs: int
+  head_dim: int
+  d_model: int
+  mlp: int
+  layers: int
+  steps: int
+  batch_size: int
+  learning_rates: tuple[float, ...]
+
+
+SIZES = {
+  "cpu": Size(32, 64, 4, 16, 64, 0, 4, 400, 32, (3e-3, 1e-2)),
+  "gpu": Size(512, 1024, 32, 64, 256, 512, 8, 8000, 64, (5e-4, 1e-3, 2e-3)),
+  "paper": Size(2048, 8192, 128, 128, 512, 1024, 12, 30_000, 64, (2.5e-4, 5e-4, 1e-3)),
+}
+TIMES = (1, 2, 4, 8)
+
+
+def pattern(s: Size, layers: str, position: str) -> str:
+  heads = f"num_heads=2, head_dim={s.head_dim}"
+  full = f"softmax({heads}, rope_fraction={POSITIONS[position]})"
+  return (
+    f"3*gated_deltanet({heads}, value_dim={s.head_dim}) + {full}" if layers == "hybrid" else full
+  )
+
+
+def cell(size: str, task: str, layers: str, position: str) -> Cell:
+  s = SIZES[size]
+  name, args, chance = {
+    "recall": ("mqar", dict(num_kv_pairs=s.pairs, power_a=1.0), 2 / s.vocab_size),
+    "needle": ("needle_filtering", {}, 1 / (s.vocab_size - 2)),
+  }[task]
+  c = config(
+    pattern(s, layers, position), name, args | dict(vocab_size=s.vocab_size), seq_len=s.length,
+    layers=s.layers, d_model=s.d_model, mlp=s.mlp, steps=s.steps, batch_size=s.batch_size,
+  )  # fmt: skip
+  tests = tuple(Test({"training lengths": n}, dict(seq_len=n * s.length), chance) for n in TIMES)
+  axes = {"task": task, "layers": layers, "position": position}
+  axes["model"] = f"{layers}, {'no position' if position == 'none' else position}"
+  return Cell(axes, c, s.learning_rates, tests)
+
+
+def cells(size: str) -> list[Cell]:
+  return [
+    cell(size, task, layers, position)
+    for task in TASKS
+    for layers in ("softmax", "hybrid")
+    for position in POSITIONS
+  ]
+
+
+def better_far(task: str, one: tuple[str, str], other: tuple[str, str], by: float = 0.0):
+  """That one model is better than another at the greatest length by some points."""
+
+  def holds(value):
+    far = {"task": task, "training lengths": TIMES[-1]}
+    a, b = (value(layers=layers, position=position, **far) for layers, position in (one, other))
+    return None if a is None or b is None else a > b + by
+
+  return holds
+
+
+EXPERIMENT = Experiment(
+  name="position",
+  title="Position encoding in hybrids, and longer rows",
+  about=(
+    "Linear layers know the order of tokens by themselves; do the softmax layers of a hybrid need it said again? "
+    "Rotary encoding of all channels, of a quarter (Qwen3-Next) or of none (Kimi Linear), in hybrids of three Gated "
+    "DeltaNet layers to one and in softmax attention alone. Trained at one length, tested at up to eight times as "
+    "much."
+  ),
+  source="none",
+  cells=cells,
+  plot={"x": "training lengths", "line": "model", "facet": "task"},
+  predictions=(
+    Prediction(
+      "Recall at eight times the length: a hybrid without position encoding is better than one with RoPE.",
+      better_far("recall", ("hybrid", "none"), ("hybrid", "RoPE")),
+    ),
+    Prediction(
+      "Recall at eight times the length: a hybrid with RoPE is better than softmax attention with RoPE.",
+      better_far("recall", ("hybrid", "RoPE"), ("softmax", "RoPE")),
+    ),
+    Prediction(
+      "Needle at eight times the length: a hybrid without position encoding is better than softmax attention "
+      "without.",
+      better_far("needle", ("hybrid", "none"), ("softmax", "none")),
+    ),
+  ),
+)  # fmt: skip
+
+if __name__ == "__main__":
+  main(EXPERIMENT)

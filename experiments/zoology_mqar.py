@@ -1,0 +1,142 @@
+"""Recall against the size of the state: Zoology's Figure 2 (arXiv:2312.04927), with the mixers of today.
+
+python -m experiments.zoology_mqar [--size=cpu|gpu|paper] [--only=mixer=softmax] [--seeds=3]
+"""
+
+import dataclasses
+
+from attnlab import accounting
+from attnlab.config import resolve
+from experiments.cells import Cell, Experiment, Prediction, Test, config
+from experiments.harness import main
+
+LINEAR = ("linear_attention", "mamba2", "gla", "deltanet", "gated_deltanet", "kda", "comba")
+# The cheapest of each kind: none, decay, delta rule, both.
+FEW = ("linear_attention", "mamba2", "deltanet", "gated_deltanet")
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+  """A protocol.
+
+  Attributes:
+    rows: lengths and numbers of pairs.
+    vocab_size: half keys, half values.
+    widths: of the model; a mixer has two heads of half of it.
+    mixers: linear ones; softmax attention comes with them.
+    examples, batch_size, epochs: of training, which ends early at 99 % of validation.
+    learning_rates: the grid.
+  """
+
+  rows: tuple[tuple[int, int], ...]
+  vocab_size: int
+  widths: tuple[int, ...]
+  mixers: tuple[str, ...]
+  examples: int
+  batch_size: int
+  epochs: int
+  learning_rates: tuple[float, ...]
+
+
+SIZES = {
+  "cpu": Size(((64, 16),), 128, (16, 32, 64), FEW, 25_600, 32, 1, (5e-3, 1e-2)),
+  "gpu": Size(
+    ((256, 64), (512, 64)), 1024, (32, 64, 128, 256), LINEAR, 100_000, 256, 16, (1e-3, 3e-3)
+  ),
+  # The settings of Figure 2, whose grid of rates has four from 1e-4 to 1e-2.
+  "paper": Size(
+    ((64, 4), (128, 8), (256, 16), (512, 64)), 8192, (64, 128, 256, 512), LINEAR, 100_000, 256, 64,
+    (1e-4, 4.6e-4, 2.2e-3, 1e-2),
+  ),
+}  # fmt: skip
+
+
+def pattern(mixer: str, width: int) -> str:
+  heads = f"num_heads=2, head_dim={width // 2}"
+  if mixer == "softmax":
+    return f"softmax({heads})"
+  values = "state_dim" if mixer == "mamba2" else "value_dim"
+  return f"{mixer}({heads}, {values}={width // 2}, conv_size=4)"
+
+
+def cell(size: str, length: int, pairs: int, width: int, mixer: str) -> Cell:
+  s = SIZES[size]
+  args = dict(vocab_size=s.vocab_size, num_kv_pairs=pairs, random_non_queries=False)
+  steps = s.epochs * s.examples // s.batch_size
+  c = config(
+    pattern(mixer, width), "mqar", args | dict(train_examples=s.examples), seq_len=length, layers=2,
+    d_model=width, steps=steps, batch_size=s.batch_size, stop_accuracy=0.99,
+  )  # fmt: skip
+  facts = lambda: {"state bytes": accounting.cache_bytes(resolve(c).model, length)}  # noqa: E731
+  axes = {"length": length, "pairs": pairs, "d_model": width, "mixer": mixer}
+  return Cell(axes, c, s.learning_rates, (Test(chance=2 / s.vocab_size),), facts)
+
+
+def cells(size: str) -> list[Cell]:
+  s = SIZES[size]
+  return [
+    cell(size, *row, width, mixer)
+    for row in s.rows
+    for mixer in ("softmax", *s.mixers)
+    for width in s.widths
+  ]
+
+
+def at_the_last(value, mixer: str, width: int) -> float | None:
+  """A value at the longest row of the size that has been run, and at its narrowest (0) or widest (-1)."""
+  for s in SIZES.values():
+    length, pairs = s.rows[-1]
+    found = value(length=length, pairs=pairs, d_model=s.widths[width], mixer=mixer)
+    if found is not None:
+      return found
+  return None
+
+
+def attention_needs_no_width(value) -> bool | None:
+  narrow, wide = (at_the_last(value, "softmax", i) for i in (0, -1))
+  return None if narrow is None or wide is None else narrow > wide - 10
+
+
+def a_state_grows(value) -> bool | None:
+  pairs = [[at_the_last(value, m, i) for i in (0, -1)] for m in FEW]
+  if any(None in pair for pair in pairs):
+    return None
+  return all(wide > narrow + 20 for narrow, wide in pairs)
+
+
+def delta_is_best(value) -> bool | None:
+  got = [at_the_last(value, m, 1) for m in ("gated_deltanet", "linear_attention")]
+  return None if None in got else got[0] > got[1] + 10
+
+
+EXPERIMENT = Experiment(
+  name="zoology_mqar",
+  title="Recall against the size of the state (Zoology, Figure 2)",
+  about=(
+    "Two layers of a mixer alone, at several widths: how many bytes of state does it take to recall the pairs? "
+    "Softmax attention keeps all of them, so that its cache grows with the row and not with the width's square.\n\n"
+    "The paper's figure shows attention at about 100 % at every width, and the recurrences and convolutions of its "
+    "time in need of a width that grows with the row; its values are drawn, not told. One rate's grid, no dropout "
+    "and no weight decay is ours; batches are 256 at every length."
+  ),
+  source="none: arXiv:2312.04927 draws Figure 2 without values",
+  cells=cells,
+  plot={"x": "state bytes", "line": "mixer", "facet": "length"},
+  predictions=(
+    Prediction(
+      "Softmax attention loses less than 10 points from the widest model to the narrowest.",
+      attention_needs_no_width,
+    ),
+    Prediction(
+      "Every linear mixer of four (none, decay, delta, both) gains 20 points from the narrowest model to the widest.",
+      a_state_grows,
+    ),
+    Prediction(
+      "At the second width, Gated DeltaNet is better than linear attention by 10 points.",
+      delta_is_best,
+    ),
+  ),
+)  # fmt: skip
+
+if __name__ == "__main__":
+  main(EXPERIMENT)
