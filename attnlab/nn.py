@@ -123,7 +123,9 @@ class RMSNorm(nnx.Module):
 
   def heads(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """The norm of each head, D being heads of ``size`` channels side by side."""
-    y = _over_heads(x, self.size, lambda total: jax.lax.rsqrt(total / self.size + self.eps))
+    y = x.astype(jnp.float32)
+    square = head_sums(y * y, self.size, x.dtype) / self.size
+    y = y * expand_heads(jax.lax.rsqrt(square + self.eps), self.size)
     if self.scale is not None:
       scale = sharding.put(self.scale[...], *self.scale.get_metadata()["axes"])
       y = y * sharding.put(jnp.tile(scale, x.shape[-1] // self.size), "heads")
@@ -131,7 +133,7 @@ class RMSNorm(nnx.Module):
 
 
 class HeadNorm(nnx.Module):
-  """Normalises [B, T, heads, size] within groups of heads, in float32, with a scale for each channel of each head.
+  """Normalises within groups of heads, in float32, with a scale for each channel of each head.
 
   Args:
     groups: how many groups of heads have a norm of their own; 1: one norm over all channels.
@@ -142,7 +144,7 @@ class HeadNorm(nnx.Module):
   def __init__(
     self, heads: int, size: int, groups: int | None = None, eps: float = 1e-6, center: bool = False
   ):
-    self.heads, self.groups, self.eps = heads, groups or heads, eps
+    self.count, self.size, self.groups, self.eps = heads, size, groups or heads, eps
     if heads % self.groups or (center and self.groups != heads):
       raise ValueError(f"cannot normalise {heads} heads in {groups} groups (center={center})")
     ones, zeros = jax.nn.initializers.ones, jax.nn.initializers.zeros
@@ -150,56 +152,78 @@ class HeadNorm(nnx.Module):
     self.scale = param(key, ones, shape, axes, weight_decay=False)
     self.bias = param(key, zeros, shape, axes, weight_decay=False) if center else None
 
-  def __call__(self, x: Float[Array, "B T heads size"]) -> Float[Array, "B T heads size"]:
+  def heads(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """The norm, D being heads of ``size`` channels side by side."""
     y = x.astype(jnp.float32)
     if self.bias is not None:
-      y = y - jnp.mean(y, axis=-1, keepdims=True)
-    square = jnp.mean(y * y, axis=-1)
-    if self.groups != self.heads:  # heads may lie on several devices: their means are few
+      y = y - expand_heads(head_sums(y, self.size, x.dtype) / self.size, self.size)
+    square = head_sums(y * y, self.size, x.dtype) / self.size
+    if self.groups != self.count:  # heads may lie on several devices: their means are few
       square = sharding.put(square, "batch", None, None)
       each = square.reshape(*square.shape[:2], self.groups, -1)
       square = jnp.broadcast_to(jnp.mean(each, axis=-1, keepdims=True), each.shape)
-      square = sharding.put(square.reshape(x.shape[:3]), "batch", None, "heads")
-    y = y * jax.lax.rsqrt(square + self.eps)[..., None]
-    y = y * sharding.put(self.scale[...], "heads", None)
+      square = sharding.put(square.reshape(*square.shape[:2], -1), "batch", None, "heads")
+    y = y * expand_heads(jax.lax.rsqrt(square + self.eps), self.size)
+    y = y * by_channel(self.scale)
     if self.bias is not None:
-      y = y + sharding.put(self.bias[...], "heads", None)
+      y = y + by_channel(self.bias)
     return y.astype(x.dtype)
 
 
-def l2norm(x: Float[Array, "... D"], eps: float = 1e-6) -> Float[Array, "... D"]:
-  """``x / |x|`` over the last axis, in float32."""
-  y = x.astype(jnp.float32)
-  return (y * jax.lax.rsqrt(jnp.sum(y * y, axis=-1, keepdims=True) + eps)).astype(x.dtype)
-
-
 def l2norm_heads(x: Float[Array, "B T D"], size: int, eps: float = 1e-6) -> Float[Array, "B T D"]:
-  """``l2norm`` of each head, D being heads of ``size`` channels side by side."""
-  return _over_heads(x, size, lambda total: jax.lax.rsqrt(total + eps)).astype(x.dtype)
+  """``x / |x|`` of each head in float32, D being heads of ``size`` channels side by side."""
+  y = x.astype(jnp.float32)
+  factor = jax.lax.rsqrt(head_sums(y * y, size, x.dtype) + eps)
+  return (y * expand_heads(factor, size)).astype(x.dtype)
 
 
-def _over_heads(x: Float[Array, "B T D"], size: int, factor) -> Float[Array, "B T D"]:
-  """x in float32, each head times ``factor`` of its sum of squares.
+# --- heads side by side ---
+#
+# A TPU lays out [B, T, heads, size] differently from [B, T, heads * size]: what took the one view of
+# the other's data would copy all of it, in float32. So sums over a head, and back, are products with
+# a matrix of zeros and ones.
 
-  A TPU lays out [B, T, heads, size] differently from [B, T, heads * size]: every norm that took the one
-  view of the other's data would copy all of it, in float32. So sums over a head, and back, are
-  products with a matrix of zeros and ones. Squares of bfloat16 numbers may be rounded to bfloat16:
-  an error of 2^-9 / sqrt(size) in their sum.
+
+def head_sums(
+  x: Float[Array, "B T D"], size: int, dtype: jax.typing.DTypeLike = jnp.float32
+) -> Float[Array, "B T heads"]:
+  """Sums in float32 over each head of ``size`` channels.
+
+  Where ``dtype``, that of what x was computed from, is bfloat16, numbers may be rounded to it before they are added:
+  an error of 2^-9 / sqrt(size) in a sum of squares.
   """
   heads = x.shape[-1] // size
   if heads % sharding.size("heads"):  # devices hold parts of heads
-    y = sharding.split(x, heads, size).astype(jnp.float32)
-    return sharding.merge(y * factor(jnp.sum(y * y, axis=-1, keepdims=True)), 2)
-  rounding = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.sum(sharding.split(x, heads, size), axis=-1)
+  precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
   def on_device(x):
-    member = jnp.repeat(jnp.eye(x.shape[-1] // size), size, axis=0)
-    y = x.astype(jnp.float32)
-    total = jnp.matmul(y * y, member, precision=rounding)
-    return y * jnp.matmul(factor(total), member.T, precision=jax.lax.Precision.HIGHEST)
+    return jnp.matmul(x, _members(x.shape[-1] // size, size), precision=precision)
 
   axes = ("batch", None, "heads")
   return sharding.local(on_device, (axes,), axes)(x)
+
+
+def expand_heads(x: Float[Array, "B T heads"], size: int) -> Float[Array, "B T D"]:
+  """Each head's float32 number at all of its ``size`` channels."""
+  if x.shape[-1] % sharding.size("heads"):
+    x = sharding.put(x, "batch", None, None)
+    return sharding.put(jnp.repeat(x, size, axis=-1), "batch", None, "heads")
+
+  def on_device(x):
+    return jnp.matmul(x, _members(x.shape[-1], size).T, precision=jax.lax.Precision.HIGHEST)
+
+  axes = ("batch", None, "heads")
+  return sharding.local(on_device, (axes,), axes)(x)
+
+
+def _members(heads: int, size: int) -> Float[Array, "D heads"]:
+  return jnp.repeat(jnp.eye(heads), size, axis=0)
+
+
+def by_channel(p: nnx.Param) -> Float[Array, "D"]:
+  """A parameter [heads, size] for heads that lie side by side."""
+  return sharding.put(sharding.merge(sharding.put(p[...], "heads", None), 2), "heads")
 
 
 class ShortConv(nnx.Module):

@@ -141,7 +141,7 @@ def merge(x: jax.Array, count: int, axis: str = "heads") -> jax.Array:
   shape = (*x.shape[:-count], math.prod(x.shape[-count:]))
   if mesh is None:
     return x.reshape(shape)
-  names = ("batch",) + (None,) * (len(shape) - 2) + (axis,)
+  names = ("batch", *(None,) * len(shape))[: len(shape) - 1] + (axis,)
   fits = x.shape[-count] % _size(axis, mesh) == 0
   spec = _spec(shape, names if fits else (*names[:-1], None), mesh, 1)
   return jax.lax.reshape(x, shape, out_sharding=spec)

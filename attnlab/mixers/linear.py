@@ -155,10 +155,7 @@ class LinearMixer(Mixer):
   def output(self, o: Float[Array, "B T Hv V"], x: Float[Array, "B T D"], signals: Signals):
     """What leaves the layer: by default ``W_o (norm(o) * act(W_g x))``, the norm over each head."""
     del signals
-    if isinstance(self.out_norm, RMSNorm):
-      o = self.out_norm.heads(sharding.merge(o, 2))
-    else:
-      o = sharding.merge(self.out_norm(o), 2)
+    o = self.out_norm.heads(sharding.merge(o, 2))
     if self.gate_proj is not None:
       gate = self.gate_activation(self.gate_proj(x).astype(jnp.float32))
       o = (o * gate).astype(x.dtype)

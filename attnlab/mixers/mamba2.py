@@ -84,10 +84,10 @@ class Mamba2(LinearMixer):
 
   def output(self, o, x, signals):
     """``W_o norm((o + D x) * silu(z))``: the norm is after the gate."""
-    D = sharding.put(self.D[...], "heads")[:, None]
-    z = sharding.split(self.gate_proj(x), self.Hv, self.V).astype(jnp.float32)
-    y = (o + D * signals["x"]) * jax.nn.silu(z)
-    return self.out_proj(sharding.merge(self.out_norm(y).astype(x.dtype), 2))
+    D = sharding.put(jnp.repeat(sharding.put(self.D[...], None), self.V), "heads")
+    z = self.gate_proj(x).astype(jnp.float32)
+    y = (sharding.merge(o, 2) + D * sharding.merge(signals["x"], 2)) * jax.nn.silu(z)
+    return self.out_proj(self.out_norm.heads(y).astype(x.dtype))
 
   @staticmethod
   def equation(S, x, dt, A, B, C):

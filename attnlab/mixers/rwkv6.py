@@ -99,13 +99,14 @@ class RWKV6(LinearMixer):
     )
     w = sharding.split(self.w_lora(mixed["w"]), self.H, self.K).astype(jnp.float32)
     g = -jnp.exp(sharding.put(self.decay[...], "heads", None) + w)
-    gate = sharding.split(self.gate_proj(mixed["g"]), self.H, self.V)
+    gate = self.gate_proj(mixed["g"])
     return dict(r=r, k=k, v=v, g=g, u=sharding.put(self.bonus[...], "heads", None), gate=gate)
 
   def output(self, o, x, signals):
     """``W_o (norm(o) * silu(W_g x_g))``, the norm over each head."""
     gate = jax.nn.silu(signals["gate"].astype(jnp.float32))
-    return self.out_proj(sharding.merge((self.out_norm(o) * gate).astype(x.dtype), 2))
+    o = self.out_norm.heads(sharding.merge(o, 2))
+    return self.out_proj((o * gate).astype(x.dtype))
 
   @staticmethod
   def equation(S, r, k, v, g, u):

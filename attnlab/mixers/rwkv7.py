@@ -10,7 +10,18 @@ from attnlab import sharding
 from attnlab.mixers.base import Layer, Mixer, register
 from attnlab.mixers.linear import LinearMixer
 from attnlab.mixers.rwkv6 import rwkv_depth, rwkv_sizes
-from attnlab.nn import HeadNorm, Linear, LowRank, TokenShift, fan_in, l2norm, param
+from attnlab.nn import (
+  HeadNorm,
+  Linear,
+  LowRank,
+  TokenShift,
+  by_channel,
+  expand_heads,
+  fan_in,
+  head_sums,
+  l2norm_heads,
+  param,
+)
 from pallas_kernels import rwkv7
 
 _MIXED = ("r", "w", "k", "v", "a", "g")
@@ -104,25 +115,24 @@ class RWKV7(LinearMixer):
       return sharding.split(y, self.H, self.K)
 
     def gate(name):  # sigmoid(bias + low-rank map), float32
-      bias = sharding.put(getattr(self, f"{name}0")[...], "heads", None)
-      low_rank = heads(getattr(self, f"{name}_lora")(mixed[name]))
-      return jax.nn.sigmoid(bias + low_rank.astype(jnp.float32))
+      low_rank = getattr(self, f"{name}_lora")(mixed[name]).astype(jnp.float32)
+      return jax.nn.sigmoid(by_channel(getattr(self, f"{name}0")) + low_rank)
 
-    k_k, k_a = (sharding.put(p[...], "heads", None) for p in (self.k_k, self.k_a))
-    r, k, v = (heads(getattr(self, f"{name}_proj")(mixed[name])) for name in "rkv")
+    r, k, v = (getattr(self, f"{name}_proj")(mixed[name]) for name in "rkv")
     a = gate("a")
+    own_v = v = heads(v)
     if "rwkv7_v" in ctx.shared:
       first = sharding.put(ctx.shared["rwkv7_v"], "batch", None, "heads", None)
-      lean = ctx.shared["rwkv7_has_v"][..., None, None] * gate("v")
-    own_v, v = v, v if "rwkv7_v" not in ctx.shared else (v + (first - v) * lean).astype(x.dtype)
+      lean = ctx.shared["rwkv7_has_v"][..., None, None] * heads(gate("v"))
+      v = (v + (first - v) * lean).astype(x.dtype)
     return dict(
-      r=r,
-      w=-(jnp.e**-0.5) * gate("w"),
-      k=(k * (1 + (a - 1) * k_a)).astype(x.dtype),
+      r=heads(r),
+      w=-(jnp.e**-0.5) * heads(gate("w")),
+      k=heads((k * (1 + (a - 1) * by_channel(self.k_a))).astype(x.dtype)),
       v=v,
-      kappa=l2norm(k * k_k).astype(x.dtype),
-      a=a,
-      gate=heads(self.g_lora(mixed["g"])),
+      kappa=heads(l2norm_heads(k * by_channel(self.k_k), self.K).astype(x.dtype)),
+      a=heads(a),
+      gate=self.g_lora(mixed["g"]),
       own_v=own_v,
     )
 
@@ -138,10 +148,10 @@ class RWKV7(LinearMixer):
 
   def output(self, o, x, signals):
     """``W_o ((norm(o) + (sum r k r_k) v) * g)``, the norm and the sum over each head."""
-    r, k, v = (signals[name].astype(jnp.float32) for name in "rkv")
-    r_k = sharding.put(self.r_k[...], "heads", None)
-    y = self.out_norm(o) + jnp.sum(r * k * r_k, axis=-1, keepdims=True) * v
-    return self.out_proj(sharding.merge((y * signals["gate"]).astype(x.dtype), 2))
+    r, k, v = (sharding.merge(signals[name], 2).astype(jnp.float32) for name in "rkv")
+    own = expand_heads(head_sums(r * k * by_channel(self.r_k), self.K), self.V) * v
+    o = self.out_norm.heads(sharding.merge(o, 2))
+    return self.out_proj(((o + own) * signals["gate"]).astype(x.dtype))
 
   @staticmethod
   def equation(S, r, w, k, v, kappa, a):
