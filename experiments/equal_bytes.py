@@ -13,7 +13,7 @@ from attnlab.config import resolve
 from experiments.cells import Cell, Experiment, Prediction, Test, config, greatest
 from experiments.harness import main
 
-LINEAR = ("gated_deltanet", "mamba2", "linear_attention")
+LINEAR = ("deltanet", "kda", "linear_attention")
 WINDOWS = ("swa, equal bytes", "swa, equal FLOPs")
 
 
@@ -54,9 +54,7 @@ SIZES = {
 def linear(name: str, head_dim: int) -> str:
   """The pattern of a linear mixer with two heads and head_dim x head_dim states. Convolutions are part of the "
   "state."""
-  values = "state_dim" if name == "mamba2" else "value_dim"
-  conv = ", conv_size=4" if name == "linear_attention" else ""
-  return f"{name}(num_heads=2, head_dim={head_dim}, {values}={head_dim}{conv})"
+  return f"{name}(num_heads=2, head_dim={head_dim}, value_dim={head_dim}, conv_size=4)"
 
 
 def equal_window(
@@ -95,7 +93,7 @@ def _config(size: str, pattern: str) -> ConfigDict:
 def cell(size: str, head_dim: int, name: str) -> Cell:
   s = SIZES[size]
   if name in WINDOWS:
-    delta = resolve(_config(size, linear("gated_deltanet", head_dim))).model
+    delta = resolve(_config(size, linear("deltanet", head_dim))).model
     w = equal_window(
       delta, lambda w: resolve(_config(size, _swa(head_dim, w))).model, name.split()[-1]
     )
@@ -119,7 +117,7 @@ def cells(size: str) -> list[Cell]:
 
 
 def against_the_window(shortest: bool):
-  """Of the smallest heads: that the window of equal bytes is at least as good as Gated DeltaNet at the shortest length
+  """Of the smallest heads: that the window of equal bytes is at least as good as DeltaNet at the shortest length
   within two points, or that it is worse by twenty at the training length."""
 
   def holds(value):
@@ -127,7 +125,7 @@ def against_the_window(shortest: bool):
       length = s.tests[0] if shortest else s.length
       delta, swa = (
         value(head_dim=s.head_dims[0], length=length, mixer=name)
-        for name in ("gated_deltanet", "swa, equal bytes")
+        for name in ("deltanet", "swa, equal bytes")
       )
       if delta is not None and swa is not None:
         return swa >= delta - 2 if shortest else swa < delta - 20
@@ -149,9 +147,9 @@ EXPERIMENT = Experiment(
   title="Sliding window against linear attention, at equal bytes and at equal FLOPs",
   about=(
     "Decoding waits for memory, so the fair rival of a linear state is a window of keys and values of as many bytes. "
-    "Both are asked for pairs seen at the beginning of a row, anywhere in it, random ids between: the longer the "
+    "Both are asked for pairs seen at the beginning of a row, anywhere in it, with blanks between: the longer the "
     "row, the farther back. Trained at one length, tested at all.\n\n"
-    "The windows are derived by attnlab.accounting: the greatest that needs no more bytes than Gated DeltaNet's "
+    "The windows are derived by attnlab.accounting: the greatest that needs no more bytes than DeltaNet's "
     "state and convolutions in its two layers, or no more FLOPs a token in training. Two layers of a window reach "
     "back twice as far."
   ),
@@ -161,7 +159,7 @@ EXPERIMENT = Experiment(
   predictions=(
     Prediction(
       "With the smallest heads and at the shortest length, where most pairs lie inside it, the window of equal bytes "
-      "is as good as Gated DeltaNet.",
+      "is as good as DeltaNet.",
       against_the_window(True),
     ),
     Prediction(

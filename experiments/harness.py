@@ -375,7 +375,9 @@ def main(experiment: Experiment) -> None:
   flags.DEFINE_string("out", None, "Where the report goes. Default: WORKDIR/NAME-SIZE.")
   flags.DEFINE_bool("report", False, "Only the report, of what has been run.")
   flags.DEFINE_list("devices", [], "Numbers of the accelerators to use. Default: all.")
-  command = shlex.join(["python", "-m", f"experiments.{experiment.name}", *sys.argv[1:]])
+  # As it is told: where things lie, and that it was only a report, changes no figure.
+  told = [a for a in sys.argv[1:] if a.split("=")[0] not in ("--workdir", "--out", "--report")]
+  command = shlex.join(["python", "-m", f"experiments.{experiment.name}", *told])
   cli.run(lambda _: _main(experiment, command))
 
 
