@@ -1,0 +1,519 @@
+"""Block-sparse attention as Pallas Mosaic GPU kernels for Hopper: the blocks of neighbouring queries are visited together.
+
+A warpgroup's matrices have 64 rows: some neighbouring queries times the heads of their group. Each block that one of
+the queries chose is loaded once for all of them, and hidden from those that did not choose it. What neighbours share,
+and with trained indexers they share most, is neither read nor multiplied twice.
+
+The backward pass has two kernels. One walks the same blocks again for the gradients of queries. For those of keys and
+values the table is inverted: each tile of keys walks the tiles of queries that visit it. Some keys (a document's first,
+say) are visited by all queries; the walks are cut in parts of equal length, each with sums of its own, which are added
+in the end.
+
+Not served: blocks of single tokens (DSA). A Hopper GPU's bulk copies take rows that lie together; chosen tokens would
+be copied row by row.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array
+
+from pallas_kernels import dispatch
+from pallas_kernels.block_sparse import gpu_tables
+from pallas_kernels.block_sparse.reference import Blocks
+
+# Rows of a warpgroup's matrices, and keys of a step.
+_ROWS = 64
+# Logits of what is hidden, and the least that the softmax's maximum is: exp2 of the difference is zero.
+_HIDDEN, _LEAST = -1e30, -1e20
+# Visits of a part of a walk over queries.
+_PART = 1024
+_LOG2E = math.log2(math.e)
+_MATRIX = plgpu.Layout.WGMMA
+_COLUMN, _ROW = _MATRIX.reduce(1), _MATRIX.reduce(0)
+
+
+def check(q, k, v, blocks: Blocks) -> None:
+  """Raises NotImplementedError, saying why, where the kernels cannot serve the call on this machine."""
+  if dispatch.platform() != "gpu":
+    raise NotImplementedError(f"the Pallas kernel needs a GPU; this is a {dispatch.platform()}")
+  limitations(q, k, v, blocks)
+
+
+def limitations(q, k, v, blocks: Blocks) -> None:
+  """The part of ``check`` that does not ask where it runs."""
+  if not q.dtype == k.dtype == v.dtype == jnp.bfloat16:
+    raise NotImplementedError(
+      f"the GPU kernel takes bfloat16; got {q.dtype}, {k.dtype} and {v.dtype}"
+    )
+  if blocks.size % _ROWS:
+    raise NotImplementedError(f"the GPU kernel has blocks of multiples of {_ROWS} tokens")
+  D, V, heads = q.shape[3], v.shape[3], q.shape[2] // blocks.indices.shape[1]
+  if D % 64 or V % 64 or D > 192 or V > 192:
+    raise NotImplementedError(
+      f"the GPU kernel has keys and values of 64, 128 or 192; got {D} and {V}"
+    )
+  if heads > _ROWS:
+    raise NotImplementedError(f"a group has {heads} heads; the GPU kernel takes up to {_ROWS}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+  """Static facts of a call.
+
+  Attributes:
+    B, heads, groups: batch, key heads, groups of query heads.
+    rows: heads of a group, with what pads them to a power of two; tokens: queries of a tile; tiles: of a sequence.
+    Tk: keys, with what pads them.
+    size: tokens of a block; width: keys that are loaded for 64 of them.
+  """
+
+  B: int
+  heads: int
+  groups: int
+  rows: int
+  tokens: int
+  tiles: int
+  Tk: int
+  D: int
+  V: int
+  size: int
+  width: int
+
+  @classmethod
+  def of(cls, q, k, v, blocks: Blocks) -> "_Plan":
+    (B, T, H, D), (Tk, Hkv) = q.shape, k.shape[1:3]
+    G = blocks.indices.shape[1]
+    # 32 bits say which of a tile's queries chose a block.
+    rows = max(2, 1 << (H // G - 1).bit_length())
+    tokens = _ROWS // rows
+    # A block may reach past the last key.
+    reach = 0 if blocks.layout.aligned and Tk % blocks.size == 0 else blocks.size + 16
+    Tk = -(-(Tk + reach) // _ROWS) * _ROWS
+    # Bulk copies begin at multiples of 8 rows, and products have multiples of 16; documents may begin anywhere.
+    width = _ROWS if blocks.layout.aligned else _ROWS + 16
+    return cls(B, Hkv, G, rows, tokens, -(-T // tokens), Tk, D, v.shape[3], blocks.size, width)
+
+  def by_tile(self, x: Array) -> Array:
+    """[B, T, H, ...] -> [B, G, tiles 64, ...], padded with zeros."""
+    B, T, H = x.shape[:3]
+    x = x.reshape(B, T, self.groups, H // self.groups, *x.shape[3:])
+    pad = [(0, 0)] * x.ndim
+    pad[1], pad[3] = (0, self.tiles * self.tokens - T), (0, self.rows - x.shape[3])
+    x = jnp.moveaxis(jnp.pad(x, pad), 2, 1)
+    return x.reshape(B, self.groups, self.tiles * _ROWS, *x.shape[4:])
+
+  def from_tiles(self, x: Array, like: Array) -> Array:
+    """The inverse of ``by_tile``, for queries and heads of ``like``."""
+    B, T, H = like.shape[:3]
+    x = x.reshape(B, self.groups, self.tiles * self.tokens, self.rows, *x.shape[3:])
+    x = jnp.moveaxis(x[:, :, :T, : H // self.groups], 1, 2)
+    return x.reshape(B, T, H, *x.shape[4:])
+
+  def of_rows(self, last: Array, *more: Array) -> Array:
+    """[B, G, tiles, 2 + n, 64] float32 of each row: its query's bit and last key, and what else is there of it."""
+    shape = (self.B, self.groups, self.tiles, _ROWS)
+    bit = jnp.left_shift(1, jnp.arange(_ROWS) // self.rows)
+    bit = jax.lax.bitcast_convert_type(bit, jnp.float32)
+    last = jnp.repeat(last, self.rows, axis=1).reshape(self.B, 1, self.tiles, _ROWS)
+    last = jax.lax.bitcast_convert_type(last, jnp.float32)
+    more = (x.reshape(shape) for x in more)
+    return jnp.stack([jnp.broadcast_to(x, shape) for x in (bit, last, *more)], axis=3)
+
+  def matrix(self, width: int, dtype=jnp.bfloat16, count: int | None = None, rows: int = _ROWS):
+    """Shared memory of some rows, as the tensor cores and bulk copies want it; ``count`` of them."""
+    shape = (rows, width) if count is None else (count, rows, width)
+    lanes = 128 // jnp.dtype(dtype).itemsize
+    return plgpu.SMEM(
+      shape, dtype, transforms=(plgpu.TilingTransform((8, lanes)), plgpu.SwizzleTransform(128))
+    )
+
+
+def _product(a, b, columns: int):
+  """a b in float32, of 64 rows, both in shared memory."""
+
+  def run(acc):
+    plgpu.wgmma(acc, a, b)
+    return acc[...]
+
+  return pl.run_scoped(run, plgpu.ACC((_ROWS, columns), jnp.float32))
+
+
+def _times(a, b, spare):
+  """``_product`` for a that is in registers, and 64 columns of b.
+
+  Pallas's interpreter multiplies only what is in shared memory: there, and only there, is some of it to spare.
+  """
+  if spare is None:
+    return _product(a, b, 64)
+  spare = spare.at[jax.lax.axis_index("warpgroup"), :, pl.ds(0, a.shape[1])]
+  spare[...] = a
+  plgpu.commit_smem()
+  return _product(spare, b, 64)
+
+
+def _spread(x, axis: int, columns: int = _ROWS):
+  """A vector along one axis of a matrix of 64 rows."""
+  return jax.lax.broadcast_in_dim(x, (_ROWS, columns), (axis,))
+
+
+def _pieces(width: int) -> list:
+  """Columns, 64 at a time: sums of more would be in registers twice."""
+  return [pl.ds(i, 64) for i in range(0, width, 64)]
+
+
+def _zeros(width: int):
+  return tuple(
+    plgpu.layout_cast(jnp.zeros((_ROWS, 64), jnp.float32), _MATRIX) for _ in _pieces(width)
+  )
+
+
+def _limit(bits, last, chosen, end):
+  """The last key before ``end`` that each row sees of a block, -1 where its query did not choose it."""
+  return jnp.where((bits & chosen) != 0, jnp.minimum(last, end - 1), -1)
+
+
+def _hide(p: _Plan, logits, column, limit, begin):
+  """The logits of keys that rows see: those from ``begin`` to a limit of each."""
+  seen = column <= _spread(limit, 0, p.width)
+  if p.width > _ROWS:
+    seen &= column >= begin
+  return jnp.where(seen, logits, _HIDDEN)
+
+
+def _place():
+  batch, group = jax.lax.axis_index("batch"), jax.lax.axis_index("group")
+  return batch, group, jax.lax.axis_index("tile")
+
+
+def _walk(p: _Plan, k, v, first, chosen, count, k_s, v_s, k_ready, v_ready, step, carry):
+  """Runs ``step`` for 64 keys at a time of all blocks that a tile visits, with copies that run ahead."""
+  batch, group, tile = _place()
+  head = jax.lax.div(group, jnp.int32(p.groups // p.heads))
+  within = p.size // _ROWS
+  steps, stages = count[batch, group, tile] * within, k_s.shape[0]
+
+  def place(i):
+    """The block of step i, its first key, and where the copy begins."""
+    block = jax.lax.div(i, jnp.int32(within))
+    begin = first[batch, group, tile, block] + jax.lax.rem(i, jnp.int32(within)) * _ROWS
+    return block, begin, pl.multiple_of(jax.lax.div(begin, jnp.int32(8)) * 8, 8)
+
+  def fetch(i):
+    slot = jax.lax.rem(i, jnp.int32(stages))
+    at = batch, pl.ds(place(i)[2], p.width), head
+    plgpu.copy_gmem_to_smem(k.at[at], k_s.at[slot], k_ready.at[slot])
+    plgpu.copy_gmem_to_smem(v.at[at], v_s.at[slot], v_ready.at[slot])
+
+  for i in range(stages):
+    pl.when(i < steps)(functools.partial(fetch, jnp.int32(i)))
+
+  def body(i, carry):
+    slot = jax.lax.rem(i, jnp.int32(stages))
+    block, begin, start = place(i)
+    facts = begin, start, chosen[batch, group, tile, block]
+    carry = step(*facts, *(x.at[slot] for x in (k_s, v_s, k_ready, v_ready)), carry)
+    pl.when(i + stages < steps)(functools.partial(fetch, i + stages))
+    return carry
+
+  return jax.lax.fori_loop(0, steps, body, carry)
+
+
+def _row_facts(rows_s, layout, count: int):
+  """The query's bit and last key of each row, and the ``count`` numbers that follow."""
+  load = lambda i: plgpu.load(rows_s.at[i], (), layout=layout)  # noqa: E731
+  whole = (jax.lax.bitcast_convert_type(load(i), jnp.int32) for i in (0, 1))
+  return *whole, *(load(2 + i) for i in range(count))
+
+
+def _forward_kernel(
+  p: _Plan, scale, q, k, v, rows, first, chosen, count, o, lse, q_s, k_s, v_s, rows_s, ready, k_ready,
+  v_ready, spare=None,
+):  # fmt: skip
+  batch, group, tile = _place()
+  own = pl.ds(tile * _ROWS, _ROWS)
+  plgpu.copy_gmem_to_smem(q.at[batch, group, own], q_s, ready)
+  plgpu.copy_gmem_to_smem(rows.at[batch, group, tile], rows_s, ready)
+  plgpu.barrier_wait(ready)
+  bits, last = _row_facts(rows_s, _COLUMN, 0)
+  column = plgpu.broadcasted_iota(jnp.int32, (_ROWS, p.width), 1, layout=_MATRIX)
+
+  def step(begin, start, chosen, k_s, v_s, k_ready, v_ready, carry):
+    top, total, acc = carry
+    plgpu.barrier_wait(k_ready)
+    logits = _product(q_s, k_s.T, p.width) * (scale * _LOG2E)
+    limit = _limit(bits, last, chosen, begin + _ROWS) - start
+    logits = _hide(p, logits, column, limit, begin - start)
+    new = jnp.maximum(top, jnp.max(logits, axis=1))
+    weights = jnp.exp2(logits - _spread(new, 0, p.width))
+    before = jnp.exp2(top - new)
+    total = total * before + jnp.sum(weights, axis=1)
+    weights = weights.astype(v_s.dtype)
+    plgpu.barrier_wait(v_ready)
+    acc = tuple(
+      x * _spread(before, 0) + _times(weights, v_s.at[:, at], spare)
+      for x, at in zip(acc, _pieces(p.V), strict=True)
+    )
+    return new, total, acc
+
+  def vector(x):
+    return plgpu.layout_cast(jnp.full((_ROWS,), x, jnp.float32), _COLUMN)
+
+  carry = vector(_LEAST), vector(0.0), _zeros(p.V)
+  top, total, acc = _walk(p, k, v, first, chosen, count, k_s, v_s, k_ready, v_ready, step, carry)
+  some = total > 0
+  share = jnp.where(some, 1 / jnp.where(some, total, 1), 0)
+  # The outputs leave through memory of values: two programs fit an SM, and hide each other's waits.
+  o_s = v_s.at[0, pl.ds(0, _ROWS)]
+  for x, at in zip(acc, _pieces(p.V), strict=True):
+    o_s[:, at] = (x * _spread(share, 0)).astype(o_s.dtype)
+  plgpu.commit_smem()
+  plgpu.copy_smem_to_gmem(o_s, o.at[batch, group, own])
+  nothing = vector(-jnp.inf)
+  logs = (top + jnp.log2(jnp.where(some, total, 1))) * (1 / _LOG2E)
+  lse[batch, group, own] = jnp.where(some, logs, nothing)
+  plgpu.wait_smem_to_gmem(0)
+
+
+def _queries_kernel(
+  p: _Plan, scale, q, k, v, do, rows, first, chosen, count, dq, q_s, do_s, k_s, v_s, rows_s, ready,
+  k_ready, v_ready, spare=None,
+):  # fmt: skip
+  batch, group, tile = _place()
+  own = pl.ds(tile * _ROWS, _ROWS)
+  plgpu.copy_gmem_to_smem(q.at[batch, group, own], q_s, ready)
+  plgpu.copy_gmem_to_smem(do.at[batch, group, own], do_s, ready)
+  plgpu.copy_gmem_to_smem(rows.at[batch, group, tile], rows_s, ready)
+  plgpu.barrier_wait(ready)
+  bits, last, lse, delta = _row_facts(rows_s, _COLUMN, 2)
+  column = plgpu.broadcasted_iota(jnp.int32, (_ROWS, p.width), 1, layout=_MATRIX)
+
+  def step(begin, start, chosen, k_s, v_s, k_ready, v_ready, dq):
+    plgpu.barrier_wait(k_ready)
+    logits = _product(q_s, k_s.T, p.width) * (scale * _LOG2E)
+    limit = _limit(bits, last, chosen, begin + _ROWS) - start
+    logits = _hide(p, logits, column, limit, begin - start)
+    weights = jnp.exp2(logits - _spread(lse, 0, p.width))
+    plgpu.barrier_wait(v_ready)
+    dweights = _product(do_s, v_s.T, p.width)
+    dlogits = (scale * weights * (dweights - _spread(delta, 0, p.width))).astype(k_s.dtype)
+    return tuple(
+      x + _times(dlogits, k_s.at[:, at], spare) for x, at in zip(dq, _pieces(p.D), strict=True)
+    )
+
+  dx = _walk(p, k, v, first, chosen, count, k_s, v_s, k_ready, v_ready, step, _zeros(p.D))
+  for x, at in zip(dx, _pieces(p.D), strict=True):
+    q_s[:, at] = x.astype(q_s.dtype)
+  plgpu.commit_smem()
+  plgpu.copy_smem_to_gmem(q_s, dq.at[batch, group, own])
+  plgpu.wait_smem_to_gmem(0)
+
+
+def _keys_kernel(
+  p: _Plan, scale, q, k, v, do, rows, first, chosen, tiles, keys, begins, ends, dk, dv, k_s, v_s,
+  q_s, do_s, rows_s, kv_ready, q_ready, do_ready, done,
+  spare=None,
+):  # fmt: skip
+  """One warpgroup has the sums of keys, one those of values: together they are more than a warpgroup's registers."""
+  batch, group, part = _place()
+  head = jax.lax.div(group, jnp.int32(p.groups // p.heads))
+  start = keys[batch, group, part] * _ROWS
+  begin, end = begins[batch, group, part], ends[batch, group, part]
+  stages, of_keys = q_s.shape[0], jax.lax.axis_index("warpgroup") == 0
+
+  def slot_of(i):
+    return jax.lax.rem(i - begin, jnp.int32(stages))
+
+  def fetch(i):
+    slot, tile = slot_of(i), tiles[batch, group, i]
+    own = pl.ds(tile * _ROWS, _ROWS)
+    plgpu.copy_gmem_to_smem(q.at[batch, group, own], q_s.at[slot], q_ready.at[slot])
+    plgpu.copy_gmem_to_smem(rows.at[batch, group, tile], rows_s.at[slot], q_ready.at[slot])
+    plgpu.copy_gmem_to_smem(do.at[batch, group, own], do_s.at[slot], do_ready.at[slot])
+
+  @pl.when(of_keys)
+  def _():
+    at = batch, pl.ds(start, _ROWS), head
+    plgpu.copy_gmem_to_smem(k.at[at], k_s, kv_ready)
+    plgpu.copy_gmem_to_smem(v.at[at], v_s, kv_ready)
+    for i in range(stages):
+      pl.when(begin + i < end)(functools.partial(fetch, begin + i))
+
+  plgpu.barrier_wait(kv_ready)
+  # Turned: keys are rows, and a query's rows are columns.
+  row = plgpu.broadcasted_iota(jnp.int32, (_ROWS, _ROWS), 0, layout=_MATRIX) + start
+
+  def weights_of(i):
+    slot, origin = slot_of(i), first[batch, group, i]
+    plgpu.barrier_wait(q_ready.at[slot])
+    bits, last, lse, delta = _row_facts(rows_s.at[slot], _ROW, 2)
+    logits = _product(k_s, q_s.at[slot].T, _ROWS) * (scale * _LOG2E)
+    limit = _limit(bits, last, chosen[batch, group, i], origin + p.size)
+    seen = (row <= _spread(limit, 1)) & (row >= origin)
+    weights = jnp.exp2(jnp.where(seen, logits, _HIDDEN) - _spread(lse, 1))
+    plgpu.barrier_wait(do_ready.at[slot])
+    return slot, weights, delta
+
+  def add(sums, x, y, slot):
+    return tuple(
+      s + _times(x, y.at[slot, :, at], spare)
+      for s, at in zip(sums, _pieces(y.shape[2]), strict=True)
+    )
+
+  def keys_step(i, sums):
+    slot, weights, delta = weights_of(i)
+    dweights = _product(v_s, do_s.at[slot].T, _ROWS)
+    dlogits = scale * weights * (dweights - _spread(delta, 1))
+    sums = add(sums, dlogits.astype(k_s.dtype), q_s, slot)
+    plgpu.barrier_arrive(done.at[slot])
+    plgpu.barrier_wait(done.at[slot])
+    pl.when(i + stages < end)(functools.partial(fetch, i + stages))
+    return sums
+
+  def values_step(i, sums):
+    slot, weights, _ = weights_of(i)
+    sums = add(sums, weights.astype(k_s.dtype), do_s, slot)
+    plgpu.barrier_arrive(done.at[slot])
+    return sums
+
+  def walk(step, out, width):
+    sums = jax.lax.fori_loop(begin, end, step, _zeros(width))
+    for x, at in zip(sums, _pieces(width), strict=True):
+      out[batch, group, part, :, at] = x
+
+  pl.when(of_keys)(lambda: walk(keys_step, dk, p.D))
+  pl.when(jnp.logical_not(of_keys))(lambda: walk(values_step, dv, p.V))
+
+
+def _call(p: _Plan, kernel, name, operands, outs, scratch, programs, interpret, warpgroups=1):
+  if interpret:
+    scratch = scratch | dict(spare=plgpu.SMEM((warpgroups, _ROWS, p.width), jnp.bfloat16))
+  return plgpu.kernel(
+    kernel,
+    out_type=outs,
+    grid=(p.B, p.groups, programs),
+    grid_names=("batch", "group", "tile"),
+    num_threads=warpgroups,
+    thread_name="warpgroup",
+    scratch_types=scratch,
+    compiler_params=plgpu.CompilerParams(approx_math=True),
+    kernel_name=name,
+    interpret=interpret,
+  )(*operands)
+
+
+def _padded(p: _Plan, x: Array) -> Array:
+  return jnp.pad(x, ((0, 0), (0, p.Tk - x.shape[1]), (0, 0), (0, 0)))
+
+
+def forward(q, k, v, sinks, blocks: Blocks, scale: float, interpret=None):
+  """As ``reference.forward``, but without the keys of the window."""
+  o, lse = _attend(q, k, v, blocks, scale, interpret)
+  if sinks is None:
+    return o, lse
+  with_sink = jnp.logaddexp(lse, sinks.astype(lse.dtype))
+  share = jnp.where(lse > -jnp.inf, jnp.exp(lse - with_sink), 0)
+  return (o * share[..., None]).astype(o.dtype), with_sink
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attend(q, k, v, blocks, scale, interpret):
+  return _attend_forward(q, k, v, blocks, scale, interpret)[0]
+
+
+def _attend_forward(q, k, v, blocks, scale, interpret):
+  p = _Plan.of(q, k, v, blocks)
+  visits = gpu_tables.visits(blocks, p.tokens, k.shape[1])
+  last = gpu_tables.last_seen(blocks, p.tiles * p.tokens)
+  queries, rows = p.by_tile(q), p.of_rows(last)
+  operands = queries, _padded(p, k), _padded(p, v), rows, visits.first, visits.chosen, visits.count
+  outs = (
+    jax.ShapeDtypeStruct((*queries.shape[:3], p.V), q.dtype),
+    jax.ShapeDtypeStruct(queries.shape[:3], jnp.float32),
+  )
+  scratch = dict(
+    q_s=p.matrix(p.D),
+    k_s=p.matrix(p.D, count=2, rows=p.width),
+    v_s=p.matrix(p.V, count=2, rows=p.width),
+    rows_s=plgpu.SMEM(rows.shape[3:], jnp.float32),
+    ready=plgpu.Barrier(num_arrivals=2),
+    k_ready=plgpu.Barrier(num_barriers=2),
+    v_ready=plgpu.Barrier(num_barriers=2),
+  )
+  kernel = functools.partial(_forward_kernel, p, scale)
+  o, lse = _call(p, kernel, "block_sparse_forward", operands, outs, scratch, p.tiles, interpret)
+  o, lse = p.from_tiles(o, q), p.from_tiles(lse, q)
+  return (o, lse), (q, k, v, blocks, o, lse)
+
+
+def _attend_backward(scale, interpret, residuals, cotangents):
+  q, k, v, blocks, o, lse = residuals
+  do, dlse = cotangents
+  p = _Plan.of(q, k, v, blocks)
+  # The softmax's derivative: dlogits = p (do . v - delta).
+  delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1) - dlse
+  finite = jnp.where(lse == -jnp.inf, 0, lse) * _LOG2E
+  visits = gpu_tables.visits(blocks, p.tokens, k.shape[1])
+  last = gpu_tables.last_seen(blocks, p.tiles * p.tokens)
+  rows = p.of_rows(last, p.by_tile(finite), p.by_tile(delta))
+  arrays = p.by_tile(q), _padded(p, k), _padded(p, v), p.by_tile(do.astype(q.dtype)), rows
+  dq = _queries(p, scale, arrays, visits, interpret)
+  dk, dv = _keys(p, scale, arrays, visits, blocks, interpret)
+  dk, dv = (
+    x.reshape(p.B, p.heads, -1, *x.shape[2:]).sum(2)[:, :, : k.shape[1]] for x in (dk, dv)
+  )
+  dk, dv = (jnp.moveaxis(x, 1, 2).astype(k.dtype) for x in (dk, dv))
+  return p.from_tiles(dq, q), dk, dv, None
+
+
+def _queries(p: _Plan, scale, arrays, visits, interpret):
+  q, rows = arrays[0], arrays[-1]
+  scratch = dict(
+    q_s=p.matrix(p.D),
+    do_s=p.matrix(p.V),
+    k_s=p.matrix(p.D, count=2, rows=p.width),
+    v_s=p.matrix(p.V, count=2, rows=p.width),
+    rows_s=plgpu.SMEM(rows.shape[3:], jnp.float32),
+    ready=plgpu.Barrier(num_arrivals=3),
+    k_ready=plgpu.Barrier(num_barriers=2),
+    v_ready=plgpu.Barrier(num_barriers=2),
+  )
+  kernel = functools.partial(_queries_kernel, p, scale)
+  operands = *arrays, visits.first, visits.chosen, visits.count
+  out = jax.ShapeDtypeStruct(q.shape, q.dtype)
+  return _call(p, kernel, "block_sparse_queries", operands, out, scratch, p.tiles, interpret)
+
+
+def _keys(p: _Plan, scale, arrays, visits, blocks, interpret):
+  """The gradients of keys and values of each group, [B, G, Tk, ...] float32."""
+  table = gpu_tables.visitors(visits, blocks, _ROWS, p.Tk, _PART)
+  parts, rows = table.keys.shape[2], arrays[-1]
+  outs = tuple(
+    jax.ShapeDtypeStruct((p.B, p.groups, parts, _ROWS, d), jnp.float32) for d in (p.D, p.V)
+  )
+  scratch = dict(
+    k_s=p.matrix(p.D),
+    v_s=p.matrix(p.V),
+    q_s=p.matrix(p.D, count=2),
+    do_s=p.matrix(p.V, count=2),
+    rows_s=plgpu.SMEM((2, *rows.shape[3:]), jnp.float32),
+    kv_ready=plgpu.Barrier(num_arrivals=2),
+    q_ready=plgpu.Barrier(num_arrivals=2, num_barriers=2),
+    do_ready=plgpu.Barrier(num_barriers=2),
+    done=plgpu.Barrier(num_arrivals=2, num_barriers=2),
+  )
+  kernel = functools.partial(_keys_kernel, p, scale)
+  operands = *arrays, table.first, table.chosen, table.tile, table.keys, table.begin, table.end
+  name = "block_sparse_keys"
+  sums = _call(p, kernel, name, operands, outs, scratch, parts, interpret, warpgroups=2)
+  add = lambda x, at: jax.ops.segment_sum(x, at, p.Tk // _ROWS, indices_are_sorted=True)  # noqa: E731
+  add = jax.vmap(jax.vmap(add))
+  return tuple(add(x, table.keys).reshape(p.B, p.groups, p.Tk, -1) for x in sums)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)

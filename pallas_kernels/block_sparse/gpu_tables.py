@@ -1,0 +1,114 @@
+"""What the GPU kernels visit: the blocks of some queries together, and the other way round the queries of keys."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from pallas_kernels.block_sparse.reference import Blocks
+
+_NEVER = jnp.iinfo(jnp.int32).max
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Visits:
+  """The blocks that the queries of a tile chose, each once, in the order of keys.
+
+  Attributes:
+    first: the first key of each block, ascending; none after ``count``.
+    chosen: bit i: the tile's query i chose it.
+    count: how many there are.
+  """
+
+  first: Int[Array, "B G tiles n"]
+  chosen: Int[Array, "B G tiles n"]
+  count: Int[Array, "B G tiles"]
+
+
+def last_seen(blocks: Blocks, T: int) -> Int[Array, "B T"]:
+  """The last key that each query sees of its blocks, -1 where none; padded to T queries."""
+  layout = blocks.layout
+  last = jnp.where(layout.positions >= 0, layout.positions - blocks.window, -1)
+  last = jnp.where(last >= layout.starts, last, -1)
+  return jnp.pad(last, ((0, 0), (0, T - last.shape[1])), constant_values=-1).astype(jnp.int32)
+
+
+def visits(blocks: Blocks, tokens: int, Tk: int) -> Visits:
+  """Of tiles of ``tokens`` neighbouring queries, at most 32."""
+  Tq = blocks.layout.positions.shape[0]
+  tiles = -(-Tq // tokens)
+  indices = jnp.repeat(blocks.indices, blocks.query_block, axis=2)[:, :, :Tq]
+  B, G, _, S = indices.shape
+  first = blocks.layout.starts[:, None, :, None] + indices * blocks.size
+  seen = (indices >= 0) & (first <= last_seen(blocks, Tq)[:, None, :, None])
+  # Blocks first, then queries: the queries of a block become neighbours.
+  key = jnp.where(seen, first * tokens + (jnp.arange(Tq) % tokens)[:, None], _NEVER)
+  pad = ((0, 0), (0, 0), (0, tiles * tokens - Tq), (0, 0))
+  key = jnp.pad(key, pad, constant_values=_NEVER).reshape(B, G, tiles, tokens * S)
+  key = jnp.sort(key, axis=-1)
+  first, bit = key // tokens, jnp.left_shift(1, key % tokens)
+  new = jnp.pad(first[..., 1:] != first[..., :-1], ((0, 0),) * 3 + ((1, 0),), constant_values=True)
+  seen = key < _NEVER
+  slot = jnp.cumsum(new, axis=-1) - 1
+  count = jnp.max(jnp.where(seen, slot + 1, 0), axis=-1)
+  most = tokens * S
+  if blocks.layout.aligned:
+    most = min(most, -(-Tk // blocks.size))
+
+  def compact(slot, seen, first, bit):
+    at = jnp.where(seen, slot, most)  # out of bounds: dropped
+    into = jnp.full(most, _NEVER).at[at].set(first, mode="drop")
+    return into, jnp.zeros(most, jnp.int32).at[at].add(bit, mode="drop")
+
+  for _ in range(3):
+    compact = jax.vmap(compact)
+  return Visits(*compact(slot, seen, first, bit), count.astype(jnp.int32))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Visitors:
+  """The tiles of queries that visit each tile of keys, in parts of bounded length.
+
+  Attributes:
+    first, chosen, tile: of a visit: the block's first key, the queries that chose it, the tile that they are in; in
+      the order of keys.
+    keys: the tile of keys that a part is of.
+    begin, end: the visits of a part.
+  """
+
+  first: Int[Array, "B G N"]
+  chosen: Int[Array, "B G N"]
+  tile: Int[Array, "B G N"]
+  keys: Int[Array, "B G parts"]
+  begin: Int[Array, "B G parts"]
+  end: Int[Array, "B G parts"]
+
+
+def visitors(v: Visits, blocks: Blocks, rows: int, Tk: int, part: int) -> Visitors:
+  """The inverse of ``visits``, for tiles of ``rows`` keys and parts of at most ``part`` visits.
+
+  A block that does not begin with a tile of keys is visited in one more of them.
+  """
+  B, G, tiles, n = v.first.shape
+  tile = jnp.broadcast_to(jnp.arange(tiles, dtype=jnp.int32)[:, None], v.first.shape)
+  flat = (x.reshape(B, G, -1) for x in (v.first, v.chosen, tile))
+  first, chosen, tile = jax.lax.sort(tuple(flat), dimension=-1, num_keys=1)
+  starts = jnp.arange(-(-Tk // rows)) * rows
+  over = blocks.size // rows + (not blocks.layout.aligned)
+  parts = -(-tiles * n * over // part) + len(starts)
+
+  def one(first):
+    low = jnp.searchsorted(first, starts - blocks.size + 1)
+    high = jnp.searchsorted(first, starts + rows)
+    ends = jnp.cumsum(-(-(high - low) // part))
+    numbers = jnp.arange(parts)
+    keys = jnp.minimum(jnp.searchsorted(ends, numbers, side="right"), len(starts) - 1)
+    within = numbers - jnp.where(keys > 0, ends[keys - 1], 0)
+    begin = low[keys] + within * part
+    end = jnp.minimum(begin + part, high[keys])
+    return tuple(x.astype(jnp.int32) for x in (keys, begin, jnp.maximum(begin, end)))
+
+  return Visitors(first, chosen, tile, *jax.vmap(jax.vmap(one))(first))
