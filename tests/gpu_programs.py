@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.block_sparse import block_sparse_attention
+from pallas_kernels.block_sparse.shapes import SHAPES
+
 
 def doubled():
   """A kernel of one block: in and out by way of shared memory."""
@@ -33,6 +36,22 @@ def too_large():
   return plgpu.kernel(body, out_type=x, scratch_types=dict(buffer=plgpu.SMEM(x.shape, x.dtype))), (
     x,
   )
+
+
+def packed(name: str):
+  """A block-sparse attention of documents, with every gradient."""
+  s, T = SHAPES[name], 4096
+  heads = (s.heads, s.key_dim), (s.kv_heads, s.key_dim), (s.kv_heads, s.value_dim)
+  q, k, v = (jax.ShapeDtypeStruct((1, T, *x), jnp.bfloat16) for x in heads)
+  indices = jax.ShapeDtypeStruct((1, s.groups, T, s.top_k), jnp.int32)
+  ids = jax.ShapeDtypeStruct((1, T), jnp.int32)
+
+  def loss(q, k, v, indices, ids):
+    options = dict(block_size=s.block_size, segment_ids=ids, backend="gpu")
+    o, lse = block_sparse_attention(q, k, v, indices, **options)
+    return jnp.sum(o.astype(jnp.float32)) + jnp.sum(lse)
+
+  return jax.grad(loss, (0, 1, 2)), (q, k, v, indices, ids)
 
 
 def fatal():

@@ -6,11 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams
 from quick import jit
 
 from pallas_kernels.block_sparse import (
   Layout,
+  api,
   block_sparse_attention,
+  gpu,
   merge_attention,
   over_queries,
   select_blocks,
@@ -37,11 +41,11 @@ def small_chunks(monkeypatch):
   monkeypatch.setattr(xla, "_CPU", 1 << 14)
 
 
-def inputs(Tq, Tk=None, heads=(H, HKV), seed=0):
+def inputs(Tq, Tk=None, heads=(H, HKV), seed=0, dims=(D, V)):
   """q, k, v and sinks."""
   rng = np.random.default_rng(seed)
   Tk = Tk or Tq
-  shapes = (B, Tq, heads[0], D), (B, Tk, heads[1], D), (B, Tk, heads[1], V)
+  shapes = (B, Tq, heads[0], dims[0]), (B, Tk, heads[1], dims[0]), (B, Tk, heads[1], dims[1])
   return [rng.normal(size=s) for s in (*shapes, (heads[0],))]
 
 
@@ -199,6 +203,73 @@ def test_pallas_kernel_in_bfloat16(monkeypatch):
     assert np.linalg.norm(g - w) < bound * np.linalg.norm(w)
 
 
+LONG_SEGMENTS = np.stack([np.repeat([1, 2, 3], [37, 50, 13]), np.repeat([3, 1, 2], [64, 1, 35])])
+GPU = {
+  "aligned": dict(),
+  "documents, a window, sinks": dict(segment_ids=LONG_SEGMENTS, window=5, sinks=True),
+  "a group a query head": dict(block_size=128, groups=4, query_block=5, slots=1, dims=(64, 128)),
+}
+
+
+@pytest.mark.parametrize("name", GPU)
+def test_gpu_kernels(monkeypatch, name):
+  """In Pallas's interpreter, which finds no races, with walks in several parts; as ``test_bfloat16``."""
+  monkeypatch.setattr(gpu, "_PART", 64 if "segment_ids" in GPU[name] else 2)
+  detecting = functools.partial(gpu.forward, interpret=InterpretGPUParams(detect_races=True))
+  monkeypatch.setitem(api._FORWARD, "interpret_gpu", detecting)
+  case = dict(block_size=64, slots=2) | GPU[name]
+  args = inputs(100, dims=case.pop("dims", (64, 64)))[: 4 if case.pop("sinks", 0) else 3]
+  args = [*(jnp.asarray(x, jnp.bfloat16) for x in args[:3]), *map(jnp.float32, args[3:])]
+  rows = -(-100 // case.get("query_block", 1))
+  indices = choices(case.pop("groups", HKV), rows, 2, case.pop("slots"))
+  got = with_gradients(args, indices, **case, backend="interpret_gpu")
+  assert not gpu_callbacks.get_races().races_found
+  with jax.enable_x64(True):
+    args = [x.astype(jnp.float64) for x in args]
+    want = with_gradients(args, indices, **case, backend="reference")
+  for i, (g, w) in enumerate(zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)):
+    g, w = np.asarray(g, np.float64), np.asarray(w)
+    seen = np.isfinite(w)
+    np.testing.assert_array_equal(np.isfinite(g), seen)
+    g, w = g[seen], w[seen]
+    # o and lse, then gradients.
+    assert np.linalg.norm(g - w) < [2**-7, 1e-5, 1e-2][min(i, 2)] * np.linalg.norm(w)
+    assert np.vdot(g, w) > (1 - 1e-4) * np.linalg.norm(g) * np.linalg.norm(w)
+
+
+def test_gpu_kernels_meet_a_cache():
+  """As ``test_caches``, in bfloat16."""
+  q, k, v, sinks = inputs(5, 120, dims=(64, 64))
+  k[:, 100:], v[:, 100:] = 1e30, -1e30
+  q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in (q, k, v))
+  options = dict(block_size=64, starts=np.array([0, 40]), query_positions=np.arange(95, 100))
+  run = functools.partial(attend, backend="interpret_gpu", **options)
+  indices = choices(HKV, 5, 2, 2)
+  got = jit(run)(q, k, v, indices)
+  want = definition(*(np.asarray(x, np.float64) for x in (q, k, v)), indices, **options)
+  for g, w, bound in zip(got, want, (1e-2, 1e-5), strict=True):
+    np.testing.assert_allclose(np.asarray(g, np.float64), w, rtol=bound, atol=bound)
+
+
+@pytest.mark.parametrize(
+  "change, words",
+  [
+    (dict(block_size=1), "multiples of 64"),
+    (dict(dim=96), "64, 128 or 192"),
+    (dict(heads=128), "128 heads"),
+    (dict(dtype=jnp.float32), "float32"),
+  ],
+)
+def test_what_the_gpu_kernels_refuse(change, words):
+  c = dict(block_size=64, dim=64, heads=4, dtype=jnp.bfloat16) | change
+  q = jax.ShapeDtypeStruct((1, 64, c["heads"], c["dim"]), c["dtype"])
+  k = jax.ShapeDtypeStruct((1, 64, 1, c["dim"]), c["dtype"])
+  indices = jax.ShapeDtypeStruct((1, 1, 64, 2), jnp.int32)
+  run = functools.partial(attend, block_size=c["block_size"], backend="interpret_gpu")
+  with pytest.raises(NotImplementedError, match=words):
+    jax.eval_shape(run, q, k, k, indices)
+
+
 @pytest.mark.parametrize(
   "change, words",
   [
@@ -218,8 +289,9 @@ def test_what_the_pallas_kernel_refuses(change, words):
 
 
 def test_a_named_backend_serves_or_says_why():
-  with pytest.raises(NotImplementedError, match="needs a TPU"):
-    attend(*inputs(16)[:3], choices(HKV, 16, 1, 1), block_size=16, backend="tpu")
+  for name in ("tpu", "gpu"):
+    with pytest.raises(NotImplementedError, match=f"needs a {name.upper()}"):
+      attend(*inputs(16)[:3], choices(HKV, 16, 1, 1), block_size=16, backend=name)
 
 
 @pytest.mark.compile

@@ -70,7 +70,7 @@ def same_cost(names):
 
 
 KEYS = ("kernel", "phase", "shape", "call")
-FEW = ["linear_recurrence_step/float32_state/kimi_linear"]
+FEW = ["linear_recurrence_step/float32_state/kimi_linear", "block_sparse/forward_backward/nsa"]
 
 
 def test_the_record_is_of_all_kernels_and_none_spills():
@@ -88,3 +88,13 @@ def test_costs_are_the_recorded_ones():
 @pytest.mark.compile
 def test_all_costs_are_the_recorded_ones():
   same_cost(list(cases("gpu")))
+
+
+@needs_compilers
+@pytest.mark.compile
+def test_documents_spill_nothing(monkeypatch):
+  monkeypatch.chdir(ROOT)
+  names = [f"tests.gpu_programs:packed:{name}" for name in ("nsa", "minimax_m3", "moba")]
+  for name, answer in gpu.measure(names):
+    assert "error" not in answer, f"{name}: {answer['error']}"
+    assert [row["spilled"] for row in answer["rows"]] == [0, 0, 0], name

@@ -5,10 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.block_sparse import reference, tpu, xla
+from pallas_kernels.block_sparse import gpu, reference, tpu, xla
 from pallas_kernels.block_sparse.layout import Layout
 from pallas_kernels.softmax_attention import softmax_attention
 
@@ -17,14 +18,18 @@ _FORWARD: dict[str, Callable[..., tuple[Array, Array]]] = {
   "xla": xla.forward,
   "tpu": tpu.forward,
   "interpret": functools.partial(tpu.forward, interpret=True),
+  "gpu": gpu.forward,
+  "interpret_gpu": functools.partial(gpu.forward, interpret=plgpu.InterpretGPUParams()),
 }
 _CHECKS = {
   "reference": reference.check,
   "xla": xla.check,
   "tpu": tpu.check,
   "interpret": tpu.limitations,
+  "gpu": gpu.check,
+  "interpret_gpu": gpu.limitations,
 }
-_ORDER = {"cpu": ["xla"], "gpu": ["xla"], "tpu": ["tpu", "xla"]}
+_ORDER = {"cpu": ["xla"], "gpu": ["gpu", "xla"], "tpu": ["tpu", "xla"]}
 
 
 def block_sparse_attention(
@@ -66,9 +71,9 @@ def block_sparse_attention(
       same tokens.
     starts: with query_positions: the first key of each row's document. What comes before is padding; a query there sees
       nothing. ``None`` is 0.
-    backend: "auto", "tpu" (a Pallas kernel; a head's keys and values must fit VMEM, with their gradients), "interpret"
-      (the same, on any machine, slowly), "xla" (gathers the blocks of some queries at a time) or "reference" (a dense
-      mask, all logits at once).
+    backend: "auto", "tpu" (a Pallas kernel; a head's keys and values must fit VMEM, with their gradients), "gpu"
+      (Pallas kernels; bfloat16, blocks of multiples of 64), "interpret" and "interpret_gpu" (the same, on any machine,
+      slowly), "xla" (gathers the blocks of some queries at a time) or "reference" (a dense mask, all logits at once).
 
   Returns:
     o in q's dtype, zero where a query sees nothing, and lse, the logarithm of the softmax's denominator in float32,

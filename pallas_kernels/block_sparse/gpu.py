@@ -1,4 +1,4 @@
-"""Block-sparse attention as Pallas Mosaic GPU kernels for Hopper: the blocks of neighbouring queries are visited together.
+"""Block-sparse attention as Pallas Mosaic GPU kernels for Hopper: neighbouring queries visit their blocks together.
 
 A warpgroup's matrices have 64 rows: some neighbouring queries times the heads of their group. Each block that one of
 the queries chose is loaded once for all of them, and hidden from those that did not choose it. What neighbours share,
@@ -70,7 +70,7 @@ class _Plan:
     B, heads, groups: batch, key heads, groups of query heads.
     rows: heads of a group, with what pads them to a power of two; tokens: queries of a tile; tiles: of a sequence.
     Tk: keys, with what pads them.
-    size: tokens of a block; width: keys that are loaded for 64 of them.
+    size: tokens of a block; steps: copies of 64 keys in which one is loaded.
   """
 
   B: int
@@ -83,7 +83,7 @@ class _Plan:
   D: int
   V: int
   size: int
-  width: int
+  steps: int
 
   @classmethod
   def of(cls, q, k, v, blocks: Blocks) -> "_Plan":
@@ -93,11 +93,11 @@ class _Plan:
     rows = max(2, 1 << (H // G - 1).bit_length())
     tokens = _ROWS // rows
     # A block may reach past the last key.
-    reach = 0 if blocks.layout.aligned and Tk % blocks.size == 0 else blocks.size + 16
+    reach = 0 if blocks.layout.aligned and Tk % blocks.size == 0 else blocks.size + _ROWS
     Tk = -(-(Tk + reach) // _ROWS) * _ROWS
-    # Bulk copies begin at multiples of 8 rows, and products have multiples of 16; documents may begin anywhere.
-    width = _ROWS if blocks.layout.aligned else _ROWS + 16
-    return cls(B, Hkv, G, rows, tokens, -(-T // tokens), Tk, D, v.shape[3], blocks.size, width)
+    # Bulk copies begin at multiples of 8 rows; documents may begin anywhere.
+    steps = blocks.size // _ROWS + (not blocks.layout.aligned)
+    return cls(B, Hkv, G, rows, tokens, -(-T // tokens), Tk, D, v.shape[3], blocks.size, steps)
 
   def by_tile(self, x: Array) -> Array:
     """[B, T, H, ...] -> [B, G, tiles 64, ...], padded with zeros."""
@@ -125,23 +125,20 @@ class _Plan:
     more = (x.reshape(shape) for x in more)
     return jnp.stack([jnp.broadcast_to(x, shape) for x in (bit, last, *more)], axis=3)
 
-  def matrix(self, width: int, dtype=jnp.bfloat16, count: int | None = None, rows: int = _ROWS):
-    """Shared memory of some rows, as the tensor cores and bulk copies want it; ``count`` of them."""
-    shape = (rows, width) if count is None else (count, rows, width)
-    lanes = 128 // jnp.dtype(dtype).itemsize
-    return plgpu.SMEM(
-      shape, dtype, transforms=(plgpu.TilingTransform((8, lanes)), plgpu.SwizzleTransform(128))
-    )
+  def matrix(self, width: int, *count: int):
+    """Shared memory of 64 rows, as the tensor cores and bulk copies want it; ``count`` of them."""
+    transforms = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
+    return plgpu.SMEM((*count, _ROWS, width), jnp.bfloat16, transforms=transforms)
 
 
-def _product(a, b, columns: int):
-  """a b in float32, of 64 rows, both in shared memory."""
+def _product(a, b):
+  """a b in float32, 64 x 64."""
 
   def run(acc):
     plgpu.wgmma(acc, a, b)
     return acc[...]
 
-  return pl.run_scoped(run, plgpu.ACC((_ROWS, columns), jnp.float32))
+  return pl.run_scoped(run, plgpu.ACC((_ROWS, _ROWS), jnp.float32))
 
 
 def _times(a, b, spare):
@@ -150,16 +147,16 @@ def _times(a, b, spare):
   Pallas's interpreter multiplies only what is in shared memory: there, and only there, is some of it to spare.
   """
   if spare is None:
-    return _product(a, b, 64)
+    return _product(a, b)
   spare = spare.at[jax.lax.axis_index("warpgroup"), :, pl.ds(0, a.shape[1])]
   spare[...] = a
   plgpu.commit_smem()
-  return _product(spare, b, 64)
+  return _product(spare, b)
 
 
-def _spread(x, axis: int, columns: int = _ROWS):
-  """A vector along one axis of a matrix of 64 rows."""
-  return jax.lax.broadcast_in_dim(x, (_ROWS, columns), (axis,))
+def _spread(x, axis: int):
+  """A vector along one axis of a matrix of 64 x 64."""
+  return jax.lax.broadcast_in_dim(x, (_ROWS, _ROWS), (axis,))
 
 
 def _pieces(width: int) -> list:
@@ -180,8 +177,8 @@ def _limit(bits, last, chosen, end):
 
 def _hide(p: _Plan, logits, column, limit, begin):
   """The logits of keys that rows see: those from ``begin`` to a limit of each."""
-  seen = column <= _spread(limit, 0, p.width)
-  if p.width > _ROWS:
+  seen = column <= _spread(limit, 0)
+  if p.steps * _ROWS > p.size:
     seen &= column >= begin
   return jnp.where(seen, logits, _HIDDEN)
 
@@ -195,18 +192,18 @@ def _walk(p: _Plan, k, v, first, chosen, count, k_s, v_s, k_ready, v_ready, step
   """Runs ``step`` for 64 keys at a time of all blocks that a tile visits, with copies that run ahead."""
   batch, group, tile = _place()
   head = jax.lax.div(group, jnp.int32(p.groups // p.heads))
-  within = p.size // _ROWS
-  steps, stages = count[batch, group, tile] * within, k_s.shape[0]
+  steps, stages = count[batch, group, tile] * p.steps, k_s.shape[0]
 
   def place(i):
     """The block of step i, its first key, and where the copy begins."""
-    block = jax.lax.div(i, jnp.int32(within))
-    begin = first[batch, group, tile, block] + jax.lax.rem(i, jnp.int32(within)) * _ROWS
-    return block, begin, pl.multiple_of(jax.lax.div(begin, jnp.int32(8)) * 8, 8)
+    block = jax.lax.div(i, jnp.int32(p.steps))
+    begin = first[batch, group, tile, block]
+    start = jax.lax.div(begin, jnp.int32(8)) * 8 + jax.lax.rem(i, jnp.int32(p.steps)) * _ROWS
+    return block, begin, pl.multiple_of(start, 8)
 
   def fetch(i):
     slot = jax.lax.rem(i, jnp.int32(stages))
-    at = batch, pl.ds(place(i)[2], p.width), head
+    at = batch, pl.ds(place(i)[2], _ROWS), head
     plgpu.copy_gmem_to_smem(k.at[at], k_s.at[slot], k_ready.at[slot])
     plgpu.copy_gmem_to_smem(v.at[at], v_s.at[slot], v_ready.at[slot])
 
@@ -241,16 +238,16 @@ def _forward_kernel(
   plgpu.copy_gmem_to_smem(rows.at[batch, group, tile], rows_s, ready)
   plgpu.barrier_wait(ready)
   bits, last = _row_facts(rows_s, _COLUMN, 0)
-  column = plgpu.broadcasted_iota(jnp.int32, (_ROWS, p.width), 1, layout=_MATRIX)
+  column = plgpu.broadcasted_iota(jnp.int32, (_ROWS, _ROWS), 1, layout=_MATRIX)
 
   def step(begin, start, chosen, k_s, v_s, k_ready, v_ready, carry):
     top, total, acc = carry
     plgpu.barrier_wait(k_ready)
-    logits = _product(q_s, k_s.T, p.width) * (scale * _LOG2E)
-    limit = _limit(bits, last, chosen, begin + _ROWS) - start
+    logits = _product(q_s, k_s.T) * (scale * _LOG2E)
+    limit = _limit(bits, last, chosen, begin + p.size) - start
     logits = _hide(p, logits, column, limit, begin - start)
     new = jnp.maximum(top, jnp.max(logits, axis=1))
-    weights = jnp.exp2(logits - _spread(new, 0, p.width))
+    weights = jnp.exp2(logits - _spread(new, 0))
     before = jnp.exp2(top - new)
     total = total * before + jnp.sum(weights, axis=1)
     weights = weights.astype(v_s.dtype)
@@ -269,7 +266,7 @@ def _forward_kernel(
   some = total > 0
   share = jnp.where(some, 1 / jnp.where(some, total, 1), 0)
   # The outputs leave through memory of values: two programs fit an SM, and hide each other's waits.
-  o_s = v_s.at[0, pl.ds(0, _ROWS)]
+  o_s = v_s.at[0]
   for x, at in zip(acc, _pieces(p.V), strict=True):
     o_s[:, at] = (x * _spread(share, 0)).astype(o_s.dtype)
   plgpu.commit_smem()
@@ -291,17 +288,17 @@ def _queries_kernel(
   plgpu.copy_gmem_to_smem(rows.at[batch, group, tile], rows_s, ready)
   plgpu.barrier_wait(ready)
   bits, last, lse, delta = _row_facts(rows_s, _COLUMN, 2)
-  column = plgpu.broadcasted_iota(jnp.int32, (_ROWS, p.width), 1, layout=_MATRIX)
+  column = plgpu.broadcasted_iota(jnp.int32, (_ROWS, _ROWS), 1, layout=_MATRIX)
 
   def step(begin, start, chosen, k_s, v_s, k_ready, v_ready, dq):
     plgpu.barrier_wait(k_ready)
-    logits = _product(q_s, k_s.T, p.width) * (scale * _LOG2E)
-    limit = _limit(bits, last, chosen, begin + _ROWS) - start
+    logits = _product(q_s, k_s.T) * (scale * _LOG2E)
+    limit = _limit(bits, last, chosen, begin + p.size) - start
     logits = _hide(p, logits, column, limit, begin - start)
-    weights = jnp.exp2(logits - _spread(lse, 0, p.width))
+    weights = jnp.exp2(logits - _spread(lse, 0))
     plgpu.barrier_wait(v_ready)
-    dweights = _product(do_s, v_s.T, p.width)
-    dlogits = (scale * weights * (dweights - _spread(delta, 0, p.width))).astype(k_s.dtype)
+    dweights = _product(do_s, v_s.T)
+    dlogits = (scale * weights * (dweights - _spread(delta, 0))).astype(k_s.dtype)
     return tuple(
       x + _times(dlogits, k_s.at[:, at], spare) for x, at in zip(dq, _pieces(p.D), strict=True)
     )
@@ -352,7 +349,7 @@ def _keys_kernel(
     slot, origin = slot_of(i), first[batch, group, i]
     plgpu.barrier_wait(q_ready.at[slot])
     bits, last, lse, delta = _row_facts(rows_s.at[slot], _ROW, 2)
-    logits = _product(k_s, q_s.at[slot].T, _ROWS) * (scale * _LOG2E)
+    logits = _product(k_s, q_s.at[slot].T) * (scale * _LOG2E)
     limit = _limit(bits, last, chosen[batch, group, i], origin + p.size)
     seen = (row <= _spread(limit, 1)) & (row >= origin)
     weights = jnp.exp2(jnp.where(seen, logits, _HIDDEN) - _spread(lse, 1))
@@ -367,7 +364,7 @@ def _keys_kernel(
 
   def keys_step(i, sums):
     slot, weights, delta = weights_of(i)
-    dweights = _product(v_s, do_s.at[slot].T, _ROWS)
+    dweights = _product(v_s, do_s.at[slot].T)
     dlogits = scale * weights * (dweights - _spread(delta, 1))
     sums = add(sums, dlogits.astype(k_s.dtype), q_s, slot)
     plgpu.barrier_arrive(done.at[slot])
@@ -392,7 +389,7 @@ def _keys_kernel(
 
 def _call(p: _Plan, kernel, name, operands, outs, scratch, programs, interpret, warpgroups=1):
   if interpret:
-    scratch = scratch | dict(spare=plgpu.SMEM((warpgroups, _ROWS, p.width), jnp.bfloat16))
+    scratch = scratch | dict(spare=plgpu.SMEM((warpgroups, _ROWS, _ROWS), jnp.bfloat16))
   return plgpu.kernel(
     kernel,
     out_type=outs,
@@ -438,8 +435,8 @@ def _attend_forward(q, k, v, blocks, scale, interpret):
   )
   scratch = dict(
     q_s=p.matrix(p.D),
-    k_s=p.matrix(p.D, count=2, rows=p.width),
-    v_s=p.matrix(p.V, count=2, rows=p.width),
+    k_s=p.matrix(p.D, 2),
+    v_s=p.matrix(p.V, 2),
     rows_s=plgpu.SMEM(rows.shape[3:], jnp.float32),
     ready=plgpu.Barrier(num_arrivals=2),
     k_ready=plgpu.Barrier(num_barriers=2),
@@ -464,9 +461,7 @@ def _attend_backward(scale, interpret, residuals, cotangents):
   arrays = p.by_tile(q), _padded(p, k), _padded(p, v), p.by_tile(do.astype(q.dtype)), rows
   dq = _queries(p, scale, arrays, visits, interpret)
   dk, dv = _keys(p, scale, arrays, visits, blocks, interpret)
-  dk, dv = (
-    x.reshape(p.B, p.heads, -1, *x.shape[2:]).sum(2)[:, :, : k.shape[1]] for x in (dk, dv)
-  )
+  dk, dv = (x.reshape(p.B, p.heads, -1, *x.shape[2:]).sum(2)[:, :, : k.shape[1]] for x in (dk, dv))
   dk, dv = (jnp.moveaxis(x, 1, 2).astype(k.dtype) for x in (dk, dv))
   return p.from_tiles(dq, q), dk, dv, None
 
@@ -476,8 +471,8 @@ def _queries(p: _Plan, scale, arrays, visits, interpret):
   scratch = dict(
     q_s=p.matrix(p.D),
     do_s=p.matrix(p.V),
-    k_s=p.matrix(p.D, count=2, rows=p.width),
-    v_s=p.matrix(p.V, count=2, rows=p.width),
+    k_s=p.matrix(p.D, 2),
+    v_s=p.matrix(p.V, 2),
     rows_s=plgpu.SMEM(rows.shape[3:], jnp.float32),
     ready=plgpu.Barrier(num_arrivals=3),
     k_ready=plgpu.Barrier(num_barriers=2),
@@ -499,8 +494,8 @@ def _keys(p: _Plan, scale, arrays, visits, blocks, interpret):
   scratch = dict(
     k_s=p.matrix(p.D),
     v_s=p.matrix(p.V),
-    q_s=p.matrix(p.D, count=2),
-    do_s=p.matrix(p.V, count=2),
+    q_s=p.matrix(p.D, 2),
+    do_s=p.matrix(p.V, 2),
     rows_s=plgpu.SMEM((2, *rows.shape[3:]), jnp.float32),
     kv_ready=plgpu.Barrier(num_arrivals=2),
     q_ready=plgpu.Barrier(num_arrivals=2, num_barriers=2),
