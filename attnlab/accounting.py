@@ -36,7 +36,8 @@ class Costs:
     prefill_flops: a token, forward, mean over a prompt of this length.
     decode_flops: of the token after this length.
     cache_bytes: states, keys and values of one sequence, of all layers.
-    decode_bytes: read for one token: the cache, and the active parameters in the activations' dtype over the batch.
+    decode_bytes: read for one token: the cache (of sparse attention what it selects, and what it selects by), and the
+      active parameters in the activations' dtype over the batch.
     batch: sequences that share one reading of the parameters.
   """
 
@@ -64,7 +65,7 @@ def costs(model: ConfigDict, length: int, batch: int = 1) -> Costs:
     prefill_flops=prefill,
     decode_flops=_matmul_flops(model) + _core_flops(model, length, decode=True),
     cache_bytes=cache,
-    decode_bytes=cache + weights / batch,
+    decode_bytes=cache - _unread_bytes(model, length) + weights / batch,
     batch=batch,
   )
 
@@ -94,6 +95,19 @@ def cache_bytes(model: ConfigDict, length: int, batch: int = 1) -> int:
   cache = jax.eval_shape(lambda m: m.init_cache(batch, length), _abstract(model))
   layers = {k: v for k, v in cache.items() if k != "position"}
   return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(layers))
+
+
+def _unread_bytes(model: ConfigDict, length: int) -> int:
+  """Of one sequence's cache, what decoding a token leaves alone: keys and values that sparse mixers do not select."""
+  total = 0
+  for mixer, layers in mixers_of(model):
+    if selected := mixer.selected(length):
+      cache = jax.eval_shape(lambda m: m.init_cache(1, length, jnp.dtype(model.dtype)), mixer)
+      for path, entries in selected.items():
+        x = functools.reduce(lambda part, key: part[key], path.split("/"), cache)
+        unread = max(x.shape[1] - entries, 0)
+        total += layers * unread * math.prod(x.shape[2:]) * x.dtype.itemsize
+  return total
 
 
 def _abstract(model: ConfigDict) -> Model:

@@ -28,7 +28,7 @@ class Size:
     vocab_size, pairs: of MQAR, whose queries are anywhere after the pairs.
     length: of a row in training.
     tests: lengths of rows in tests.
-    head_dims: of keys and values; one layer of two heads, after SHIFT; no MLPs. A linear state has head_dim^2 values a
+    head_dims: of keys and values; two layers of two heads, after SHIFT; no MLPs. A linear state has head_dim^2 values a
       head.
     d_model, steps, batch_size: of every model.
     learning_rates: the grid.
@@ -56,9 +56,9 @@ SIZES = {
 
 
 def linear(name: str, head_dim: int) -> str:
-  """The pattern of a linear mixer with two heads and head_dim x head_dim states. Convolutions are part of the "
-  "state."""
-  return f"{SHIFT} + {name}(num_heads=2, head_dim={head_dim}, value_dim={head_dim}, conv_size=4)"
+  """The pattern of a linear mixer with two heads and head_dim x head_dim states. Convolutions are part of the
+  state."""
+  return f"{SHIFT} + 2*{name}(num_heads=2, head_dim={head_dim}, value_dim={head_dim}, conv_size=4)"
 
 
 def equal_window(
@@ -82,13 +82,13 @@ def equal_window(
 
 
 def _swa(head_dim: int, window: int) -> str:
-  return f"{SHIFT} + swa(num_heads=2, head_dim={head_dim}, window={window})"
+  return f"{SHIFT} + 2*swa(num_heads=2, head_dim={head_dim}, window={window})"
 
 
 def _config(size: str, pattern: str) -> ConfigDict:
   s = SIZES[size]
   args = dict(vocab_size=s.vocab_size, num_kv_pairs=s.pairs, power_a=1.0, random_non_queries=False)
-  model = dict(layers=2, d_model=s.d_model)
+  model = dict(layers=3, d_model=s.d_model)
   return config(
     pattern, "mqar", args, seq_len=s.length, steps=s.steps, batch_size=s.batch_size, **model
   )
@@ -154,8 +154,8 @@ EXPERIMENT = Experiment(
     "Both are asked for pairs seen at the beginning of a row, anywhere in it, with blanks between: the longer the "
     "row, the farther back. Trained at one length, tested at all.\n\n"
     "The windows are derived by attnlab.accounting: the greatest that needs no more bytes than DeltaNet's state and "
-    "convolutions, or no more FLOPs a token in training. At the CPU's size that of equal FLOPs sees nearly everything. "
-    "All models begin with the same convolution, so that none has to learn which token came before."
+    "convolutions in its two layers, or no more FLOPs a token in training. At the CPU's size that of equal FLOPs sees "
+    "nearly everything. All models begin with the same convolution, so that none has to learn which token came before."
   ),
   source="none",
   cells=cells,

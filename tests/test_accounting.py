@@ -121,6 +121,34 @@ def test_decode_reads_the_weights_once_a_batch(mixture, batch):
   assert costs.decode_bytes == accounting.cache_bytes(mixture, 1024) + weights / batch
 
 
+def test_sparse_attention_reads_what_it_selects():
+  """NSA's paper, Table 4: memory access at decoding, in tokens' worth; MoBA's likewise."""
+  heads = "num_heads=64, num_kv_heads=4, head_dim=128"
+  nsa = tiny(f"nsa({heads}, block_size=64, top_k=16, window=512, pool_size=32, pool_stride=16)")
+  a_token = 2 * 4 * 128 * 2  # keys and values of four heads, bfloat16
+
+  def cache_read(model, length):
+    costs = accounting.costs(model, length)
+    ids = 4 * (4 * length + 4)  # each token's document, and how many there are, in each of four layers
+    return (costs.decode_bytes - costs.parameters * 2 - ids) / 4
+
+  for length, tokens in ((8192, 2048), (16384, 2560), (32768, 3584), (65536, 5632)):
+    got = cache_read(nsa, length) / a_token
+    assert tokens <= got <= tokens + 64  # what the next pool needs, and the window's ids
+  moba = tiny(f"moba({heads}, block_size=512, top_k=3)")
+  assert cache_read(moba, 32768) == (3 * 512 + 32768 / 512 / 2) * a_token  # of blocks their mean keys
+
+
+@pytest.mark.parametrize("name", mixers())
+def test_decoding_reads_no_more_than_there_is(name):
+  selects = mixers()[name].family == "sparse" and name != "hca"  # which reads all that it keeps
+  for length in (8, 1 << 16):
+    costs = accounting.costs(tiny(name), length)
+    read = costs.decode_bytes - costs.active_parameters * 2
+    assert 0 < read <= costs.cache_bytes
+  assert (read < costs.cache_bytes) == selects
+
+
 @pytest.mark.parametrize("name, total, active", [
   ("kimi_linear", 48e9, 3e9), ("qwen3_next", 80e9, 3e9), ("gpt_oss_swa", 20.9e9, 3.6e9),
   ("minimax_01", 456e9, 45.9e9),

@@ -120,6 +120,15 @@ class Mixer(nnx.Module):
     """
     raise NotImplementedError
 
+  def selected(self, length: int) -> dict[str, int]:
+    """The arrays of its cache (path -> entries) of which decoding reads only so many of those that are there.
+
+    Args:
+      length: tokens of context.
+    """
+    del length
+    return {}
+
   @classmethod
   def shared(cls, config: Any, d_model: int) -> dict[str, tuple[int, ...]]:
     """Name -> shape after [B, T] of arrays that layers of this kind hand on to later ones; zeros before the first.

@@ -241,6 +241,9 @@ class CompressedSparseAttention(CompressedAttention):
   def compressors(self):
     return {"k": self.compressor, "index": self.index_compressor}
 
+  def selected(self, length):
+    return {"pools/k": min(self.config.top_k, length // self.config.compress)}
+
   def core_flops(self, length, decode):
     c = self.config
     index = 2.0 * c.index_heads * c.index_dim * super().entries_seen(length, decode)

@@ -146,6 +146,9 @@ class DeepSeekSparseAttention(SparseCore, MultiHeadLatentAttention):
     slots = config.top_k // config.pool + (config.pool > 1)
     return {} if config.share == "none" else {"dsa_chosen_ids": (slots,)}
 
+  def selected(self, length):
+    return {"k": min(self.config.top_k, length)}
+
   def core_flops(self, length, decode):
     """Of attention in latent space, and of the indexer."""
     c = self.config

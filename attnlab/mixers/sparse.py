@@ -387,6 +387,10 @@ class SparseMixer(SparseCore, SoftmaxAttention):
     o, cache, aux = self.sparse(q, self.signals(x, ctx), new, {}, ctx, cache)
     return MixerOutput(self.output(o, x), cache, aux)
 
+  def selected(self, length):
+    seen = min(self.config.block_size * self.config.top_k, length)
+    return {"k": seen, "v": seen}
+
   def scored(self) -> tuple[int, int]:
     """What selection compares a query with, for ``core_flops``: channels, and tokens between one score and the next."""
     raise NotImplementedError

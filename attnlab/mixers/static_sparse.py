@@ -46,6 +46,10 @@ class Longformer(SparseMixer):
       )
     super().__init__(config, layer, key)
 
+  def selected(self, length):
+    seen = min(self.config.window + self.config.initial, length)
+    return {"k": seen, "v": seen}
+
   def core_flops(self, length, decode):
     w = min(self.config.window + self.config.initial, length)
     return 4.0 * self.H * self.K * (w if decode else w - w * (w - 1) / 2 / length)
@@ -101,6 +105,10 @@ class BigBird(SparseMixer):
   def top_k(self) -> int:
     """Blocks of a query."""
     return self.config.initial + self.config.local + self.config.random
+
+  def selected(self, length):
+    seen = min(self.top_k * self.config.block_size, length)
+    return {"k": seen, "v": seen}
 
   def core_flops(self, length, decode):
     w = min(self.top_k * self.config.block_size, length)
