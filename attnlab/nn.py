@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from attnlab import sharding
+from pallas_kernels import heads
 from pallas_kernels.short_conv import short_conv
 
 Init = Callable[..., Array]
@@ -177,48 +178,26 @@ def l2norm_heads(x: Float[Array, "B T D"], size: int, eps: float = 1e-6) -> Floa
   return (y * expand_heads(factor, size)).astype(x.dtype)
 
 
-# --- heads side by side ---
-#
-# A TPU lays out [B, T, heads, size] differently from [B, T, heads * size]: what took the one view of
-# the other's data would copy all of it, in float32. So sums over a head, and back, are products with
-# a matrix of zeros and ones.
+# --- heads side by side: see pallas_kernels/heads.py ---
 
 
 def head_sums(
   x: Float[Array, "B T D"], size: int, dtype: jax.typing.DTypeLike = jnp.float32
 ) -> Float[Array, "B T heads"]:
-  """Sums in float32 over each head of ``size`` channels.
-
-  Where ``dtype``, that of what x was computed from, is bfloat16, numbers may be rounded to it before they are added:
-  an error of 2^-9 / sqrt(size) in a sum of squares.
-  """
-  heads = x.shape[-1] // size
-  if heads % sharding.size("heads"):  # devices hold parts of heads
-    return jnp.sum(sharding.split(x, heads, size), axis=-1)
-  precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
-
-  def on_device(x):
-    return jnp.matmul(x, _members(x.shape[-1] // size, size), precision=precision)
-
-  axes = ("batch", None, "heads")
-  return sharding.local(on_device, (axes,), axes)(x)
+  """Sums of float32 numbers over each head of ``size`` channels; rounded as ``dtype`` is where that is bfloat16."""
+  count, axes = x.shape[-1] // size, ("batch", None, "heads")
+  if count % sharding.size("heads"):  # devices hold parts of heads
+    return jnp.sum(sharding.split(x, count, size), axis=-1)
+  return sharding.local(lambda x: heads.sums(x, size, dtype), (axes,), axes)(x)
 
 
 def expand_heads(x: Float[Array, "B T heads"], size: int) -> Float[Array, "B T D"]:
   """Each head's float32 number at all of its ``size`` channels."""
+  axes = ("batch", None, "heads")
   if x.shape[-1] % sharding.size("heads"):
     x = sharding.put(x, "batch", None, None)
-    return sharding.put(jnp.repeat(x, size, axis=-1), "batch", None, "heads")
-
-  def on_device(x):
-    return jnp.matmul(x, _members(x.shape[-1], size).T, precision=jax.lax.Precision.HIGHEST)
-
-  axes = ("batch", None, "heads")
-  return sharding.local(on_device, (axes,), axes)(x)
-
-
-def _members(heads: int, size: int) -> Float[Array, "D heads"]:
-  return jnp.repeat(jnp.eye(heads), size, axis=0)
+    return sharding.put(jnp.repeat(x, size, axis=-1), *axes)
+  return sharding.local(lambda x: heads.expand(x, size), (axes,), axes)(x)
 
 
 def by_channel(p: nnx.Param) -> Float[Array, "D"]:

@@ -12,6 +12,7 @@ import functools
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels import heads
 from pallas_kernels.linear_recurrence import KeyErase, LowRankErase, Recurrence, linear_recurrence
 
 
@@ -54,7 +55,8 @@ def ssd(
   ``dt`` > 0 is the step after softplus, ``A`` < 0 the rate of each head; H groups share B and C.
   """
   dt = _at_least_float32(dt)
-  v = (dt[..., None] * x).astype(x.dtype)
+  side_by_side = x.reshape(*x.shape[:2], -1)
+  v = (heads.expand(dt, x.shape[3]) * side_by_side).astype(x.dtype).reshape(x.shape)
   return _run(C, B, v, 1.0, options, log_decay=(dt * _at_least_float32(A))[..., None])
 
 

@@ -45,6 +45,9 @@ SHAPES = {
   "rwkv7": Shape(
     32, 64, 32, 64, "channel", "low_rank", "undecayed"
   ),  # RWKV-7 1.5B, arXiv:2503.14456
+  # At one head size, to be compared with Gated DeltaNet's and KDA's above.
+  "gla_128": Shape(16, 128, 16, 128, "channel"),
+  "rwkv7_128": Shape(16, 128, 16, 128, "channel", "low_rank", "undecayed"),
   # For a laptop: one of each kind, at one size.
   "cpu_retnet": Shape(4, 128, 4, 128, "constant", length=2048),
   "cpu_mamba2": Shape(1, 128, 4, 128, "scalar", length=2048),
