@@ -8,10 +8,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch, segments
-from pallas_kernels.linear_recurrence import reference, step_gpu, step_tpu, tpu, xla
+from pallas_kernels.linear_recurrence import gpu, reference, step_gpu, step_tpu, tpu, xla
 from pallas_kernels.linear_recurrence.recurrence import Recurrence
 
-# "interpret" runs the TPU kernels in Pallas's interpreter, for tests on any machine.
+# "interpret" runs the TPU kernels in Pallas's interpreter, "interpret_gpu" the GPU kernels, for tests on any machine.
 _CHUNKED = {
   "xla": (xla.forward, xla.backward),
   "tpu": (tpu.forward, tpu.backward),
@@ -19,8 +19,13 @@ _CHUNKED = {
     functools.partial(tpu.forward, interpret=True),
     functools.partial(tpu.backward, interpret=True),
   ),
+  "gpu": (gpu.forward, gpu.backward),
+  "interpret_gpu": (
+    functools.partial(gpu.forward, interpret=plgpu.InterpretGPUParams()),
+    functools.partial(gpu.backward, interpret=plgpu.InterpretGPUParams()),
+  ),
 }
-_ORDER = {"cpu": ["xla"], "gpu": ["xla"], "tpu": ["tpu", "xla"]}
+_ORDER = {"cpu": ["xla"], "gpu": ["gpu", "xla"], "tpu": ["tpu", "xla"]}
 _STEPS = {
   "tpu": step_tpu.step,
   "interpret": functools.partial(step_tpu.step, interpret=True),
@@ -58,8 +63,8 @@ def linear_recurrence(
       first segment of each row, the final state is the last one's.
     chunk_size: tokens handled together, a power of two; ``None`` lets the backend choose. Changes rounding only.
     return_state: whether the final state is wanted.
-    backend: "auto", "tpu" (Pallas kernels), "xla" (chunked, any platform), "reference" (token by token), or
-      "interpret": the TPU kernels in Pallas's interpreter, on any machine.
+    backend: "auto", "tpu" or "gpu" (Pallas kernels), "xla" (chunked, any platform), "reference" (token by token), or
+      "interpret" or "interpret_gpu": the TPU's or the GPU's kernels in Pallas's interpreter, on any machine.
 
   Returns:
     The outputs in v's dtype, and the final state in float32 (float64 for float64 inputs), or ``None``.
@@ -81,6 +86,8 @@ def linear_recurrence(
     raise ValueError(f"initial_state must have shape {state_shape}; got {initial_state.shape}")
   initial_state = initial_state.astype(r.accumulate_dtype)
   serves = {name: lambda: tpu.supports(r, chunk_size) for name in ("tpu", "interpret")}
+  serves["gpu"] = lambda: gpu.check(r, chunk_size)
+  serves["interpret_gpu"] = lambda: gpu.supports(r, chunk_size)
   serves |= {name: lambda: None for name in ("xla", "reference")}
   name = dispatch.choose(backend, serves, _ORDER)
   runs = None if segment_ids is None else segments.runs(segment_ids)

@@ -151,7 +151,7 @@ _compare_channels.defvjp(_compare_channels_forward, _compare_channels_backward)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Chunks:
+class Chunks:
   """The inputs of a group: [chunks, B, H, Hv / H, C, D] each, the group of heads 1 for q and k."""
 
   q: Array
@@ -167,9 +167,14 @@ class _Chunks:
   carried_run: Array | None  # [chunks, B, 1, 1, 1]: the run of the state that comes in
 
 
-def _within(x: _Chunks) -> dict:
-  """What a chunk computes without the state."""
-  q, k, v = x.q, x.k, x.v
+def local(x: Chunks) -> dict:
+  """What tokens of a chunk are to each other and to the state, decays and masks applied.
+
+  ``q``, ``erased`` [C, K]: what reads the state; ``keep`` [K, 1]: what is kept of it; ``writes``, ``corrections``:
+  what writes values, and what an erase writes, to the next state. [C, C]: ``scores`` and ``corrected``, of what is
+  written so; ``L`` and ``removed``: the system ``(I + L) U = beta (v + erased S)``, or ``= removed v + erased S``.
+  """
+  q, k = x.q, x.k
   dtype, C = q.dtype, q.shape[-2]
   seen = jnp.tril(jnp.ones((C, C), bool))
   strictly = jnp.tril(seen, -1)
@@ -199,33 +204,44 @@ def _within(x: _Chunks) -> dict:
 
   if x.bonus is None:
     read = G
-    qk = _compare(q, k, G, G, seen, diagonal=True)
+    scores = _compare(q, k, G, G, seen, diagonal=True)
   else:
     read = before
     own = jnp.sum(q * x.bonus * k, axis=-1, keepdims=True) * jnp.eye(C, dtype=dtype)
-    qk = own + _compare(q, k, before, G, strictly, diagonal=False)
+    scores = own + _compare(q, k, before, G, strictly, diagonal=False)
   out = {"q": _masked(decayed(q, read), from_state), "keep": _masked(whole, keeps)}
-  writes = _masked(remaining(k), to_state)
-
+  out |= {"writes": _masked(remaining(k), to_state), "scores": scores}
   erase = G if x.reads == "decayed" else before
   compare_erase = functools.partial(
     _compare, row_decay=erase, col_decay=G, mask=strictly, diagonal=False
   )
-  if x.beta is None:  # values that are written as they are
-    out["o"], out["S"] = _dot(qk, v), _dot(_t(writes), v)
   if x.beta is not None:
-    L = x.beta * compare_erase(k, k)
-    given, erased = x.beta * v, -x.beta * _masked(decayed(k, erase), from_state)
-    out["writes"], out["qw"] = writes, qk
+    out["erased"] = -_masked(decayed(k, erase), from_state)
+    out["L"] = x.beta * compare_erase(k, k)
   elif x.a is not None:
-    L = -compare_erase(x.b, x.a)
-    given = _dot(compare_erase(x.b, k), v)
-    erased = _masked(decayed(x.b, erase), from_state)
-    out["writes"] = _masked(remaining(x.a), to_state)
-    out["qw"] = _compare(q, x.a, G, G, seen, diagonal=True)
+    out["erased"] = _masked(decayed(x.b, erase), from_state)
+    out["L"] = -compare_erase(x.b, x.a)
+    out["removed"] = compare_erase(x.b, k)
+    out["corrections"] = _masked(remaining(x.a), to_state)
+    out["corrected"] = _compare(q, x.a, G, G, seen, diagonal=True)
+  return out
+
+
+def _within(x: Chunks) -> dict:
+  """What a chunk computes without the state, values included."""
+  y = local(x)
+  out = {"q": y["q"], "keep": y["keep"]}
+  if x.beta is None:  # values that are written as they are
+    out["o"], out["S"] = _dot(y["scores"], x.v), _dot(_t(y["writes"]), x.v)
+  if x.beta is not None:
+    given, erased = x.beta * x.v, x.beta * y["erased"]
+    out["writes"], out["qw"] = y["writes"], y["scores"]
+  elif x.a is not None:
+    given, erased = _dot(y["removed"], x.v), y["erased"]
+    out["writes"], out["qw"] = y["corrections"], y["corrected"]
   if "qw" in out:
-    Y = unit_lower_solve(L, jnp.concatenate([given, erased], axis=-1))
-    out["U"], out["W"] = Y[..., : v.shape[-1]], Y[..., v.shape[-1] :]
+    Y = unit_lower_solve(y["L"], jnp.concatenate([given, erased], axis=-1))
+    out["U"], out["W"] = Y[..., : x.v.shape[-1]], Y[..., x.v.shape[-1] :]
   return out
 
 
@@ -240,16 +256,14 @@ def _across(S: Float[Array, "B H G K V"], x: dict):
   return new, o
 
 
-def _group(S, bonus, tokens: Recurrence, runs, chunk: int):
-  """A few chunks: the state after them and their outputs [B, tokens, Hv, V].
-
-  ``tokens`` holds these tokens alone, ``runs`` [B, 1 + tokens] also the one before them.
-  """
-  B, N, Hv, V = tokens.v.shape
-  H, K = tokens.k.shape[2:]
+def cut(bonus, tokens: Recurrence, runs, chunk: int) -> Chunks:
+  """``tokens`` holds the tokens of a few chunks alone, ``runs`` [B, 1 + tokens] also the one before them."""
+  B, _, Hv, _ = tokens.v.shape
+  H = tokens.k.shape[2]
 
   def split(x, repeated=True):  # [B, N, heads, D] -> [chunks, B, H, Hv / H, C, D]
-    x = x.astype(S.dtype).reshape(x.shape[0], -1, chunk, H, Hv // H if repeated else 1, x.shape[-1])
+    x = x.astype(tokens.accumulate_dtype)
+    x = x.reshape(x.shape[0], -1, chunk, H, Hv // H if repeated else 1, x.shape[-1])
     return x.transpose(1, 0, 3, 4, 2, 5)
 
   own_runs = carried_run = None
@@ -260,7 +274,7 @@ def _group(S, bonus, tokens: Recurrence, runs, chunk: int):
     carried_run = before[..., :1]
   erase = tokens.erase
   low_rank = isinstance(erase, LowRankErase)
-  x = _Chunks(
+  return Chunks(
     split(tokens.q, repeated=False),
     split(tokens.k, repeated=False),
     split(tokens.v),
@@ -273,7 +287,14 @@ def _group(S, bonus, tokens: Recurrence, runs, chunk: int):
     own_runs,
     carried_run,
   )
-  S, o = jax.lax.scan(_across, S.reshape(B, H, Hv // H, K, V), _within(x))
+
+
+def _group(S, bonus, tokens: Recurrence, runs, chunk: int):
+  """A few chunks: the state after them and their outputs [B, tokens, Hv, V]; see ``cut``."""
+  B, N, Hv, V = tokens.v.shape
+  H, K = tokens.k.shape[2:]
+  x = _within(cut(bonus, tokens, runs, chunk))
+  S, o = jax.lax.scan(_across, S.reshape(B, H, Hv // H, K, V), x)
   o = o.transpose(1, 0, 4, 2, 3, 5).reshape(B, N, Hv, V)
   return S.reshape(B, Hv, K, V), o.astype(tokens.v.dtype)
 
@@ -281,7 +302,7 @@ def _group(S, bonus, tokens: Recurrence, runs, chunk: int):
 # --- all chunks ---
 
 
-def _prepare(r: Recurrence, runs: Array | None, size: int):
+def prepare(r: Recurrence, runs: Array | None, size: int):
   """What has a time axis, padded to groups of ``size`` with tokens that change nothing; the bonus.
 
   Constant decays become one a token, as padding has none. To ``runs`` the token before the first
@@ -303,13 +324,13 @@ def _prepare(r: Recurrence, runs: Array | None, size: int):
   return tokens, bonus, runs, (T + pad) // size
 
 
-def _read(tree, i, size: int, extra: int = 0):
+def read(tree, i, size: int, extra: int = 0):
   return jax.tree.map(
     lambda x: jax.lax.dynamic_slice_in_dim(x, i * size, size + extra, axis=1), tree
   )
 
 
-def _write(tree, parts, i, size: int):
+def write(tree, parts, i, size: int):
   return jax.tree.map(
     lambda x, part: jax.lax.dynamic_update_slice_in_dim(x, part, i * size, axis=1), tree, parts
   )
@@ -329,12 +350,12 @@ def forward(
   """
   chunk, chunks = _sizes(r, chunk)
   size = chunk * chunks
-  tokens, bonus, runs, groups = _prepare(r, runs, size)
+  tokens, bonus, runs, groups = prepare(r, runs, size)
 
   def body(carry, i):
     S, o = carry
-    end, part = _group(S, bonus, _read(tokens, i, size), _read(runs, i, size, extra=1), chunk)
-    return (end, _write(o, part, i, size)), S if keep else None
+    end, part = _group(S, bonus, read(tokens, i, size), read(runs, i, size, extra=1), chunk)
+    return (end, write(o, part, i, size)), S if keep else None
 
   start = initial_state, jnp.zeros_like(tokens.v)
   (final, o), boundaries = jax.lax.scan(body, start, jnp.arange(groups))
@@ -352,7 +373,7 @@ def backward(
   """Gradients of inputs and initial state: walks the groups in reverse, each computed again."""
   chunk, chunks = _sizes(r, chunk)
   size = chunk * chunks
-  tokens, bonus, runs, groups = _prepare(r, runs, size)
+  tokens, bonus, runs, groups = prepare(r, runs, size)
   T = r.v.shape[1]
   do = jnp.pad(do, ((0, 0), (0, groups * size - T), (0, 0), (0, 0)))
 
@@ -361,20 +382,66 @@ def backward(
     i, S = x
 
     def group(S, bonus, tokens):
-      return _group(S, bonus, tokens, _read(runs, i, size, extra=1), chunk)
+      return _group(S, bonus, tokens, read(runs, i, size, extra=1), chunk)
 
-    _, vjp = jax.vjp(group, S, bonus, _read(tokens, i, size))
-    dS, db, dt = vjp((dS, _read(do, i, size)))
-    return (dS, jax.tree.map(jnp.add, dbonus, db), _write(dtokens, dt, i, size)), None
+    _, vjp = jax.vjp(group, S, bonus, read(tokens, i, size))
+    dS, db, dt = vjp((dS, read(do, i, size)))
+    return (dS, jax.tree.map(jnp.add, dbonus, db), write(dtokens, dt, i, size)), None
 
   zeros = jax.tree.map(jnp.zeros_like, (bonus, tokens))
   (dS, dbonus, dtokens), _ = jax.lax.scan(
     body, (dfinal, *zeros), (jnp.arange(groups), boundaries), reverse=True
   )
-  dr = jax.tree.map(lambda x: x[:, :T], dtokens)
+  return gradients(r, dbonus, dtokens), dS
+
+
+def gradients(r: Recurrence, dbonus: Array | None, dtokens: Recurrence) -> Recurrence:
+  """Of a recurrence, from those of what ``prepare`` made of it."""
+  dr = jax.tree.map(lambda x: x[:, : r.v.shape[1]], dtokens)
   log_decay = dr.log_decay
   if r.decay == "constant":
     log_decay = jnp.sum(log_decay, axis=(0, 1, 3))
   if r.bonus is not None:
     dbonus = dbonus.astype(r.bonus.dtype)
-  return dataclasses.replace(dr, bonus=dbonus, log_decay=log_decay), dS
+  return dataclasses.replace(dr, bonus=dbonus, log_decay=log_decay)
+
+
+def between_states(
+  r: Recurrence,
+  runs: Int[Array, "B T"] | None,
+  chunk: int,
+  group: int,
+  S: Float[Array, "N B Hv K V"],
+  do: Float[Array, "B T Hv V"],
+  dS: Float[Array, "N B Hv K V"],
+) -> Recurrence:
+  """Gradients of inputs from the states before all chunks, and the gradients of the states after them.
+
+  ``group`` chunks at once. The states' own gradients are none of the result: they have been through ``dS``.
+  """
+  size = chunk * group
+  tokens, bonus, runs, groups = prepare(r, runs, size)
+  B, T, Hv, V = r.v.shape
+  H, K = r.k.shape[2:]
+  do = jnp.pad(do, ((0, 0), (0, groups * size - T), (0, 0), (0, 0)))
+
+  def by_group(x):
+    x = jnp.pad(x, ((0, groups * group - x.shape[0]),) + ((0, 0),) * 4)
+    return x.reshape(groups, group, B, H, Hv // H, K, V)
+
+  def body(carry, x):
+    dbonus, dtokens = carry
+    i, S, dS = x
+
+    def all_chunks(bonus, tokens):
+      new, o = _across(S, _within(cut(bonus, tokens, read(runs, i, size, extra=1), chunk)))
+      return new, o.transpose(1, 0, 4, 2, 3, 5).reshape(B, size, Hv, V)
+
+    _, vjp = jax.vjp(all_chunks, bonus, read(tokens, i, size))
+    db, dt = vjp((dS, read(do, i, size).astype(S.dtype)))
+    return (jax.tree.map(jnp.add, dbonus, db), write(dtokens, dt, i, size)), None
+
+  zeros = jax.tree.map(jnp.zeros_like, (bonus, tokens))
+  xs = jnp.arange(groups), by_group(S), by_group(dS)
+  (dbonus, dtokens), _ = jax.lax.scan(body, zeros, xs)
+  return gradients(r, dbonus, dtokens)

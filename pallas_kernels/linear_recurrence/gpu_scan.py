@@ -1,0 +1,417 @@
+"""The parts of the recurrence on a GPU that walk chunks one after the other: Pallas Mosaic GPU kernels for Hopper.
+
+What a chunk computes without the state (``gpu_chunk.py``) comes in as operands of products, decays and masks applied.
+A program owns a block of value channels of one head of one sequence, and with it all rows of these columns of the
+state, in float32 registers of one warpgroup. Forward, for each chunk:
+
+    R = v + erased S    U = inverse R    o = q S + scores U    S <- keep S + writes^T U
+
+without an erase ``U = v``, and with one of low rank
+
+    R = removed v + erased S    U = inverse R    o = q S + scores v + corrected U
+    S <- keep S + writes^T v + corrections^T U
+
+Backward, the transposed of this gives the gradient of the state at every boundary; all other gradients are local to a
+chunk once these are known.
+
+Operands of tensor cores are bfloat16. A float32 operand is two of them, a high and a low part, and a product three.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
+
+CHUNK = 64
+# Of 227 KiB a block may have; barriers and alignment take the rest.
+_SMEM = 226 * 1024
+# Rows of the state that are updated at once.
+_ROWS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """Static facts of a call.
+
+  Attributes:
+    chunks: of CHUNK tokens each.
+    parts: bfloat16 arrays that make up an operand: 1, or 2 for float32.
+    erase: "none", "key" or "low_rank".
+    columns: value channels a program; the state takes K * columns / 128 registers of a thread.
+  """
+
+  B: int
+  Hv: int
+  K: int
+  V: int
+  chunks: int
+  parts: int
+  erase: str
+  columns: int
+
+  @property
+  def heads(self) -> int:
+    return self.B * self.Hv
+
+
+def parts(x: Array, count: int) -> list[Array]:
+  """``x`` as a sum of bfloat16 arrays, eight bits more with each."""
+  out = []
+  for _ in range(count):
+    out.append(x.astype(jnp.bfloat16))
+    x = x - out[-1].astype(jnp.float32)
+  return out
+
+
+def _transforms(p: Plan, dtype=jnp.bfloat16):
+  """Tiling and swizzle of a shared array: wgmma wants those of both operands to be the same."""
+  swizzle = 2 * p.columns
+  return plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(
+    swizzle
+  )
+
+
+def _smem(p: Plan, rows: int, dtype=jnp.bfloat16):
+  return plgpu.SMEM((1, rows, p.columns), dtype, transforms=_transforms(p, dtype))
+
+
+def _put(refs, x: Array) -> None:
+  for ref, part in zip(refs, parts(x, len(refs)), strict=True):
+    ref[...] = part
+
+
+def _products(shape, *pairs) -> Array:
+  """The sum of ``a b`` over pairs of operands, each a list of parts, in float32."""
+
+  def run(acc):
+    for a, b in pairs:
+      for i, x in enumerate(a):
+        for y in b[: len(b) - i]:
+          plgpu.wgmma(acc, x, y)
+    return acc[...]
+
+  return pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))
+
+
+def _t(refs):
+  return [ref.T for ref in refs]
+
+
+def _value(refs) -> Array:
+  return functools.reduce(jnp.add, [ref[...].astype(jnp.float32) for ref in refs])
+
+
+def wide(erase: str) -> tuple[str, ...]:
+  """Names of a chunk's operands of K columns."""
+  return ("q", "writes") + {"none": (), "key": ("erased",)}.get(erase, ("erased", "corrections"))
+
+
+def square(erase: str) -> tuple[str, ...]:
+  """Names of a chunk's operands of CHUNK columns: what tokens are to tokens."""
+  key = ("scores", "inverse")
+  return {"none": ("scores",), "key": key}.get(erase, (*key, "removed", "corrected"))
+
+
+def _walk(p: Plan, body, names, arrays, keep, scratch, indices, start, finish, reverse, buffers):
+  """Runs ``finish(body(n, operands, keep, scratch, S))`` over chunks, from ``start()``, in a program's first warpgroup.
+
+  The second one brings the operands of later chunks into shared memory meanwhile. ``arrays`` by name, each a list of
+  parts: operands of a chunk [heads * chunks, CHUNK, columns], and what is laid out like v, [B * chunks, CHUNK, Hv * V].
+  """
+  batch, head, block = indices
+  specs, refs = [], []
+
+  def at(n):
+    return p.chunks - 1 - n if reverse else n
+
+  for name in names:
+    for x in arrays[name]:
+      if name in ("v", "do"):
+        columns, column = p.columns, head * (p.V // p.columns) + block
+        first = batch * p.chunks
+      else:
+        columns, column = x.shape[-1], 0
+        first = (batch * p.Hv + head) * p.chunks
+      refs.append(x)
+      specs.append(
+        plgpu.BlockSpec(
+          (1, CHUNK, columns),
+          lambda n, first=first, column=column: (first + at(n), 0, column),
+          transforms=_transforms(p),
+        )
+      )
+  if keep is not None:
+    specs.append(plgpu.BlockSpec((1, p.K), lambda n: (at(n), 0)))
+    refs.append(keep.at[batch * p.Hv + head])
+
+  def step(index, *args):
+    *values, S = args
+    # 0, but the compiler must not know: addresses that are the same in all steps would be kept in registers, more than
+    # there are.
+    zero = lax.shift_right_logical(index[0], jnp.int32(24))
+    values = [ref.at[zero] for ref in values]
+    kept = values.pop() if keep is not None else None
+    operands = {name: [values.pop(0) for _ in arrays[name]] for name in names}
+    own = jax.tree.map(lambda ref: ref.at[zero], scratch)
+    return body(at(index[0]), operands, kept, own, S)
+
+  pipeline = plgpu.emit_pipeline_warp_specialized(
+    step,
+    grid=(p.chunks,),
+    in_specs=specs,
+    max_concurrent_steps=buffers,
+    wg_axis="warpgroup",
+    num_compute_wgs=1,
+    memory_registers=40,
+    compute_context=lambda run: finish(run(start())),
+  )
+  pipeline(*refs)
+
+
+def _stages(p: Plan, names, own: int) -> int:
+  """How many chunks' operands fit into shared memory beside ``own`` bytes: at most 3, 0 where none."""
+  columns = {name: p.K for name in wide(p.erase)} | {name: CHUNK for name in square(p.erase)}
+  each = sum(columns.get(name, p.columns) for name in names) * CHUNK * 2 * p.parts + p.K * 4
+  return min((_SMEM - own) // each, 3)
+
+
+def _blocks(p: Plan, ref):
+  return [ref.at[pl.ds(i, _ROWS)] for i in range(0, p.K, _ROWS)]
+
+
+def _put_state(p: Plan, refs, S: list[Array]) -> None:
+  for block, x in zip(zip(*[_blocks(p, ref) for ref in refs], strict=True), S, strict=True):
+    _put(block, x)
+
+
+def _next_state(p: Plan, S: list[Array], keep, *pairs) -> list[Array]:
+  """``keep S`` and the sum of ``a^T b`` over pairs of operands; a block of rows at a time, to save registers."""
+
+  def block(i, x):
+    rows = pl.ds(i * _ROWS, _ROWS)
+    if keep is not None:
+      x = x * lax.broadcast_in_dim(keep[rows], x.shape, [0])
+    return x + _products(x.shape, *[([y.at[:, rows].T for y in a], b) for a, b in pairs])
+
+  return [block(i, x) for i, x in enumerate(S)]
+
+
+def _load_state(p: Plan, ref) -> list[Array]:
+  return [
+    plgpu.load(block, layout=plgpu.Layout.WGMMA, optimized=False) for block in _blocks(p, ref)
+  ]
+
+
+def _store_state(p: Plan, ref, S: list[Array]) -> None:
+  for block, x in zip(_blocks(p, ref), S, strict=True):
+    block[...] = x
+
+
+def _own_bytes(p: Plan, o_bytes: int) -> int:
+  state, rows = p.K * p.columns, CHUNK * p.columns
+  return 2 * p.parts * (state + (2 * rows if p.erase != "none" else 0)) + o_bytes * rows
+
+
+def _forward_names(p: Plan):
+  return (*wide(p.erase), *square(p.erase), "v")
+
+
+def _backward_names(p: Plan):
+  return tuple(n for n in (*wide(p.erase), *square(p.erase)) if _in_backward(p, n)) + ("do",)
+
+
+def _in_backward(p: Plan, name: str) -> bool:
+  """What the state's gradient passes through: not what is written whatever the state is."""
+  given = {"none": ("writes", "scores"), "key": (), "low_rank": ("writes", "scores", "removed")}
+  return name not in given[p.erase]
+
+
+def fits(p: Plan, o_bytes: int) -> bool:
+  """Whether a chunk's operands fit into shared memory."""
+  return _stages(p, _forward_names(p), _own_bytes(p, o_bytes)) > 0
+
+
+def _call(p: Plan, kernel, name, inputs, outputs, scratch, interpret):
+  return plgpu.kernel(
+    kernel,
+    out_type=outputs,
+    grid=(p.B, p.Hv, p.V // p.columns),
+    grid_names=("batch", "head", "block"),
+    num_threads=2,
+    thread_name="warpgroup",
+    scratch_types=scratch,
+    compiler_params=plgpu.CompilerParams(approx_math=False),
+    kernel_name=name,
+    interpret=interpret,
+  )(*inputs)
+
+
+def _scratch(p: Plan, o_dtype=None):
+  scratch = {"state": [_smem(p, p.K) for _ in range(p.parts)]}
+  if p.erase != "none":
+    for name in ("residual", "update"):
+      scratch[name] = [_smem(p, CHUNK) for _ in range(p.parts)]
+  if o_dtype is not None:
+    scratch["out"] = _smem(p, CHUNK, o_dtype)
+  return scratch
+
+
+def _indices():
+  return tuple(lax.axis_index(name) for name in ("batch", "head", "block"))
+
+
+def forward(
+  p: Plan,
+  operands: dict[str, list[Array]],
+  keep: Float[Array, "heads N K"] | None,
+  v: list[Float[Array, "B*N C Hv*V"]],
+  initial: Float[Array, "heads K V"],
+  o_dtype,
+  *,
+  boundaries: bool,
+  interpret,
+) -> tuple[Array, Array, list[Array]]:
+  """Outputs like v, the final state, and if asked for the state before each chunk [heads * N, K, V] in parts."""
+  names = _forward_names(p)
+  arrays = operands | {"v": v}
+  flat = [arrays[name] for name in names]
+  rows = (CHUNK, p.columns)
+
+  def kernel(flat, keep, initial, o, final, kept, scratch):
+    batch, head, block = indices = _indices()
+    here, columns = batch * p.Hv + head, pl.ds(block * p.columns, p.columns)
+
+    def body(n, x, keep, own, S):
+      state, residual, update, out = own["state"], own.get("residual"), own.get("update"), own["out"]
+      plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of what the last chunk stored
+      _put_state(p, state, S)
+      plgpu.commit_smem()
+      for ref, to in zip(state, kept, strict=False):
+        plgpu.copy_smem_to_gmem(ref, to.at[here * p.chunks + n, :, columns])
+      written, scores, writes = x["v"], x["scores"], x["writes"]
+      if p.erase != "none":
+        if p.erase == "key":
+          R = _products(rows, (x["erased"], state)) + _value(x["v"])
+        else:
+          R = _products(rows, (x["erased"], state), (x["removed"], x["v"]))
+        _put(residual, R)
+        plgpu.commit_smem()
+        _put(update, _products(rows, (x["inverse"], residual)))
+        plgpu.commit_smem()
+      pairs_o, pairs_S = [(x["q"], state)], []
+      if p.erase != "key":
+        pairs_o.append((scores, written))
+        pairs_S.append((writes, written))
+      if p.erase == "key":
+        pairs_o.append((scores, update))
+        pairs_S.append((writes, update))
+      elif p.erase == "low_rank":
+        pairs_o.append((x["corrected"], update))
+        pairs_S.append((x["corrections"], update))
+      S = _next_state(p, S, keep, *pairs_S)
+      out[...] = _products(rows, *pairs_o).astype(o_dtype)
+      plgpu.commit_smem()
+      column = pl.ds(head * p.V + block * p.columns, p.columns)
+      plgpu.copy_smem_to_gmem(out, o.at[batch * p.chunks + n, :, column])
+      return S
+
+    def start():
+      return _load_state(p, initial.at[here, :, columns])
+
+    def finish(S):
+      _store_state(p, final.at[here, :, columns], S)
+      plgpu.wait_smem_to_gmem(0)
+
+    by_name = dict(zip(names, flat, strict=True))
+    own = _own_bytes(p, jnp.dtype(o_dtype).itemsize)
+    stages = _stages(p, names, own)
+    _walk(p, body, names, by_name, keep, scratch, indices, start, finish, False, stages)
+
+  like_state = jax.ShapeDtypeStruct((p.heads * p.chunks, p.K, p.V), jnp.bfloat16)
+  inputs, tree = jax.tree.flatten((flat, keep, initial))
+  outputs = [
+    jax.ShapeDtypeStruct(v[0].shape, o_dtype),
+    jax.ShapeDtypeStruct((p.heads, p.K, p.V), jnp.float32),
+    *[like_state] * (p.parts if boundaries else 0),
+  ]
+
+  def entry(*refs, **scratch):
+    flat, keep, initial = jax.tree.unflatten(tree, refs[: len(inputs)])
+    o, final, *kept = refs[len(inputs) :]
+    kernel(flat, keep, initial, o, final, kept, scratch)
+
+  o, final, *kept = _call(
+    p, entry, "linear_recurrence_forward_scan", inputs, outputs, _scratch(p, o_dtype), interpret
+  )
+  return o, final, kept
+
+
+def backward(
+  p: Plan,
+  operands: dict[str, list[Array]],
+  keep: Float[Array, "heads N K"] | None,
+  do: list[Float[Array, "B*N C Hv*V"]],
+  dfinal: Float[Array, "heads K V"],
+  *,
+  interpret,
+) -> tuple[list[Array], Array]:
+  """The gradient of the state after each chunk [heads * N, K, V] in parts, and of the initial state."""
+  names = _backward_names(p)
+  arrays = operands | {"do": do}
+  flat = [arrays[name] for name in names]
+  rows = (CHUNK, p.columns)
+
+  def kernel(flat, keep, dfinal, dinitial, kept, scratch):
+    batch, head, block = indices = _indices()
+    here, columns = batch * p.Hv + head, pl.ds(block * p.columns, p.columns)
+
+    def body(n, x, keep, own, dS):
+      state, residual, update = own["state"], own.get("residual"), own.get("update")
+      plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+      _put_state(p, state, dS)
+      plgpu.commit_smem()
+      for ref, to in zip(state, kept, strict=True):
+        plgpu.copy_smem_to_gmem(ref, to.at[here * p.chunks + n, :, columns])
+      pairs = [(x["q"], x["do"])]
+      if p.erase != "none":
+        reads, writes = ("scores", "writes") if p.erase == "key" else ("corrected", "corrections")
+        _put(update, _products(rows, (_t(x[reads]), x["do"]), (x[writes], state)))
+        plgpu.commit_smem()
+        _put(residual, _products(rows, (_t(x["inverse"]), update)))
+        plgpu.commit_smem()
+        pairs.append((x["erased"], residual))
+      dS = _next_state(p, dS, keep, *pairs)
+      plgpu.commit_smem()  # all warps are done with this chunk's operands
+      return dS
+
+    def start():
+      return _load_state(p, dfinal.at[here, :, columns])
+
+    def finish(dS):
+      _store_state(p, dinitial.at[here, :, columns], dS)
+      plgpu.wait_smem_to_gmem(0)
+
+    by_name = dict(zip(names, flat, strict=True))
+    stages = _stages(p, names, _own_bytes(p, 0))
+    _walk(p, body, names, by_name, keep, scratch, indices, start, finish, True, stages)
+
+  inputs, tree = jax.tree.flatten((flat, keep, dfinal))
+  outputs = [
+    jax.ShapeDtypeStruct((p.heads, p.K, p.V), jnp.float32),
+    *[jax.ShapeDtypeStruct((p.heads * p.chunks, p.K, p.V), jnp.bfloat16)] * p.parts,
+  ]
+
+  def entry(*refs, **scratch):
+    flat, keep, dfinal = jax.tree.unflatten(tree, refs[: len(inputs)])
+    dinitial, *kept = refs[len(inputs) :]
+    kernel(flat, keep, dfinal, dinitial, kept, scratch)
+
+  dinitial, *kept = _call(
+    p, entry, "linear_recurrence_backward_scan", inputs, outputs, _scratch(p), interpret
+  )
+  return kept, dinitial
