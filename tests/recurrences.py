@@ -1,11 +1,13 @@
 """Recurrences of every kind with random inputs, and comparisons of backends: what tests of kernels share."""
 
+import dataclasses
 import functools
 import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from pallas_kernels.linear_recurrence import KeyErase, LowRankErase, Recurrence, linear_recurrence
 
@@ -36,6 +38,11 @@ SEGMENTS = np.stack([np.repeat([1, 2, 3], [5, 20, 12]), np.repeat([4, 2, 4, 9], 
 
 def ids(case):
   return "-".join(str(c) for c in case if c)
+
+
+def some(cases, often):
+  """The cases in ``often`` every time, the others with -m slow: compiling one takes seconds."""
+  return [pytest.param(c, id=ids(c), marks=[] if c in often else pytest.mark.slow) for c in cases]
 
 
 def unit(x):
@@ -106,6 +113,15 @@ def cast(tree, dtype):
   return jax.tree.map(lambda x: x.astype(dtype), tree)
 
 
+def rounded(r, dtype):
+  """Vectors in dtype, gates in float32."""
+  vectors = {name: getattr(r, name).astype(dtype) for name in ("q", "k", "v")}
+  r = cast(r, jnp.float32)
+  if isinstance(r.erase, LowRankErase):
+    vectors["erase"] = cast(r.erase, dtype)
+  return dataclasses.replace(r, **vectors)
+
+
 def named(tree):
   paths = jax.tree_util.tree_flatten_with_path(tree)[0]
   return {jax.tree_util.keystr(path): np.asarray(x, np.float64) for path, x in paths}
@@ -128,3 +144,12 @@ def assert_close(got, want, bound, floor=0.0):
     if np.linalg.norm(w) > floor:
       cosine = np.vdot(g, w) / (np.linalg.norm(g) * np.linalg.norm(w))
       assert cosine >= 1 - bound, f"{name}: cosine 1 - {1 - cosine:.1e}"
+
+
+def assert_cosines(got, want, least):
+  """Directions, of which gradients are made: every array's cosine to the truth."""
+  want = named(want)
+  for name, g in named(got).items():
+    w = want[name]
+    cosine = np.vdot(g, w) / (np.linalg.norm(g) * np.linalg.norm(w))
+    assert cosine >= least, f"{name}: cosine 1 - {1 - cosine:.1e}"

@@ -18,21 +18,26 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
-from recurrences import CASES, FEW, assert_close, call, cast, ids, make, named, quick_jit, run
+from recurrences import (
+  CASES,
+  FEW,
+  assert_close,
+  assert_cosines,
+  call,
+  cast,
+  ids,
+  make,
+  named,
+  quick_jit,
+  rounded,
+  run,
+  some,
+)  # fmt: skip
 
 from pallas_kernels import segments
-from pallas_kernels.linear_recurrence import LowRankErase, linear_recurrence, tpu
+from pallas_kernels.linear_recurrence import linear_recurrence, tpu
 
 SEGMENTS = np.stack([np.repeat([1, 2, 3], [5, 40, 26]), np.repeat([4, 2, 4, 9], [1, 31, 8, 31])])
-
-
-def rounded(r, dtype):
-  """Vectors in dtype, gates in float32."""
-  vectors = {name: getattr(r, name).astype(dtype) for name in ("q", "k", "v")}
-  r = cast(r, jnp.float32)
-  if isinstance(r.erase, LowRankErase):
-    vectors["erase"] = cast(r.erase, dtype)
-  return dataclasses.replace(r, **vectors)
 
 
 def both(r, S, segment_ids=None, *, chunk=32):
@@ -47,11 +52,6 @@ def inputs(case, dtype=jnp.float32, **sizes):
   with jax.enable_x64(True):
     r, S = make(*case, **{"T": 71, "H": 1, "Hv": 2, "K": 16, "V": 8, **sizes})
     return rounded(r, dtype), cast(S, jnp.float32)
-
-
-def some(cases, often):
-  """The cases in ``often`` every time, the others with -m slow: compiling one takes seconds."""
-  return [pytest.param(c, id=ids(c), marks=[] if c in often else pytest.mark.slow) for c in cases]
 
 
 KDA, GDN = ("channel", "key", "decayed", False), ("scalar", "key", "decayed", False)
@@ -116,15 +116,6 @@ def test_gate_gradients_summed_over_time():
   got, want = both(r, S)
   total = [np.sum(np.float64(x["d"].log_decay) * r.log_decay, axis=1) for x in (got, want)]
   assert_close(*total, 1.5e-2)
-
-
-def assert_cosines(got, want, least):
-  """Directions, of which gradients are made: every array's cosine to the truth."""
-  want = named(want)
-  for name, g in named(got).items():
-    w = want[name]
-    cosine = np.vdot(g, w) / (np.linalg.norm(g) * np.linalg.norm(w))
-    assert cosine >= least, f"{name}: cosine 1 - {1 - cosine:.1e}"
 
 
 outputs = quick_jit(functools.partial(call, backend="interpret", chunk=32))

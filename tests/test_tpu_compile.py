@@ -106,7 +106,7 @@ SPECIALISATIONS = [
 
 
 def specialisation(*parts):
-  return "tests.tpu_programs:specialisation:" + "-".join(parts)
+  return "tests.recurrence_programs:specialisation:tpu:" + "-".join(parts)
 
 
 def test_a_few_specialisations_compile(monkeypatch):
@@ -138,7 +138,9 @@ LENGTHS = [
 def test_every_shape_compiles_at_any_length(chip, monkeypatch):
   """From a part of a chunk to 131072 tokens, from an initial state to a final one; in float32 too."""
   monkeypatch.chdir(ROOT)
-  compiled(chip, [f"tests.tpu_programs:real:{name}:{T}:{dtype}" for name, T, dtype in LENGTHS])
+  compiled(
+    chip, [f"tests.recurrence_programs:real:tpu:{name}:{T}:{dtype}" for name, T, dtype in LENGTHS]
+  )
 
 
 def test_compiles_in_a_sharded_program():

@@ -1,4 +1,4 @@
-"""Programs for the TPU compiler, which runs in processes of its own: see test_tpu_compile.py."""
+"""A program for the TPU compiler, which runs in processes of its own: see test_tpu_compile.py."""
 
 import dataclasses
 import json
@@ -10,37 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.linear_recurrence import linear_recurrence
-from pallas_kernels.linear_recurrence.shapes import SHAPES, Shape, inputs
-
-
-def _with_gradients(shape, dtype, T, packed):
-  """Outputs, final state and every gradient, from an initial state."""
-  r = jax.eval_shape(lambda: inputs(shape, length=T, dtype=jnp.dtype(dtype)))
-  B, _, Hv, V = r.v.shape
-  state = jax.ShapeDtypeStruct((B, Hv, shape.key_dim, V), jnp.float32)
-  ids = jax.ShapeDtypeStruct((B, T), jnp.int32) if packed else None
-
-  def run(r, state, ids, do, dstate):
-    def forward(r, state):
-      return linear_recurrence(r, state, segment_ids=ids, return_state=True, backend="tpu")
-
-    out, vjp = jax.vjp(forward, r, state)
-    return out, vjp((do, dstate))
-
-  return run, (r, state, ids, r.v, state)
-
-
-def specialisation(argument: str):
-  """ "decay-erase-reads-bonus-dtype": two rows of packed segments, a length that is no multiple of a chunk."""
-  decay, erase, reads, bonus, dtype = argument.split("-")
-  shape = Shape(2, 64, 4, 128, decay, erase, reads, bonus == "bonus", batch=2)
-  return _with_gradients(shape, dtype, 300, packed=True)
-
-
-def real(argument: str):
-  """ "shape:T:dtype" of a real shape."""
-  name, T, dtype = argument.split(":")
-  return _with_gradients(SHAPES[name], dtype, int(T), packed=False)
+from pallas_kernels.linear_recurrence.shapes import SHAPES, inputs
 
 
 def sharded(topology: str) -> dict:

@@ -1,7 +1,7 @@
 """The recurrence on Hopper GPUs.
 
 What walks chunks one after the other (the state forward, its gradient backward) are Pallas Mosaic GPU kernels, in
-``gpu_scan.py``. What is local to a chunk, and so the same for all chunks at once, is plain jax.numpy, which XLA compiles:
+``gpu_scan.py``. What is local to a chunk, and so the same for all chunks at once, is plain jax.numpy that XLA compiles:
 forward, the operands of the kernels (decays applied, triangular systems inverted); backward, the gradients of all
 inputs from the states at chunk boundaries and their gradients, which both kernels leave.
 """

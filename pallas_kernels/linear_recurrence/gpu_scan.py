@@ -287,7 +287,12 @@ def forward(
     here, columns = batch * p.Hv + head, pl.ds(block * p.columns, p.columns)
 
     def body(n, x, keep, own, S):
-      state, residual, update, out = own["state"], own.get("residual"), own.get("update"), own["out"]
+      state, residual, update, out = (
+        own["state"],
+        own.get("residual"),
+        own.get("update"),
+        own["out"],
+      )
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of what the last chunk stored
       _put_state(p, state, S)
       plgpu.commit_smem()

@@ -1,0 +1,38 @@
+"""Programs of a recurrence for compilers that run in processes of their own."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.linear_recurrence import linear_recurrence
+from pallas_kernels.linear_recurrence.shapes import SHAPES, Shape, inputs
+
+
+def with_gradients(backend, shape, dtype, T, packed):
+  """Outputs, final state and every gradient, from an initial state."""
+  r = jax.eval_shape(lambda: inputs(shape, length=T, dtype=jnp.dtype(dtype)))
+  B, _, Hv, V = r.v.shape
+  state = jax.ShapeDtypeStruct((B, Hv, shape.key_dim, V), jnp.float32)
+  ids = jax.ShapeDtypeStruct((B, T), jnp.int32) if packed else None
+
+  def run(r, state, ids, do, dstate):
+    def forward(r, state):
+      return linear_recurrence(r, state, segment_ids=ids, return_state=True, backend=backend)
+
+    out, vjp = jax.vjp(forward, r, state)
+    return out, vjp((do, dstate))
+
+  return run, (r, state, ids, r.v, state)
+
+
+def real(argument: str):
+  """ "backend:shape:T:dtype" of a real shape."""
+  backend, name, T, dtype = argument.split(":")
+  return with_gradients(backend, SHAPES[name], dtype, int(T), packed=False)
+
+
+def specialisation(argument: str):
+  """ "backend:decay-erase-reads-bonus-dtype": two rows of packed segments, a length that is no multiple of a chunk."""
+  backend, case = argument.split(":")
+  decay, erase, reads, bonus, dtype = case.split("-")
+  shape = Shape(2, 64, 4, 128, decay, erase, reads, bonus == "bonus", batch=2)
+  return with_gradients(backend, shape, dtype, 300, packed=True)

@@ -1,0 +1,230 @@
+"""The GPU kernels of the linear recurrence in Pallas's interpreter, against the reference in float64.
+
+That the compilers for a Hopper GPU accept them, without spilling registers, is at the end.
+
+Bounds. float32: an operand of a product is two bfloat16 of 8 bits each, and the product of the low parts is dropped:
+roundings of 2^-17, some of them in a row: 3e-5. bfloat16: operands are rounded to 2^-9, outputs and gradients are a few
+such roundings off: 1.5e-2; keys of correlation 0.9 under beta 1.9 amplify them.
+"""
+
+import dataclasses
+import functools
+import itertools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from recurrences import (
+  CASES,
+  FEW,
+  assert_close,
+  call,
+  cast,
+  ids,
+  make,
+  named,
+  quick_jit,
+  rounded,
+  run,
+  some,
+)  # fmt: skip
+
+from pallas_kernels import segments
+from pallas_kernels.cost import gpu as compilers
+from pallas_kernels.linear_recurrence import gpu, linear_recurrence
+from pallas_kernels.linear_recurrence.shapes import SHAPES
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+KDA, GDN = ("channel", "key", "decayed", False), ("scalar", "key", "decayed", False)
+RWKV6, RWKV7 = ("channel", None, "decayed", True), ("channel", "low", "undecayed", False)
+SSD = ("scalar", None, "decayed", False)
+# Three chunks: a change of segment within one, a segment of one token, an id that comes back in the next chunk, and a
+# chunk in which a segment begins that ends in the one after.
+SEGMENTS = np.repeat([1, 2, 3, 1, 2], [30, 1, 40, 20, 40])[None]
+
+
+def inputs(case, dtype=jnp.float32, **sizes):
+  with jax.enable_x64(True):
+    r, S = make(*case, **{"T": 131, "B": 1, "H": 1, "Hv": 2, "K": 64, "V": 64, **sizes})
+    return rounded(r, dtype), cast(S, jnp.float32)
+
+
+def both(r, S, segment_ids=None):
+  """What the kernels give, and the reference in float64 for the same inputs."""
+  got = run(r, S, segment_ids, backend="interpret_gpu", chunk=64)
+  with jax.enable_x64(True):
+    r, S = cast((r, S), jnp.float64)
+    return got, run(r, S, segment_ids, backend="reference", chunk=None)
+
+
+@pytest.mark.parametrize("case", some(CASES, [SSD, KDA, RWKV7]))
+def test_matches_reference(case):
+  """Outputs, final state and every gradient, of packed segments."""
+  assert_close(*both(*inputs(case), SEGMENTS), 3e-5)
+
+
+@pytest.mark.parametrize("case", some(FEW, [GDN]))
+def test_bfloat16(case):
+  assert_close(*both(*inputs(case, jnp.bfloat16), SEGMENTS), 1.5e-2)
+
+
+@pytest.mark.parametrize("case", some([("none", *GDN[1:]), GDN, RWKV7], [("none", *GDN[1:])]))
+def test_correlated_keys(case):
+  """Keys of correlation 0.9 and steps of 1.9: what breaks an inverse by powers (test_triangular.py)."""
+  sizes = dict(rho=0.9, beta=1.9, T=128)
+  assert_close(*both(*inputs(case, **sizes)), 1e-4)
+  assert_close(*both(*inputs(case, jnp.bfloat16, **sizes)), 5e-2)
+
+
+@pytest.mark.parametrize(
+  "T", [1, 65, *(pytest.param(T, marks=pytest.mark.slow) for T in (2, 63, 64))]
+)
+def test_any_length(T):
+  assert_close(*both(*inputs(GDN, T=T, Hv=1)), 3e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("K, V", [(128, 128), (256, 64)])
+@pytest.mark.parametrize("case", [RWKV6, GDN, RWKV7], ids=ids)
+def test_larger_states(case, K, V):
+  """More than one block of a state's rows, and of its columns; with 256 keys blocks of 32 columns."""
+  assert_close(*both(*inputs(case, jnp.bfloat16, K=K, V=V, T=100)), 1.5e-2)
+
+
+@pytest.mark.parametrize("case", some([GDN, KDA, RWKV7], [KDA]))
+def test_decays_from_none_to_strong(case):
+  """From 1 to e^-5 a token, some far beyond: exp of no difference overflows, and none leaks."""
+  r, S = inputs(case)
+  rng = np.random.default_rng(2)
+  decay = -5.0 * rng.random(r.log_decay.shape) ** 3
+  decay[rng.random(decay.shape) < 0.02] = -1e4
+  r = dataclasses.replace(r, log_decay=jnp.asarray(decay, jnp.float32))
+  assert_close(*both(r, S, SEGMENTS), 3e-5)
+
+
+def test_gate_gradients_summed_over_time():
+  """What a model's A_log gets: a sum over tokens, in which roundings that do not cancel would stay."""
+  r, S = inputs(KDA, jnp.bfloat16, T=256, Hv=1)
+  got, want = both(r, S)
+  total = [np.sum(np.float64(x["d"].log_decay) * r.log_decay, axis=1) for x in (got, want)]
+  assert_close(*total, 1.5e-2)
+
+
+outputs = quick_jit(functools.partial(call, backend="interpret_gpu", chunk=64))
+
+
+@pytest.mark.parametrize("case", some(FEW[1:], [KDA]))
+def test_bitwise_causal(case):
+  """Later tokens, however large, change no bit of earlier outputs."""
+  r, S = inputs(case)
+  at = 77  # within a chunk
+  later = jax.tree.map(lambda x: x.at[:, at:].multiply(-3.0) if x.ndim > 2 else x, r)
+  if later.log_decay is not None:
+    later = dataclasses.replace(later, log_decay=-jnp.abs(later.log_decay))
+  a, b = outputs(r, S)[0], outputs(later, S)[0]
+  np.testing.assert_array_equal(a[:, :at], b[:, :at])
+  assert not np.array_equal(a[:, at:], b[:, at:])
+
+
+@pytest.mark.parametrize("case", some([SSD, GDN, KDA, RWKV7], [GDN]))
+def test_no_races_and_nothing_unwritten_is_read(case):
+  """Memory starts as NaN; two batch rows, shared key heads, two blocks of columns, a tail."""
+  interpret = plgpu.InterpretGPUParams(uninitialized_memory="nan", detect_races=True)
+  r, S = inputs(case, B=2, V=128, T=135)
+  runs = segments.runs(jnp.asarray(np.repeat(np.pad(SEGMENTS, ((0, 0), (0, 4))), 2, axis=0)))
+
+  @jax.jit
+  def forward(r, S):
+    return gpu.forward(r, S, runs, None, keep=True, interpret=interpret)
+
+  @jax.jit
+  def backward(r, boundaries, do, S):
+    return gpu.backward(r, runs, None, boundaries, do, S, interpret=interpret)
+
+  o, final, boundaries = forward(r, S)
+  assert not gpu_callbacks.get_races().races_found
+  gradients = backward(r, boundaries, jnp.ones_like(r.v), S)
+  assert not gpu_callbacks.get_races().races_found
+  for name, x in named((o, final, boundaries, gradients)).items():
+    assert np.isfinite(x).all(), name
+
+
+def test_named_backend_says_why_it_cannot():
+  r, S = inputs(GDN)
+  with pytest.raises(NotImplementedError, match="need a GPU; this is a cpu"):
+    linear_recurrence(r, S, backend="gpu")
+  with pytest.raises(NotImplementedError, match="chunks of 64"):
+    linear_recurrence(r, S, backend="interpret_gpu", chunk_size=32)
+  small, S = inputs(GDN, K=32)
+  with pytest.raises(NotImplementedError, match="64, 128 or 256 channels"):
+    linear_recurrence(small, S, backend="interpret_gpu")
+  large, S = inputs(RWKV7, K=256)
+  with pytest.raises(NotImplementedError, match="shared memory"):
+    linear_recurrence(large, S, backend="interpret_gpu")
+  with jax.enable_x64(True):
+    r, S = make(*GDN)
+    with pytest.raises(NotImplementedError, match="float64"):
+      linear_recurrence(r, S, backend="interpret_gpu")
+
+
+# --- the compilers ---
+
+needs_compilers = pytest.mark.skipif(
+  compilers.missing() is not None, reason=str(compilers.missing())
+)
+
+
+def compiled(names, monkeypatch):
+  """Every program compiles, and none of its kernels spills registers."""
+  monkeypatch.chdir(ROOT)
+  problems = []
+  for name, answer in compilers.measure(names):
+    rows = answer.get("rows", [])
+    problems += [f"{name}: {answer['error']}"] if "error" in answer else []
+    problems += [f"{name}: {row['call']} spills" for row in rows if row["spilled"]]
+    if not rows and "error" not in answer:
+      problems.append(f"{name}: no kernel")
+  assert not problems, "\n".join(problems)
+
+
+def real(name, T, dtype="bfloat16"):
+  return f"tests.recurrence_programs:real:gpu:{name}:{T}:{dtype}"
+
+
+DECAYS = ("none", "constant", "scalar", "channel")
+SPECIALISATIONS = [
+  *itertools.product(DECAYS, ("none", "key", "low_rank"), ("decayed",), ("",)),
+  *itertools.product(("constant", "scalar", "channel"), ("key", "low_rank"), ("undecayed",), ("",)),
+  *itertools.product(DECAYS, ("none",), ("decayed",), ("bonus",)),
+]
+
+
+@needs_compilers
+@pytest.mark.xdist_group("gpu_compiler")
+def test_a_shape_compiles(monkeypatch):
+  compiled([real("kimi_linear", 4096)], monkeypatch)
+
+
+@needs_compilers
+@pytest.mark.compile
+@pytest.mark.xdist_group("gpu_compiler")
+def test_every_shape_compiles(monkeypatch):
+  """Forward and backward, from an initial state to a final one; a part of a chunk, and 131072 tokens."""
+  names = [name for name in SHAPES if not name.startswith("cpu_")]
+  compiled([real(name, 8192) for name in names], monkeypatch)
+  compiled([real("kimi_linear", T) for T in (2, 65, 131072)], monkeypatch)
+  compiled([real(name, 4096, "float32") for name in ("mamba2", "qwen3_next", "rwkv7")], monkeypatch)
+
+
+@needs_compilers
+@pytest.mark.compile
+@pytest.mark.xdist_group("gpu_compiler")
+def test_every_specialisation_compiles(monkeypatch):
+  """With packed segments, in both dtypes."""
+  parts = itertools.product(SPECIALISATIONS, ("bfloat16", "float32"))
+  names = ["-".join((*case, dtype)) for case, dtype in parts]
+  compiled([f"tests.recurrence_programs:specialisation:gpu:{name}" for name in names], monkeypatch)
