@@ -4,11 +4,15 @@
     python -m pallas_kernels.bench --shapes kimi_linear,mamba2 --length 8192 --dtype bfloat16
     python -m pallas_kernels.bench --linear                     time and memory against length
     python -m pallas_kernels.bench --out benchmarks/records     also writes a dated JSON record
+    python -m pallas_kernels.bench --platform=gpu --out=DIR     all kernels of this machine's GPU
 
 Each row is checked first: outputs, final state and every gradient against the token-by-token reference in float64, on
 fresh inputs. Then all contestants of a row are timed in turn, again and again, and the median is told. "reference" is
 the scan over tokens; "ejkernel" is that library's XLA gated_delta_rule, on Gated DeltaNet's shapes, where it is
 installed (pip install --no-deps ejkernel): with its default chunk of 256 tokens, and with 64, the faster one on CPUs.
+
+On a GPU every kernel is checked, then timed by the device's clock beside XLA, cuDNN's flash attention over all keys
+and, where torch and fla-core can be imported, fla's Triton kernels on the same numbers.
 """
 
 import argparse
@@ -17,7 +21,6 @@ import importlib.metadata
 import json
 import pathlib
 import platform
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -26,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import bench_gpu
 from pallas_kernels.linear_recurrence import KeyErase, Recurrence, linear_recurrence
 from pallas_kernels.linear_recurrence.shapes import SHAPES, Shape, inputs
 
@@ -93,18 +97,8 @@ def check(shape: Shape, dtype: str, length: int) -> float:
 
 def medians(contestants: dict[str, Callable], r: Recurrence, seconds: float) -> dict[str, float]:
   """Seconds a call of each, taken in turns for about ``seconds`` each."""
-  compiled = {name: jax.jit(fn).lower(r).compile() for name, fn in contestants.items()}
-  times: dict[str, list[float]] = {name: [] for name in compiled}
-  for fn in compiled.values():
-    jax.block_until_ready(fn(r))
-  spent = 0.0
-  while spent < seconds * len(compiled) or min(map(len, times.values())) < 3:
-    for name, fn in compiled.items():
-      start = time.perf_counter()
-      jax.block_until_ready(fn(r))
-      times[name].append(time.perf_counter() - start)
-      spent += times[name][-1]
-  return {name: statistics.median(t) for name, t in times.items()}
+  clocks = {name: bench_gpu.host_clock(fn, (r,)) for name, fn in contestants.items()}
+  return bench_gpu.medians(clocks, seconds)
 
 
 def bench(name: str, batch: int | None, length: int | None, dtype: str, seconds: float) -> dict:
@@ -195,7 +189,10 @@ def main() -> None:
     "--linear", action="store_true", help="time and memory against length, of the first shape"
   )
   p.add_argument("--out", type=pathlib.Path, help="directory for a JSON record")
+  p.add_argument("--platform", choices=("gpu",), help="all kernels of this machine's GPU")
   a = p.parse_args()
+  if a.platform:
+    return on_gpu(a.out, a.seconds)
   names = a.shapes.split(",")
   if wrong := [n for n in names if n not in SHAPES]:
     p.error(f"unknown shape {', '.join(wrong)}; known: {', '.join(SHAPES)}")
@@ -210,19 +207,46 @@ def main() -> None:
       rows.append(bench(name, a.batch, a.length, a.dtype, a.seconds))
     _print_rows(rows)
   if a.out:
-    today = datetime.date.today().isoformat()
-    record = {
-      "date": today,
-      "command": "python -m pallas_kernels.bench " + " ".join(sys.argv[1:]),
-      "device": f"{jax.devices()[0].device_kind}, {len(jax.devices())} x {jax.default_backend()}",
-      "processor": platform.processor() or platform.machine(),
-      "versions": {n: _version(n) for n in ("jax", "jaxlib", "ejkernel", "numpy")},
-      "rows": rows,
-    }
-    a.out.mkdir(parents=True, exist_ok=True)
-    path = a.out / f"{today}-{jax.default_backend()}{'-linear' if a.linear else ''}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"wrote {path}")
+    _write(a.out, "-linear" if a.linear else "", rows, {})
+
+
+def _write(out: pathlib.Path, suffix: str, rows: list[dict], more: dict) -> None:
+  """A dated record of this machine."""
+  today = datetime.date.today().isoformat()
+  record = {
+    "date": today,
+    "command": "python -m pallas_kernels.bench " + " ".join(sys.argv[1:]),
+    "device": f"{jax.devices()[0].device_kind}, {len(jax.devices())} x {jax.default_backend()}",
+    "processor": platform.processor() or platform.machine(),
+    "versions": {
+      n: _version(n) for n in ("jax", "jaxlib", "ejkernel", "numpy", "torch", "fla-core")
+    },
+    "rows": rows,
+  } | more
+  out.mkdir(parents=True, exist_ok=True)
+  path = out / f"{today}-{jax.default_backend()}{suffix}.json"
+  path.write_text(json.dumps(record, indent=1) + "\n")
+  print(f"wrote {path}")
+
+
+def on_gpu(out: pathlib.Path | None, seconds: float) -> None:
+  """Every row of the GPU kernels; one that fails its check is told in the end."""
+  if jax.default_backend() != "gpu":
+    sys.exit(f"bench: there is no GPU here that JAX sees; its devices are {jax.devices()}")
+  device = jax.devices()[0].device_kind
+  copy = bench_gpu.copy_bandwidth(bench_gpu.device_clock)
+  rows, failures = [], []
+  for row in bench_gpu.rows():
+    print(row.kernel, row.shape, row.phase, file=sys.stderr)
+    try:
+      rows.append(bench_gpu.time_row(row, bench_gpu.device_clock, seconds))
+    except RuntimeError as error:
+      failures.append(str(error))
+  bench_gpu.print_rows(rows, bench_gpu.ceiling_of(device), copy)
+  if out:
+    _write(out, "", rows, {"copy_bytes_per_second": copy, "failures": failures})
+  if failures:
+    sys.exit("bench: " + "; ".join(failures))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,93 @@
+"""The benchmark of GPU kernels, on a CPU: its logic with tiny shapes, XLA's backends and this machine's clock."""
+
+import itertools
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+
+from pallas_kernels import bench, bench_gpu
+from pallas_kernels.block_sparse.shapes import Shape as SparseShape
+from pallas_kernels.linear_recurrence.shapes import Shape
+
+
+def rows():
+  s = Shape(2, 16, 2, 16, "scalar", "key", batch=1, length=64)
+  sparse = SparseShape(4, 1, 1, 16, 8, 16, 4, length=128)
+  yield from bench_gpu.recurrence_rows("tiny", s, kernel="xla")
+  yield from bench_gpu.step_rows("tiny", s, kernel="reference")
+  yield from bench_gpu.sparse_rows("tiny", sparse, 4, kernel="xla")
+
+
+def test_every_row_is_checked_and_timed(capsys):
+  """cuDNN is not there, and says so; everything else has a time."""
+  records = [bench_gpu.time_row(row, bench_gpu.host_clock, 0.0) for row in rows()]
+  assert [(r["kernel"], r["phase"]) for r in records] == [
+    ("linear_recurrence", "forward"),
+    ("linear_recurrence", "forward_backward"),
+    ("linear_recurrence_step", "decode"),
+    ("block_sparse", "forward"),
+    ("block_sparse", "forward_backward"),
+  ]
+  for r in records:
+    assert 0 <= r["error"] < 2e-2
+    assert set(r["why_not"]) == ({"full"} if r["kernel"] == "block_sparse" else set())
+    assert r["bytes_per_second"] > 0 and r["flops_per_second"] > 0
+  bench_gpu.print_rows(records, bench_gpu.ceiling_of("NVIDIA H200"), 1e12)
+  out = capsys.readouterr().out
+  assert out.count("% of HBM") == 5 and "full: " in out
+  json.dumps(records)
+
+
+def test_a_wrong_kernel_is_not_timed():
+  row = next(rows())
+  row.error = lambda: 0.5
+  with pytest.raises(RuntimeError, match="error 5.0e-01 exceeds"):
+    bench_gpu.time_row(row, bench_gpu.host_clock, 0.0)
+
+
+def test_a_kernel_that_does_not_serve_says_why(capsys):
+  row = next(bench_gpu.recurrence_rows("tiny", Shape(1, 16, 1, 16, "none", length=8), "nowhere"))
+  record = bench_gpu.time_row(row, bench_gpu.host_clock, 0.0)
+  assert "error" not in record and "unknown backend" in record["why_not"]["nowhere"]
+  bench_gpu.print_rows([record], None, 1e12)
+  assert "not served: nowhere: ValueError" in capsys.readouterr().out
+
+
+def test_medians_are_taken_in_turns():
+  read = []
+
+  def clock(name, times):
+    times = itertools.cycle(times)
+    return lambda: (read.append(name), next(times))[1]
+
+  clocks = {"a": clock("a", [3.0, 1.0, 2.0]), "b": clock("b", [5.0])}
+  assert bench_gpu.medians(clocks, 0.0) == {"a": 2.0, "b": 5.0}
+  assert read == ["a", "b"] * 3
+
+
+def test_errors_are_relative_and_infinities_must_agree():
+  assert bench_gpu._worst([[1.0, 2.0]], [[1.0, 2.0]]) == 0
+  got, want = bench_gpu.np.array([1.0, -math.inf]), bench_gpu.np.array([1.0, 2.0])
+  assert bench_gpu._worst([got], [want]) == math.inf
+
+
+def test_the_shapes_are_the_issue_s():
+  """Those that targets are stated for."""
+  names = {(row.kernel, row.shape, row.phase) for row in bench_gpu.rows()}
+  assert len(names) == 6 * 2 + 3 + 2 * 2
+  assert ("linear_recurrence", "kda_b1_t8192_h64", "forward_backward") in names
+
+
+def test_without_a_gpu_one_line_says_so():
+  command = [sys.executable, "-m", "pallas_kernels.bench", "--platform=gpu", "--out=/nowhere"]
+  done = subprocess.run(command, capture_output=True, text=True)
+  assert done.returncode == 1 and done.stdout == ""
+  assert done.stderr.startswith("bench: there is no GPU here") and done.stderr.count("\n") == 1
+
+
+def test_laptop_rows_use_the_same_engine():
+  times = bench.medians({"double": lambda r: r * 2}, bench.jnp.ones(8), 0.0)
+  assert times.keys() == {"double"} and times["double"] > 0
