@@ -6,8 +6,6 @@ from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
-from attnlab import accounting
-from attnlab.config import resolve
 from configs.base import base
 
 Axes = Mapping[str, Any]
@@ -97,6 +95,17 @@ class Experiment:
   predictions: tuple[Prediction, ...] = ()
 
 
+# A first layer that shows each token the ones before it: a short convolution, whose mixer's state has one channel and
+# holds next to nothing. Linear mixers have such convolutions themselves; softmax attention would spend most of a short
+# training on learning what they are born with.
+SHIFT = "linear_attention(num_heads=2, head_dim=1, value_dim=16, conv_size=4)"
+
+
+def after_shift(period: str, times: int = 1) -> str:
+  """The pattern of SHIFT and then a period of layers so many times."""
+  return " + ".join([SHIFT, *[period] * times])
+
+
 def config(
   pattern: str,
   task: str,
@@ -146,16 +155,3 @@ def greatest(cost: Callable[[int], float], budget: float) -> int:
   while cost(n + 1) <= budget:
     n += 1
   return n
-
-
-def with_parameters(c: ConfigDict, parameters: int) -> ConfigDict:
-  """A copy whose MLP is as wide as makes the model have so many parameters, as nearly as it can (at least 1)."""
-  out = c.copy_and_resolve_references()
-
-  def count(hidden: int) -> int:
-    out.model.mlp.hidden = hidden
-    return accounting.parameters(resolve(out).model)
-
-  one, two = count(1), count(2)
-  out.model.mlp.hidden = max(1, 1 + round((parameters - one) / (two - one)))
-  return out

@@ -10,13 +10,10 @@ from ml_collections import ConfigDict
 
 from attnlab import accounting
 from attnlab.config import resolve
-from experiments.cells import Cell, Experiment, Prediction, Test, config, greatest
+from experiments.cells import Cell, Experiment, Prediction, Test, after_shift, config, greatest
 from experiments.harness import main
 
 LINEAR = ("deltanet", "kda", "linear_attention")
-# The first layer of every model, so that all see which token came before: in softmax attention that takes a layer to
-# learn, while linear mixers have convolutions. Its own state, of one channel, holds next to nothing.
-SHIFT = "linear_attention(num_heads=2, head_dim=1, value_dim=16, conv_size=4)"
 WINDOWS = ("swa, equal bytes", "swa, equal FLOPs")
 
 
@@ -58,7 +55,9 @@ SIZES = {
 def linear(name: str, head_dim: int) -> str:
   """The pattern of a linear mixer with two heads and head_dim x head_dim states. Convolutions are part of the
   state."""
-  return f"{SHIFT} + 2*{name}(num_heads=2, head_dim={head_dim}, value_dim={head_dim}, conv_size=4)"
+  return after_shift(
+    f"2*{name}(num_heads=2, head_dim={head_dim}, value_dim={head_dim}, conv_size=4)"
+  )
 
 
 def equal_window(
@@ -82,7 +81,7 @@ def equal_window(
 
 
 def _swa(head_dim: int, window: int) -> str:
-  return f"{SHIFT} + 2*swa(num_heads=2, head_dim={head_dim}, window={window})"
+  return after_shift(f"2*swa(num_heads=2, head_dim={head_dim}, window={window})")
 
 
 def _config(size: str, pattern: str) -> ConfigDict:
@@ -96,9 +95,10 @@ def _config(size: str, pattern: str) -> ConfigDict:
 
 def cell(size: str, head_dim: int, name: str) -> Cell:
   s = SIZES[size]
+  facts = {}
   if name in WINDOWS:
     delta = resolve(_config(size, linear("deltanet", head_dim))).model
-    w = equal_window(
+    facts["window"] = w = equal_window(
       delta, lambda w: resolve(_config(size, _swa(head_dim, w))).model, name.split()[-1]
     )
     pattern = _swa(head_dim, w)
@@ -107,12 +107,7 @@ def cell(size: str, head_dim: int, name: str) -> Cell:
   c = _config(size, pattern)
   chance = 2 / s.vocab_size  # of a value
   tests = tuple(Test({"length": n}, dict(seq_len=n), chance) for n in s.tests)
-
-  def facts():
-    state = accounting.cache_bytes(resolve(c).model, s.tests[-1])
-    return {"pattern": pattern, "bytes at the longest": state}
-
-  return Cell({"head_dim": head_dim, "mixer": name}, c, s.learning_rates, tests, facts)
+  return Cell({"head_dim": head_dim, "mixer": name}, c, s.learning_rates, tests, lambda: facts)
 
 
 def cells(size: str) -> list[Cell]:

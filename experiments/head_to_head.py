@@ -13,7 +13,14 @@ from ml_collections import ConfigDict
 from attnlab import accounting
 from attnlab.config import resolve
 from configs.base import base
-from experiments.cells import Cell, Experiment, Prediction, Test, config, with_parameters
+from experiments.cells import (
+  Cell,
+  Experiment,
+  Prediction,
+  Test,
+  after_shift,
+  config,
+)
 from experiments.equal_bytes import equal_window
 from experiments.harness import main
 
@@ -32,7 +39,8 @@ class Size:
     parity: longest word in training and in tests.
     heads, head_dim: of every mixer.
     block: of sparse attention, which sees three.
-    d_model, mlp, layers: of softmax attention's model; the MLPs of the others make up for their parameters.
+    d_model, mlp: of softmax attention's model; the MLPs of the others make up for their parameters.
+    layers: of every model, after SHIFT; a multiple of four.
     steps, batch_size: of training. Every model sees the same examples in the same order.
     learning_rates: the grid.
     models: of the table; None: all.
@@ -77,8 +85,13 @@ def models(s: Size) -> dict[str, str]:
   def linear(name: str, more: str = "") -> str:
     return f"{name}({heads}, value_dim={s.head_dim}{more})"
 
+  def alone(layer: str) -> str:
+    return after_shift(f"{s.layers}*{layer}")
+
   delta = linear("gated_deltanet")
-  window = equal_window(_model(s, delta), lambda w: _model(s, f"swa({heads}, window={w})"))
+  window = equal_window(
+    _model(s, alone(delta)), lambda w: _model(s, alone(f"swa({heads}, window={w})"))
+  )
   every = {
     "softmax": softmax,
     "swa": f"swa({heads}, window={window})",
@@ -105,24 +118,32 @@ def models(s: Size) -> dict[str, str]:
     "3 kda : 1 infllm_v2": f"3*{linear('kda')} + {infllm}",
     "3 lightning : 1 infllm_v2": f"3*{linear('lightning')} + {infllm}",
   }
-  return every if s.models is None else {name: every[name] for name in s.models}
+  patterns = {
+    name: alone(layer) if "+" not in layer else after_shift(layer, s.layers // 4)
+    for name, layer in every.items()
+  }
+  return patterns if s.models is None else {name: patterns[name] for name in s.models}
 
 
 def _model(s: Size, pattern: str) -> ConfigDict:
   """The model's section, resolved, for text."""
   c = base()
-  c.model.pattern, c.model.num_layers, c.model.d_model = pattern, s.layers, s.d_model
+  c.model.pattern, c.model.num_layers, c.model.d_model = pattern, s.layers + 1, s.d_model
   c.model.mlp.hidden = s.mlp
   return resolve(c).model
 
 
 @functools.lru_cache(maxsize=256)
+def _parameters(s: Size, pattern: str) -> int:
+  return accounting.parameters(_model(s, pattern))
+
+
 def _mlp(s: Size, pattern: str) -> int:
   """The MLP's width that gives a model softmax attention's parameters."""
-  c = base()
-  c.model.update(_model(s, pattern))
-  target = accounting.parameters(_model(s, models(s)["softmax"]))
-  return with_parameters(c, target).model.mlp.hidden
+  softmax = models(s)["softmax"]
+  target = _parameters(s, softmax)
+  one = _parameters(dataclasses.replace(s, mlp=s.mlp + 1), softmax) - target
+  return s.mlp + round((target - _parameters(s, pattern)) / one)
 
 
 @functools.lru_cache(maxsize=256)
@@ -165,7 +186,7 @@ def cell(s: Size, task: str, name: str, pattern: str) -> Cell:
   }[task]  # fmt: skip
   length = s.parity[0] if task == "parity" else n
   c = config(
-    pattern, data, args, seq_len=length, layers=s.layers, d_model=s.d_model, mlp=_mlp(s, pattern),
+    pattern, data, args, seq_len=length, layers=s.layers + 1, d_model=s.d_model, mlp=_mlp(s, pattern),
     steps=s.steps, batch_size=s.batch_size,
   )  # fmt: skip
   return Cell({"task": task, "model": name}, c, s.learning_rates, tests, lambda: costs(s, pattern))

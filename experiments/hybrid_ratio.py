@@ -5,7 +5,7 @@ python -m experiments.hybrid_ratio [--size=cpu|gpu|paper] [--only=task=recall] [
 
 import dataclasses
 
-from experiments.cells import Cell, Experiment, Prediction, Test, config
+from experiments.cells import Cell, Experiment, Prediction, Test, after_shift, config
 from experiments.harness import main
 
 # Linear layers to global ones; of each period the last layer is global, as in the models that ship.
@@ -24,7 +24,7 @@ class Size:
     chains, hops: of chained recall.
     head_dim: of keys and values; two heads.
     sparse: settings of the sparse layers: of InfLLM-V2, which has softmax attention's parameters.
-    d_model, mlp: of every model; all have eight layers.
+    d_model, mlp: of every model; all have eight layers, after SHIFT.
     steps, batch_size: of training, which ends early at 99.5 % of validation.
     learning_rates: the grid.
   """
@@ -66,9 +66,9 @@ def pattern(s: Size, kind: str, ratio: str) -> str:
   linear = f"gated_deltanet({heads}, value_dim={s.head_dim})"
   n = RATIOS[ratio]
   if n is None:
-    return linear
+    return after_shift(f"8*{linear}")
   end = f"softmax({heads})" if kind == "softmax" else f"infllm_v2({heads}, {s.sparse})"
-  return f"{n}*{linear} + {end}" if n else end
+  return after_shift(f"{n}*{linear} + {end}", 8 // (n + 1)) if n else after_shift(f"8*{end}")
 
 
 def cell(size: str, task: str, kind: str, ratio: str) -> Cell:
@@ -79,7 +79,7 @@ def cell(size: str, task: str, kind: str, ratio: str) -> Cell:
   }[task]
   args |= dict(vocab_size=s.vocab_size, random_non_queries=False)
   c = config(
-    pattern(s, kind, ratio), name, args, seq_len=s.length, layers=8, d_model=s.d_model, mlp=s.mlp,
+    pattern(s, kind, ratio), name, args, seq_len=s.length, layers=9, d_model=s.d_model, mlp=s.mlp,
     steps=s.steps, batch_size=s.batch_size, stop_accuracy=0.995,
   )  # fmt: skip
   chance = 2 / s.vocab_size if name == "mqar" else 1 / s.vocab_size

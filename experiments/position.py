@@ -5,7 +5,7 @@ python -m experiments.position [--size=cpu|gpu|paper] [--only=layers=hybrid] [--
 
 import dataclasses
 
-from experiments.cells import Cell, Experiment, Prediction, Test, config
+from experiments.cells import Cell, Experiment, Prediction, Test, after_shift, config
 from experiments.harness import main
 
 # What the share of rotated channels is called.
@@ -21,7 +21,8 @@ class Size:
     length: of a row in training; tests are at 1, 2, 4 and 8 times as much.
     vocab_size, pairs: of recall; the needle has the same words.
     head_dim: of keys and values; two heads.
-    d_model, mlp, layers: of every model.
+    d_model, mlp: of every model.
+    layers: of every model, after SHIFT; a multiple of four.
     steps, batch_size: of training. No run ends early: what is right at one length becomes right at others later.
     learning_rates: the grid.
   """
@@ -49,9 +50,10 @@ TIMES = (1, 2, 4, 8)
 def pattern(s: Size, layers: str, position: str) -> str:
   heads = f"num_heads=2, head_dim={s.head_dim}"
   full = f"softmax({heads}, rope_fraction={POSITIONS[position]})"
-  return (
-    f"3*gated_deltanet({heads}, value_dim={s.head_dim}) + {full}" if layers == "hybrid" else full
-  )
+  if layers == "softmax":
+    return after_shift(f"{s.layers}*{full}")
+  linear = f"gated_deltanet({heads}, value_dim={s.head_dim})"
+  return after_shift(f"3*{linear} + {full}", s.layers // 4)
 
 
 def cell(size: str, task: str, layers: str, position: str) -> Cell:
@@ -62,7 +64,7 @@ def cell(size: str, task: str, layers: str, position: str) -> Cell:
   }[task]
   c = config(
     pattern(s, layers, position), name, args | dict(vocab_size=s.vocab_size), seq_len=s.length,
-    layers=s.layers, d_model=s.d_model, mlp=s.mlp, steps=s.steps, batch_size=s.batch_size,
+    layers=s.layers + 1, d_model=s.d_model, mlp=s.mlp, steps=s.steps, batch_size=s.batch_size,
   )  # fmt: skip
   tests = tuple(Test({"training lengths": n}, dict(seq_len=n * s.length), chance) for n in TIMES)
   axes = {"task": task, "layers": layers, "position": position}

@@ -237,7 +237,7 @@ def _figure(experiment: Experiment, table: Sequence[Row]) -> Any:
     handles = {h.get_label(): h for p in panels for h in p.get_legend_handles_labels()[0]}
     if handles:
       figure.legend(
-        handles=list(handles.values()), loc="outside lower center", ncols=6, frameon=False, fontsize=9
+        handles=list(handles.values()), loc="outside lower center", ncols=2 * columns, frameon=False, fontsize=9
       )  # fmt: skip
   return figure
 

@@ -7,7 +7,7 @@ import dataclasses
 
 from attnlab import accounting
 from attnlab.config import resolve
-from experiments.cells import Cell, Experiment, Prediction, Test, config
+from experiments.cells import Cell, Experiment, Prediction, Test, after_shift, config
 from experiments.harness import main
 
 LINEAR = ("linear_attention", "mamba2", "gla", "deltanet", "gated_deltanet", "kda", "comba")
@@ -24,6 +24,7 @@ class Size:
     vocab_size: half keys, half values.
     widths: of the model; a mixer has two heads of half of it.
     mixers: linear ones; softmax attention comes with them.
+    shift: whether a convolution comes before all of them, as in the authors' later settings: training is short.
     examples, batch_size, epochs: of training, which ends early at 99 % of validation.
     learning_rates: the grid.
   """
@@ -32,6 +33,7 @@ class Size:
   vocab_size: int
   widths: tuple[int, ...]
   mixers: tuple[str, ...]
+  shift: bool
   examples: int
   batch_size: int
   epochs: int
@@ -39,24 +41,24 @@ class Size:
 
 
 SIZES = {
-  "cpu": Size(((64, 16),), 128, (16, 32, 64), FEW, 25_600, 32, 1, (5e-3, 1e-2)),
+  "cpu": Size(((64, 16),), 128, (16, 32, 64), FEW, True, 25_600, 32, 1, (5e-3, 1e-2)),
   "gpu": Size(
-    ((256, 64), (512, 64)), 1024, (32, 64, 128, 256), LINEAR, 100_000, 256, 16, (1e-3, 3e-3)
+    ((256, 64), (512, 64)), 1024, (32, 64, 128, 256), LINEAR, True, 100_000, 256, 16, (1e-3, 3e-3)
   ),
   # The settings of Figure 2, whose grid of rates has four from 1e-4 to 1e-2.
   "paper": Size(
-    ((64, 4), (128, 8), (256, 16), (512, 64)), 8192, (64, 128, 256, 512), LINEAR, 100_000, 256, 64,
+    ((64, 4), (128, 8), (256, 16), (512, 64)), 8192, (64, 128, 256, 512), LINEAR, False, 100_000, 256, 64,
     (1e-4, 4.6e-4, 2.2e-3, 1e-2),
   ),
 }  # fmt: skip
 
 
-def pattern(mixer: str, width: int) -> str:
+def pattern(mixer: str, width: int, shift: bool) -> str:
   heads = f"num_heads=2, head_dim={width // 2}"
-  if mixer == "softmax":
-    return f"softmax({heads})"
   values = "state_dim" if mixer == "mamba2" else "value_dim"
-  return f"{mixer}({heads}, {values}={width // 2}, conv_size=4)"
+  more = "" if mixer == "softmax" else f", {values}={width // 2}, conv_size=4"
+  two = f"2*{mixer}({heads}{more})"
+  return after_shift(two) if shift else two
 
 
 def cell(size: str, length: int, pairs: int, width: int, mixer: str) -> Cell:
@@ -64,7 +66,7 @@ def cell(size: str, length: int, pairs: int, width: int, mixer: str) -> Cell:
   args = dict(vocab_size=s.vocab_size, num_kv_pairs=pairs, random_non_queries=False)
   steps = s.epochs * s.examples // s.batch_size
   c = config(
-    pattern(mixer, width), "mqar", args | dict(train_examples=s.examples), seq_len=length, layers=2,
+    pattern(mixer, width, s.shift), "mqar", args | dict(train_examples=s.examples), seq_len=length, layers=2 + s.shift,
     d_model=width, steps=steps, batch_size=s.batch_size, stop_accuracy=0.99,
   )  # fmt: skip
   facts = lambda: {"state bytes": accounting.cache_bytes(resolve(c).model, length)}  # noqa: E731

@@ -129,14 +129,18 @@ def test_sparse_attention_reads_what_it_selects():
 
   def cache_read(model, length):
     costs = accounting.costs(model, length)
-    ids = 4 * (4 * length + 4)  # each token's document, and how many there are, in each of four layers
+    ids = 4 * (
+      4 * length + 4
+    )  # each token's document, and how many there are, in each of four layers
     return (costs.decode_bytes - costs.parameters * 2 - ids) / 4
 
   for length, tokens in ((8192, 2048), (16384, 2560), (32768, 3584), (65536, 5632)):
     got = cache_read(nsa, length) / a_token
     assert tokens <= got <= tokens + 64  # what the next pool needs, and the window's ids
   moba = tiny(f"moba({heads}, block_size=512, top_k=3)")
-  assert cache_read(moba, 32768) == (3 * 512 + 32768 / 512 / 2) * a_token  # of blocks their mean keys
+  assert (
+    cache_read(moba, 32768) == (3 * 512 + 32768 / 512 / 2) * a_token
+  )  # of blocks their mean keys
 
 
 @pytest.mark.parametrize("name", mixers())

@@ -16,7 +16,7 @@ import pytest
 from flax import nnx
 
 import experiments
-from attnlab import data, optim, sharding
+from attnlab import accounting, data, optim, sharding
 from attnlab.config import check, resolve
 from attnlab.errors import UserError
 from attnlab.evaluate import make_evaluate
@@ -269,3 +269,34 @@ def test_a_row_is_right_if_all_its_targets_are():
       right += list(((ids == batch["targets"]) | (batch["weights"] == 0)).all(1))
   assert 0 < sum(right) < len(right) == 32
   assert got["row_accuracy"] == sum(right) / 32 <= got["accuracy"]
+
+
+def test_models_of_head_to_head_have_as_many_parameters():
+  """Within 3 %, on text, whatever the mixer."""
+  from experiments import head_to_head as h
+
+  counts = {
+    cell.axes["model"]: accounting.parameters(resolve(cell.config).model)
+    for cell in h.cells("cpu")
+    if cell.axes["task"] == "text"
+  }
+  for name, count in counts.items():
+    assert abs(count / counts["softmax"] - 1) < 0.03, (name, counts)
+
+
+def test_windows_of_equal_cost():
+  """The next wider window costs more than the linear model; this one does not."""
+  from experiments.equal_bytes import equal_window
+
+  def model(pattern):
+    c = base()
+    c.model.pattern = pattern
+    return resolve(c).model
+
+  linear = model("deltanet(num_heads=2, head_dim=32, conv_size=0)")
+  windowed = lambda w: model(f"swa(num_heads=2, head_dim=32, window={w})")  # noqa: E731
+  # 32 x 32 values a head in a state; 2 x 32 of a token in a window, and its document's number a layer.
+  assert equal_window(linear, windowed) == 2 * 32 * 32 // (2 * 2 * 32 + 1)
+  w = equal_window(linear, windowed, "FLOPs")
+  flops = [accounting.costs(windowed(n), 1 << 20).train_flops for n in (w, w + 1)]
+  assert flops[0] <= accounting.costs(linear, 1 << 20).train_flops < flops[1]
