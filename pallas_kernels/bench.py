@@ -5,6 +5,7 @@
     python -m pallas_kernels.bench --linear                     time and memory against length
     python -m pallas_kernels.bench --out benchmarks/records     also writes a dated JSON record
     python -m pallas_kernels.bench --platform=gpu --out=DIR     all kernels of this machine's GPU
+    python -m pallas_kernels.bench --readme README.md           its table of them, from benchmarks/records
 
 Each row is checked first: outputs, final state and every gradient against the token-by-token reference in float64, on
 fresh inputs. Then all contestants of a row are timed in turn, again and again, and the median is told. "reference" is
@@ -189,8 +190,15 @@ def main() -> None:
     "--linear", action="store_true", help="time and memory against length, of the first shape"
   )
   p.add_argument("--out", type=pathlib.Path, help="directory for a JSON record")
+  p.add_argument(
+    "--readme", type=pathlib.Path, help="a file whose GPU table is made from the record"
+  )
   p.add_argument("--platform", choices=("gpu",), help="all kernels of this machine's GPU")
   a = p.parse_args()
+  if a.readme:
+    record = bench_gpu.newest_record(a.readme.resolve().parent / "benchmarks" / "records")
+    a.readme.write_text(bench_gpu.with_table(a.readme.read_text(), record))
+    return
   if a.platform:
     return on_gpu(a.out, a.seconds)
   names = a.shapes.split(",")

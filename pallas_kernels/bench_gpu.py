@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import functools
+import json
 import math
+import pathlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -368,6 +370,7 @@ def time_row(row: Row, clock: Callable, seconds: float) -> dict:
   except Exception as error:  # another library's, of whatever kind
     record["why_not"]["fla"] = f"{type(error).__name__}: {error}"
   times = medians(clocks, seconds) if clocks else {}
+  # The kernel comes first.
   record["seconds"] = {name: t / row.calls for name, t in times.items()}
   if kernel in clocks:
     own = record["seconds"][kernel]
@@ -392,6 +395,46 @@ def print_rows(records: list[dict], ceiling: tuple[float, float] | None, copy: f
     print(f"{name}{1e3 * own:>9.3f} ms  {others}  {rates}{peak}  error {r['error']:.0e}")
     for n, why in r["why_not"].items():
       print(f"  {n}: {why}")
+
+
+BEGIN, END = "<!-- gpu: begin -->", "<!-- gpu: end -->"
+
+
+def markdown(record: dict | None) -> str:
+  """The rows of a record, in short."""
+  if record is None:
+    return "No GPU has run this yet."
+  lines = [f"{record['device']}, {record['date']}; x: how many times faster than the other.", ""]
+  lines += [
+    "| | | ms | x XLA | x fla | x full attention | of a copy's bytes a second |",
+    "|---" * 7 + "|",
+  ]
+  for row in record["rows"]:
+    if "bytes_per_second" not in row:
+      continue
+    x = row["times_faster_than"]
+    others = [x.get("xla", x.get("reference")), x.get("fla"), x.get("full")]
+    cells = [
+      row["shape"],
+      row["phase"].replace("_", " + "),
+      f"{1e3 * next(iter(row['seconds'].values())):.3f}",
+    ]
+    cells += ["-" if t is None else f"{t:.2f}" for t in others]
+    cells.append(f"{row['bytes_per_second'] / record['copy_bytes_per_second']:.0%}")
+    lines.append("| " + " | ".join(cells) + " |")
+  return "\n".join(lines)
+
+
+def with_table(text: str, record: dict | None) -> str:
+  """A document with the table between its two marks made anew."""
+  before, rest = text.split(BEGIN)
+  return f"{before}{BEGIN}\n{markdown(record)}\n{END}{rest.split(END)[1]}"
+
+
+def newest_record(folder: pathlib.Path) -> dict | None:
+  """The last record of a GPU, by date."""
+  paths = sorted(folder.glob("*-gpu.json"))
+  return json.loads(paths[-1].read_text()) if paths else None
 
 
 def ceiling_of(device: str) -> tuple[float, float] | None:

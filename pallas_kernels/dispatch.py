@@ -18,6 +18,19 @@ def platform() -> str:
   return jax.default_backend() if device is None else device.platform
 
 
+def needs_hopper() -> None:
+  """Raises NotImplementedError where what is compiled for is no Hopper GPU: Mosaic GPU kernels are made for sm_90a."""
+  if platform() != "gpu":
+    raise NotImplementedError(f"the Pallas kernels need a Hopper GPU; this is a {platform()}")
+  if jax.default_backend() == "gpu":
+    # A version such as "9.0"; of a GPU of another make it is a name, or not there.
+    version = str(getattr(jax.local_devices()[0], "compute_capability", "unknown"))
+    if not version.startswith("9."):
+      raise NotImplementedError(
+        f"the Pallas kernels need a Hopper GPU, compute capability 9.0; here it is {version}"
+      )
+
+
 def choose(
   backend: str, backends: Mapping[str, Callable[[], None]], order: Mapping[str, list[str]]
 ) -> str:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import pathlib
 import subprocess
 import sys
 
@@ -11,6 +12,8 @@ import pytest
 from pallas_kernels import bench, bench_gpu
 from pallas_kernels.block_sparse.shapes import Shape as SparseShape
 from pallas_kernels.linear_recurrence.shapes import Shape
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def rows():
@@ -38,7 +41,20 @@ def test_every_row_is_checked_and_timed(capsys):
   bench_gpu.print_rows(records, bench_gpu.ceiling_of("NVIDIA H200"), 1e12)
   out = capsys.readouterr().out
   assert out.count("% of HBM") == 5 and "full: " in out
-  json.dumps(records)
+  record = dict(device="an H200", date="today", rows=records, copy_bytes_per_second=1e12)
+  text = bench_gpu.with_table(
+    f"a{bench_gpu.BEGIN}b{bench_gpu.END}c", json.loads(json.dumps(record))
+  )
+  assert text.startswith(f"a{bench_gpu.BEGIN}\nan H200, today") and text.endswith("c")
+  assert text.count("| tiny") == 5
+
+
+def test_the_readme_has_the_newest_record():
+  text = (ROOT / "README.md").read_text()
+  record = bench_gpu.newest_record(ROOT / "benchmarks" / "records")
+  assert bench_gpu.with_table(text, record) == text, (
+    "python -m pallas_kernels.bench --readme README.md"
+  )
 
 
 def test_a_wrong_kernel_is_not_timed():

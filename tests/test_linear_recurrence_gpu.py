@@ -155,7 +155,7 @@ def test_no_races_and_nothing_unwritten_is_read(case):
 
 def test_named_backend_says_why_it_cannot():
   r, S = inputs(GDN)
-  with pytest.raises(NotImplementedError, match="need a GPU; this is a cpu"):
+  with pytest.raises(NotImplementedError, match="need a Hopper GPU; this is a cpu"):
     linear_recurrence(r, S, backend="gpu")
   with pytest.raises(NotImplementedError, match="chunks of 64"):
     linear_recurrence(r, S, backend="interpret_gpu", chunk_size=32)

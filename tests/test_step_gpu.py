@@ -1,6 +1,7 @@
 """The GPU kernel of one token, in Pallas's interpreter, against the recurrence's definition in float64."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from steps import CASES, assert_close, exact, make
 
+from pallas_kernels import dispatch
 from pallas_kernels.linear_recurrence import linear_recurrence_step, step_gpu
 
 step = functools.partial(linear_recurrence_step, backend="interpret_gpu")
@@ -71,9 +73,20 @@ def test_no_races():
   assert not gpu_callbacks.get_races().races_found
 
 
+def test_other_gpus_are_served_by_xla(monkeypatch):
+  r, state = make(KDA, K=64, V=32)
+  monkeypatch.setattr(dispatch, "platform", lambda: "gpu")
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  ampere = types.SimpleNamespace(compute_capability="8.0")
+  monkeypatch.setattr(jax, "local_devices", lambda: [ampere])
+  with pytest.raises(NotImplementedError, match="here it is 8.0"):
+    linear_recurrence_step(r, state, backend="gpu")
+  linear_recurrence_step(r, state)
+
+
 def test_refusals_say_why():
   r, state = make(KDA, K=64, V=32)
-  with pytest.raises(NotImplementedError, match="needs a GPU"):
+  with pytest.raises(NotImplementedError, match="need a Hopper GPU"):
     linear_recurrence_step(r, state, backend="gpu")
   with pytest.raises(NotImplementedError, match="float16"):
     step(r, state.astype(jnp.float16))

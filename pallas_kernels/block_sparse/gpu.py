@@ -40,8 +40,7 @@ _COLUMN, _ROW = _MATRIX.reduce(1), _MATRIX.reduce(0)
 
 def check(q, k, v, blocks: Blocks) -> None:
   """Raises NotImplementedError, saying why, where the kernels cannot serve the call on this machine."""
-  if dispatch.platform() != "gpu":
-    raise NotImplementedError(f"the Pallas kernel needs a GPU; this is a {dispatch.platform()}")
+  dispatch.needs_hopper()
   limitations(q, k, v, blocks)
 
 

@@ -6,7 +6,6 @@ forward, the operands of the kernels (decays applied, triangular systems inverte
 inputs from the states at chunk boundaries and their gradients, which both kernels leave.
 """
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -22,14 +21,7 @@ _GROUP = 8
 
 def check(r: Recurrence, chunk: int | None) -> None:
   """Raises NotImplementedError, saying why, where the kernels cannot serve the call on this machine."""
-  if dispatch.platform() != "gpu":
-    raise NotImplementedError(f"the Pallas kernels need a GPU; this is a {dispatch.platform()}")
-  if jax.default_backend() == "gpu":
-    capability = jax.local_devices()[0].compute_capability
-    if not capability.startswith("9."):
-      raise NotImplementedError(
-        f"the Pallas kernels need a Hopper GPU (compute capability 9.0); this one has {capability}"
-      )
+  dispatch.needs_hopper()
   supports(r, chunk)
 
 

@@ -29,8 +29,7 @@ _OF_KEYS, _OF_VALUES = _MATRIX.reduce(1), _MATRIX.reduce(0)
 
 def check(r: Recurrence, state: Float[Array, "B Hv K V"]) -> None:
   """Raises NotImplementedError, saying why, where the kernel cannot serve the call on this machine."""
-  if dispatch.platform() != "gpu":
-    raise NotImplementedError(f"the Pallas kernel needs a GPU; this is a {dispatch.platform()}")
+  dispatch.needs_hopper()
   supports(r, state)
 
 
