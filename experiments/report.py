@@ -112,7 +112,8 @@ def write(
     csv.writer(file).writerows(lines)
   told = _told(experiment, table, command, size)
   predictions = _predictions(experiment, table)
-  (out / "table.md").write_text(_markdown(experiment, lines, told, predictions))
+  summary = _summary(experiment, table)
+  (out / "table.md").write_text(_markdown(experiment, summary, lines, told, predictions))
   figure = _figure(experiment, table)
   for suffix in ("png", "svg"):
     figure.savefig(out / f"plot.{suffix}", dpi=160)
@@ -134,6 +135,28 @@ def _lines(table: Sequence[Row]) -> list[list[str]]:
     line = [*(str(row.axes.get(a, "-")) for a in axes), mean, spread, str(len(row.values))]
     lines.append([*line, published, *(_short(row.facts.get(k)) for k in facts)])
   return lines
+
+
+def _summary(experiment: Experiment, table: Sequence[Row]) -> list[list[str]]:
+  """The figures alone, headings first: by line and facet of the plot down, by its x across (a fact: the facet across).
+
+  A field has the mean and the spread; several, where more than these tell figures apart.
+  """
+  x, by, facet = (experiment.plot[k] for k in ("x", "line", "facet"))
+  across = x if any(x in row.axes for row in table) else facet
+  down = [name for name in (facet, by) if name != across]
+  columns = list(dict.fromkeys(row.axes[across] for row in table))
+  fields: dict[tuple[str, ...], dict[Any, list[str]]] = {}
+  for row in table:
+    line = fields.setdefault(tuple(str(row.axes[name]) for name in down), {})
+    spread = f" ± {row.spread:.1f}" if row.spread is not None else ""
+    mean = "-" if row.mean is None else f"{row.mean:.{2 if row.measure == 'bits' else 1}f}"
+    line.setdefault(row.axes[across], []).append(mean + spread)
+  head = [*down, *(f"{across} {c}" if _is_number(c) else str(c) for c in columns)]
+  body = [
+    [*names, *(", ".join(line.get(c, "-")) for c in columns)] for names, line in fields.items()
+  ]
+  return [head, *body]
 
 
 def _short(value: Any) -> str:
@@ -169,22 +192,34 @@ def _predictions(experiment: Experiment, table: Sequence[Row]) -> list[tuple[Pre
 
 def _markdown(
   experiment: Experiment,
+  summary: list[list[str]],
   lines: list[list[str]],
   told: Mapping[str, str],
   predictions: Sequence[tuple[Prediction, str]],
 ) -> str:
+  head = [f"# {experiment.title}", "", experiment.about, ""]
+  head += [f"- {k}: {'`' + v + '`' if k == 'Command' else v}" for k, v in told.items()]
+  if predictions:
+    head += ["", "Predictions, written before the runs:", ""]
+    head += [f"- {p.text} **{word}**" for p, word in predictions]
+  middle = [
+    "",
+    "Accuracy in percent, guessing being 0, and its spread over seeds (bits a byte as they are):",
+    "",
+  ]
+  parts = [*head, *middle, *_grid(summary), "", "All figures:", "", *_grid(lines), ""]
+  return "\n".join(parts)
+
+
+def _grid(lines: list[list[str]]) -> list[str]:
+  """A table in Markdown, in columns."""
   widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
 
   def line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)) + " |"
 
   rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
-  head = [f"# {experiment.title}", "", experiment.about, ""]
-  head += [f"- {k}: {'`' + v + '`' if k == 'Command' else v}" for k, v in told.items()]
-  if predictions:
-    head += ["", "Predictions, written before the runs:", ""]
-    head += [f"- {p.text} **{word}**" for p, word in predictions]
-  return "\n".join([*head, "", line(lines[0]), rule, *map(line, lines[1:]), ""])
+  return [line(lines[0]), rule, *map(line, lines[1:])]
 
 
 def _figure(experiment: Experiment, table: Sequence[Row]) -> Any:

@@ -198,7 +198,16 @@ def test_table(told):
   text = (told / "table.md").read_text()
   assert "# A & B" in text and "`python -m x`" in text and "Figures: 2 of 4" in text
   assert "- a is good **held**" in text and "- b **not known yet**" in text
-  assert len([line for line in text.splitlines() if line.startswith("|")]) == 6
+  tables = [line for line in text.splitlines() if line.startswith("|")]
+  assert len(tables) == 2 + 2 + 2 + 4  # headings and figures of both
+  assert [c.strip() for c in tables[0].split("|")[1:-1]] == [
+    "task",
+    "mixer",
+    "length 8",
+    "length 16",
+  ]
+  first = [c.strip() for c in tables[2].split("|")[1:-1]]
+  assert first == ["a", "linear_attention", "90.0 ± 14.1", "10.0 ± 14.1"]
 
 
 def test_page_needs_nothing_else(told):
