@@ -156,7 +156,7 @@ def _block_sparse_cases(backend: str) -> Iterator[Case]:
 
 _MAKERS = {
   "tpu": (_recurrence_cases, _step_cases, _short_conv_cases, _block_sparse_cases),
-  "gpu": (_step_cases, _block_sparse_cases),
+  "gpu": (_recurrence_cases, _step_cases, _block_sparse_cases),
 }
 
 
