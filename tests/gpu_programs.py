@@ -1,13 +1,16 @@
 """Programs for the GPU compilers, which run in processes of their own: see test_gpu_compile.py."""
 
+import json
 import os
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.block_sparse import block_sparse_attention
 from pallas_kernels.block_sparse.shapes import SHAPES
+from pallas_kernels.cost import gpu
 
 
 def doubled():
@@ -54,6 +57,47 @@ def packed(name: str):
   return jax.grad(loss, (0, 1, 2)), (q, k, v, indices, ids)
 
 
+def sharded() -> dict:
+  """Compiles block-sparse attention with gradients for two devices, a row of a batch each."""
+  from jax.experimental import topologies
+  from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
+
+  from attnlab import sharding
+
+  options = dict(platform="cuda", topology="1x2x1", target_config=gpu.H200)
+  devices = np.array(topologies.get_topology_desc(**options).devices)
+  mesh = Mesh(devices.reshape(1, 2, 1), sharding.AXES, axis_types=(AxisType.Explicit,) * 3)
+
+  def array(*shape, dtype=jnp.bfloat16):
+    spec = PartitionSpec("data", *(None,) * (len(shape) - 1))
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+  def attend(*args):
+    return block_sparse_attention(*args, block_size=64)[0]
+
+  def loss(*args):
+    axes = ("batch", None, None, None)
+    o = sharding.local(attend, (axes,) * 4, axes)(*args)
+    return jnp.sum(o.astype(jnp.float32) ** 2)
+
+  args = array(2, 1024, 16, 64), array(2, 1024, 1, 64), array(2, 1024, 1, 64)
+  args += (array(2, 1, 1024, 4, dtype=jnp.int32),)
+  with use_abstract_mesh(mesh.abstract_mesh):
+    traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(*args)
+    # What the mesh says, "gpu", jax looks up among the platforms of this machine.
+    text = traced.lower(lowering_platforms=("cuda",)).compile().as_text()
+  names = ("block_sparse_forward", "block_sparse_queries", "block_sparse_keys")
+  collectives = ("all-gather", "all-to-all", "collective-permute", "reduce-scatter", "all-reduce")
+  return {
+    "kernels": [name for name in names if name in text],
+    "collectives": [c for c in collectives if f" {c}(" in text or f" {c}-start(" in text],
+  }
+
+
 def fatal():
   """As a compiler does whose own check fails."""
   os.abort()
+
+
+if __name__ == "__main__":
+  print(json.dumps(sharded()))

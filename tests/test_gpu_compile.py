@@ -1,7 +1,10 @@
 """The kernels through the real GPU compilers, for an H200 that is not here, in processes of its own."""
 
 import importlib.util
+import json
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -98,3 +101,14 @@ def test_documents_spill_nothing(monkeypatch):
   for name, answer in gpu.measure(names):
     assert "error" not in answer, f"{name}: {answer['error']}"
     assert [row["spilled"] for row in answer["rows"]] == [0, 0, 0], name
+
+
+@needs_compilers
+def test_compiles_in_a_sharded_program(tmp_path):
+  """For two GPUs, gradients included: each runs the kernels on its part, and nothing moves between them."""
+  command = [sys.executable, "-m", "tests.gpu_programs"]
+  env = gpu.environment(str(tmp_path))
+  child = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+  assert child.returncode == 0, child.stderr[-2000:]
+  answer = json.loads(child.stdout.splitlines()[-1])
+  assert len(answer["kernels"]) == 3 and answer["collectives"] == []

@@ -24,7 +24,7 @@ INSTALL = (
 )
 
 # An H200 by its data sheet and the CUDA programming guide's table of compute capability 9.0; not read off a device.
-_H200 = """
+H200 = """
 platform_name: "CUDA"
 device_description_str: "NVIDIA H200"
 runtime_version { major: 13 }
@@ -83,7 +83,7 @@ def device():
   """A device to compile for; in a process with ``environment``."""
   from jax.experimental import topologies
 
-  topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=_H200)
+  topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=H200)
   return topology.devices[0]
 
 
