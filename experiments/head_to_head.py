@@ -237,9 +237,10 @@ EXPERIMENT = Experiment(
     "Full, sliding-window, linear and sparse attention and their hybrids, with nothing else changed: the same "
     "examples in the same order, optimizer, updates, heads and parameters (within 3 %: the MLP's width makes up for "
     "the mixer's). The window has as many bytes as Gated DeltaNet's state; hybrids have no position encoding in "
-    "softmax layers; those of linear and sparse layers have no full attention at all.\n\n"
+    "softmax layers; those of linear and sparse layers have no full attention at all. A convolution comes before "
+    "every model.\n\n"
     "Each model is trained on each task by itself. Costs are those of the model for text: a cache is of one "
-    "sequence, and the bytes a decoded token are the cache and the parameters, read once. bits a byte: of text, "
+    "sequence, and the bytes a decoded token are what is read of the cache, and the parameters. bits a byte: of text, "
     "lower is better."
   ),
   source="none",
