@@ -240,7 +240,7 @@ def _figure(experiment: Experiment, table: Sequence[Row]) -> Any:
   # The same id for the same thing, so that a picture changes when its figures do.
   with matplotlib.rc_context({"svg.hashsalt": experiment.name, "svg.fonttype": "none"}):
     figure = matplotlib.figure.Figure(
-      figsize=(3.6 * columns + 0.4, 2.9 * shape[0] + 0.7), layout="constrained"
+      figsize=(max(3.6 * columns + 0.4, 6), 2.9 * shape[0] + 0.7), layout="constrained"
     )
     panels = figure.subplots(*shape, squeeze=False).ravel()
     styles = dict(zip(names, zip(itertools.cycle(_COLOURS), itertools.cycle(_MARKS)), strict=False))
@@ -264,7 +264,10 @@ def _figure(experiment: Experiment, table: Sequence[Row]) -> Any:
       else:
         axes.set_xscale("log")
       bits = here[0].measure == "bits"
-      axes.set(xlabel=x) if bits else axes.set(xlabel=x, ylim=(-5, 105))
+      lowest = min(
+        (v for r in here for v in r.values), default=0
+      )  # guesses may fall below guessing
+      axes.set(xlabel=x) if bits else axes.set(xlabel=x, ylim=(min(lowest, 0) - 5, 105))
       if bits or facets.index(value) % columns == 0:
         axes.set_ylabel("bits a byte" if bits else "accuracy, %")
       axes.grid(color="#dddddd", linewidth=0.6)
@@ -272,7 +275,7 @@ def _figure(experiment: Experiment, table: Sequence[Row]) -> Any:
     handles = {h.get_label(): h for p in panels for h in p.get_legend_handles_labels()[0]}
     if handles:
       figure.legend(
-        handles=list(handles.values()), loc="outside lower center", ncols=2 * columns, frameon=False, fontsize=9
+        handles=list(handles.values()), loc="outside lower center", ncols=max(3, 2 * columns), frameon=False, fontsize=9
       )  # fmt: skip
   return figure
 
