@@ -131,17 +131,17 @@ class _Plan:
 
 
 def _product(a, b):
-  """a b in float32, 64 x 64."""
+  """a b in float32, of 64 rows."""
 
   def run(acc):
     plgpu.wgmma(acc, a, b)
     return acc[...]
 
-  return pl.run_scoped(run, plgpu.ACC((_ROWS, _ROWS), jnp.float32))
+  return pl.run_scoped(run, plgpu.ACC((_ROWS, b.shape[1]), jnp.float32))
 
 
 def _times(a, b, spare):
-  """``_product`` for a that is in registers, and 64 columns of b.
+  """``_product`` for a that is in registers.
 
   Pallas's interpreter multiplies only what is in shared memory: there, and only there, is some of it to spare.
   """
@@ -153,20 +153,13 @@ def _times(a, b, spare):
   return _product(spare, b)
 
 
-def _spread(x, axis: int):
-  """A vector along one axis of a matrix of 64 x 64."""
-  return jax.lax.broadcast_in_dim(x, (_ROWS, _ROWS), (axis,))
-
-
-def _pieces(width: int) -> list:
-  """Columns, 64 at a time: sums of more would be in registers twice."""
-  return [pl.ds(i, 64) for i in range(0, width, 64)]
+def _spread(x, axis: int, columns: int = _ROWS):
+  """A vector along one axis of a matrix of 64 rows."""
+  return jax.lax.broadcast_in_dim(x, (_ROWS, columns), (axis,))
 
 
 def _zeros(width: int):
-  return tuple(
-    plgpu.layout_cast(jnp.zeros((_ROWS, 64), jnp.float32), _MATRIX) for _ in _pieces(width)
-  )
+  return plgpu.layout_cast(jnp.zeros((_ROWS, width), jnp.float32), _MATRIX)
 
 
 def _limit(bits, last, chosen, end):
@@ -251,11 +244,7 @@ def _forward_kernel(
     total = total * before + jnp.sum(weights, axis=1)
     weights = weights.astype(v_s.dtype)
     plgpu.barrier_wait(v_ready)
-    acc = tuple(
-      x * _spread(before, 0) + _times(weights, v_s.at[:, at], spare)
-      for x, at in zip(acc, _pieces(p.V), strict=True)
-    )
-    return new, total, acc
+    return new, total, acc * _spread(before, 0, p.V) + _times(weights, v_s, spare)
 
   def vector(x):
     return plgpu.layout_cast(jnp.full((_ROWS,), x, jnp.float32), _COLUMN)
@@ -266,8 +255,7 @@ def _forward_kernel(
   share = jnp.where(some, 1 / jnp.where(some, total, 1), 0)
   # The outputs leave through memory of values: two programs fit an SM, and hide each other's waits.
   o_s = v_s.at[0]
-  for x, at in zip(acc, _pieces(p.V), strict=True):
-    o_s[:, at] = (x * _spread(share, 0)).astype(o_s.dtype)
+  o_s[...] = (acc * _spread(share, 0, p.V)).astype(o_s.dtype)
   plgpu.commit_smem()
   plgpu.copy_smem_to_gmem(o_s, o.at[batch, group, own])
   nothing = vector(-jnp.inf)
@@ -298,13 +286,10 @@ def _queries_kernel(
     plgpu.barrier_wait(v_ready)
     dweights = _product(do_s, v_s.T)
     dlogits = (scale * weights * (dweights - _spread(delta, 0))).astype(k_s.dtype)
-    return tuple(
-      x + _times(dlogits, k_s.at[:, at], spare) for x, at in zip(dq, _pieces(p.D), strict=True)
-    )
+    return dq + _times(dlogits, k_s, spare)
 
   dx = _walk(p, k, v, first, chosen, count, k_s, v_s, k_ready, v_ready, step, _zeros(p.D))
-  for x, at in zip(dx, _pieces(p.D), strict=True):
-    q_s[:, at] = x.astype(q_s.dtype)
+  q_s[...] = dx.astype(q_s.dtype)
   plgpu.commit_smem()
   plgpu.copy_smem_to_gmem(q_s, dq.at[batch, group, own])
   plgpu.wait_smem_to_gmem(0)
@@ -355,17 +340,11 @@ def _keys_kernel(
     plgpu.barrier_wait(do_ready.at[slot])
     return slot, weights, delta
 
-  def add(sums, x, y, slot):
-    return tuple(
-      s + _times(x, y.at[slot, :, at], spare)
-      for s, at in zip(sums, _pieces(y.shape[2]), strict=True)
-    )
-
   def keys_step(i, sums):
     slot, weights, delta = weights_of(i)
     dweights = _product(v_s, do_s.at[slot].T)
     dlogits = scale * weights * (dweights - _spread(delta, 1))
-    sums = add(sums, dlogits.astype(k_s.dtype), q_s, slot)
+    sums += _times(dlogits.astype(k_s.dtype), q_s.at[slot], spare)
     plgpu.barrier_arrive(done.at[slot])
     plgpu.barrier_wait(done.at[slot])
     pl.when(i + stages < end)(functools.partial(fetch, i + stages))
@@ -373,14 +352,12 @@ def _keys_kernel(
 
   def values_step(i, sums):
     slot, weights, _ = weights_of(i)
-    sums = add(sums, weights.astype(k_s.dtype), do_s, slot)
+    sums += _times(weights.astype(k_s.dtype), do_s.at[slot], spare)
     plgpu.barrier_arrive(done.at[slot])
     return sums
 
   def walk(step, out, width):
-    sums = jax.lax.fori_loop(begin, end, step, _zeros(width))
-    for x, at in zip(sums, _pieces(width), strict=True):
-      out[batch, group, part, :, at] = x
+    out[batch, group, part] = jax.lax.fori_loop(begin, end, step, _zeros(width))
 
   pl.when(of_keys)(lambda: walk(keys_step, dk, p.D))
   pl.when(jnp.logical_not(of_keys))(lambda: walk(values_step, dv, p.V))
