@@ -115,13 +115,11 @@ class _Plan:
     return x.reshape(B, T, H, *x.shape[4:])
 
   def of_rows(self, last: Array, *more: Array) -> Array:
-    """[B, G, tiles, 2 + n, 64] float32 of each row: its query's bit and last key, and what else is there of it."""
+    """[B, G, tiles, 2 + n, 64] int32 of each row: its query's bit and last key, and the bits of floats of it."""
     shape = (self.B, self.groups, self.tiles, _ROWS)
-    bit = jnp.left_shift(1, jnp.arange(_ROWS) // self.rows)
-    bit = jax.lax.bitcast_convert_type(bit, jnp.float32)
+    bit = jnp.left_shift(1, jnp.arange(_ROWS, dtype=jnp.int32) // self.rows)
     last = jnp.repeat(last, self.rows, axis=1).reshape(self.B, 1, self.tiles, _ROWS)
-    last = jax.lax.bitcast_convert_type(last, jnp.float32)
-    more = (x.reshape(shape) for x in more)
+    more = (jax.lax.bitcast_convert_type(x, jnp.int32).reshape(shape) for x in more)
     return jnp.stack([jnp.broadcast_to(x, shape) for x in (bit, last, *more)], axis=3)
 
   def matrix(self, width: int, *count: int):
@@ -215,9 +213,8 @@ def _walk(p: _Plan, k, v, first, chosen, count, k_s, v_s, k_ready, v_ready, step
 
 def _row_facts(rows_s, layout, count: int):
   """The query's bit and last key of each row, and the ``count`` numbers that follow."""
-  load = lambda i: plgpu.load(rows_s.at[i], (), layout=layout)  # noqa: E731
-  whole = (jax.lax.bitcast_convert_type(load(i), jnp.int32) for i in (0, 1))
-  return *whole, *(load(2 + i) for i in range(count))
+  facts = [plgpu.load(rows_s.at[i], (), layout=layout) for i in range(2 + count)]
+  return *facts[:2], *(jax.lax.bitcast_convert_type(x, jnp.float32) for x in facts[2:])
 
 
 def _forward_kernel(
@@ -413,7 +410,7 @@ def _attend_forward(q, k, v, blocks, scale, interpret):
     q_s=p.matrix(p.D),
     k_s=p.matrix(p.D, 2),
     v_s=p.matrix(p.V, 2),
-    rows_s=plgpu.SMEM(rows.shape[3:], jnp.float32),
+    rows_s=plgpu.SMEM(rows.shape[3:], rows.dtype),
     ready=plgpu.Barrier(num_arrivals=2),
     k_ready=plgpu.Barrier(num_barriers=2),
     v_ready=plgpu.Barrier(num_barriers=2),
@@ -449,7 +446,7 @@ def _queries(p: _Plan, scale, arrays, visits, interpret):
     do_s=p.matrix(p.V),
     k_s=p.matrix(p.D, 2),
     v_s=p.matrix(p.V, 2),
-    rows_s=plgpu.SMEM(rows.shape[3:], jnp.float32),
+    rows_s=plgpu.SMEM(rows.shape[3:], rows.dtype),
     ready=plgpu.Barrier(num_arrivals=3),
     k_ready=plgpu.Barrier(num_barriers=2),
     v_ready=plgpu.Barrier(num_barriers=2),
@@ -472,7 +469,7 @@ def _keys(p: _Plan, scale, arrays, visits, blocks, interpret):
     v_s=p.matrix(p.V),
     q_s=p.matrix(p.D, 2),
     do_s=p.matrix(p.V, 2),
-    rows_s=plgpu.SMEM((2, *rows.shape[3:]), jnp.float32),
+    rows_s=plgpu.SMEM((2, *rows.shape[3:]), rows.dtype),
     kv_ready=plgpu.Barrier(num_arrivals=2),
     q_ready=plgpu.Barrier(num_arrivals=2, num_barriers=2),
     do_ready=plgpu.Barrier(num_barriers=2),

@@ -41,10 +41,12 @@ def visits(blocks: Blocks, tokens: int, Tk: int) -> Visits:
   tiles = -(-Tq // tokens)
   indices = jnp.repeat(blocks.indices, blocks.query_block, axis=2)[:, :, :Tq]
   B, G, _, S = indices.shape
-  first = blocks.layout.starts[:, None, :, None] + indices * blocks.size
+  first = (blocks.layout.starts[:, None, :, None] + indices * blocks.size).astype(jnp.int32)
   seen = (indices >= 0) & (first <= last_seen(blocks, Tq)[:, None, :, None])
   # Blocks first, then queries: the queries of a block become neighbours.
-  key = jnp.where(seen, first * tokens + (jnp.arange(Tq) % tokens)[:, None], _NEVER)
+  key = jnp.where(
+    seen, first * tokens + (jnp.arange(Tq, dtype=jnp.int32) % tokens)[:, None], _NEVER
+  )
   pad = ((0, 0), (0, 0), (0, tiles * tokens - Tq), (0, 0))
   key = jnp.pad(key, pad, constant_values=_NEVER).reshape(B, G, tiles, tokens * S)
   key = jnp.sort(key, axis=-1)
@@ -59,7 +61,7 @@ def visits(blocks: Blocks, tokens: int, Tk: int) -> Visits:
 
   def compact(slot, seen, first, bit):
     at = jnp.where(seen, slot, most)  # out of bounds: dropped
-    into = jnp.full(most, _NEVER).at[at].set(first, mode="drop")
+    into = jnp.full(most, _NEVER, jnp.int32).at[at].set(first, mode="drop")
     return into, jnp.zeros(most, jnp.int32).at[at].add(bit, mode="drop")
 
   for _ in range(3):
