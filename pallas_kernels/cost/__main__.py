@@ -100,7 +100,9 @@ def _arguments(argv: list[str]) -> tuple[argparse.ArgumentParser, argparse.Names
   )
   p.add_argument("--jobs", type=int, default=1, choices=(1, 2), help="chips compiled for at a time")
   p.add_argument(
-    "--out", type=pathlib.Path, help="folder of tpu_cost.csv and .png; other rows there stay"
+    "--out",
+    type=pathlib.Path,
+    help="folder of tpu_cost.csv and .png, or gpu_cost.csv; other rows there stay",
   )
   p.add_argument("--readme", type=pathlib.Path, help="a file whose table is made from the record")
   return p, p.parse_args(argv)
