@@ -100,15 +100,18 @@ def attention_needs_no_width(value) -> bool | None:
 
 
 def a_state_grows(value) -> bool | None:
-  pairs = [[at_the_last(value, m, i) for i in (0, -1)] for m in FEW]
-  if any(None in pair for pair in pairs):
-    return None
-  return all(wide > narrow + 20 for narrow, wide in pairs)
+  gains = []
+  for mixer in FEW:
+    narrow, wide = (at_the_last(value, mixer, i) for i in (0, -1))
+    if narrow is None or wide is None:
+      return None
+    gains.append(wide - narrow)
+  return min(gains) > 20
 
 
 def delta_is_best(value) -> bool | None:
-  got = [at_the_last(value, m, 1) for m in ("gated_deltanet", "linear_attention")]
-  return None if None in got else got[0] > got[1] + 10
+  delta, plain = (at_the_last(value, m, 1) for m in ("gated_deltanet", "linear_attention"))
+  return None if delta is None or plain is None else delta > plain + 10
 
 
 EXPERIMENT = Experiment(
