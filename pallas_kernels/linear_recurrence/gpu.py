@@ -1,19 +1,18 @@
 """The recurrence on Hopper GPUs.
 
-What walks chunks one after the other (the state forward, its gradient backward) are Pallas Mosaic GPU kernels, in
-``gpu_scan.py``. What is local to a chunk, and so the same for all chunks at once, is plain jax.numpy that XLA compiles:
-forward, the operands of the kernels (decays applied, triangular systems inverted); backward, the gradients of all
-inputs from the states at chunk boundaries and their gradients, which both kernels leave.
+Pallas Mosaic GPU kernels are: what is local to a chunk, for all chunks at once (``gpu_chunk.py``: decays applied,
+triangular systems inverted), and what walks chunks one after the other, the state forward and its gradient backward
+(``gpu_scan.py``). XLA compiles what is plain jax.numpy: cumulative decays and other numbers a token, and, backward, the
+gradients of all inputs, which are local to a chunk again once the states at its ends and their gradients are there.
 """
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.linear_recurrence import gpu_scan, xla
+from pallas_kernels.linear_recurrence import gpu_chunk, gpu_scan, xla
 from pallas_kernels.linear_recurrence.gpu_scan import CHUNK, Plan
 from pallas_kernels.linear_recurrence.recurrence import KeyErase, LowRankErase, Recurrence
-from pallas_kernels.linear_recurrence.triangular import unit_lower_inverse
 
 # Chunks whose gradients are computed at once: memory for what is local to a chunk.
 _GROUP = 8
@@ -58,28 +57,71 @@ def _plan(r: Recurrence) -> Plan | None:
 # --- what is local to a chunk ---
 
 
-def _operands(p: Plan, bonus, tokens: Recurrence, runs):
+def _operands(p: Plan, bonus, tokens: Recurrence, runs, interpret):
   """Operands of ``gpu_scan`` by name, and what is kept of the state, [heads, N, K] or None for all of it."""
-  chunks = xla.cut(bonus, tokens, runs, CHUNK)
-  x = xla.local(chunks)
-  if p.erase != "none":
-    x["inverse"] = unit_lower_inverse(x.pop("L"))
-    if p.erase == "key":
-      x["inverse"] = x["inverse"] * jnp.swapaxes(chunks.beta, -1, -2)
+  B, N, Hv, K = p.B, p.chunks, p.Hv, p.K
+  f32 = jnp.float32
 
-  def by_head(y):  # [N, B, H, Hv / H, rows, columns] -> [B * Hv, N, rows, columns]
-    y = jnp.broadcast_to(y, (p.chunks, p.B, *y.shape[2:]))
-    y = jnp.broadcast_to(y, (*y.shape[:3], p.Hv // y.shape[2], *y.shape[4:]))
-    y = y.transpose(1, 2, 3, 0, 4, 5)
-    return y.reshape(p.heads * p.chunks, *y.shape[4:])
+  def side_by_side(x):  # [B, T, heads, K] -> [B * N, C, heads * K]
+    return x.reshape(B * N, CHUNK, -1)
 
-  keep = x.pop("keep")
-  if tokens.log_decay is None and runs is None:
-    keep = None
-  else:
-    keep = by_head(jnp.broadcast_to(keep, (*keep.shape[:4], p.K, 1)))
-    keep = keep.reshape(p.heads, p.chunks, p.K)
-  return {name: gpu_scan.parts(by_head(y), p.parts) for name, y in x.items()}, keep
+  def of_heads(x):  # [B, N, C, Hv or 1] -> [B * Hv * N, C]
+    x = jnp.broadcast_to(x.astype(f32), (B, N, CHUNK, Hv))
+    return x.transpose(0, 3, 1, 2).reshape(p.heads * N, CHUNK)
+
+  arrays = {"q": side_by_side(tokens.q), "k": side_by_side(tokens.k)}
+  if p.erase == "low_rank":
+    arrays |= {"a": side_by_side(tokens.erase.a), "b": side_by_side(tokens.erase.b)}
+  if p.erase == "key":
+    arrays["beta"] = of_heads(tokens.erase.beta.reshape(B, N, CHUNK, Hv))
+  if bonus is not None:
+    own = jnp.einsum("bthk,bthk,hk->bth", tokens.q.astype(f32), tokens.k.astype(f32), bonus)
+    own = jnp.repeat(own, Hv // own.shape[-1], axis=-1)
+    arrays["own"] = of_heads(own.reshape(B, N, CHUNK, Hv))
+
+  # Factors of what reads the state, of what writes it, and of the state.
+  undecayed = tokens.reads == "undecayed"
+  start = erase_start = end = keep = None
+  if runs is not None:
+    own_runs = runs[:, 1:].reshape(B, N, CHUNK, 1)
+    carried, last = runs[:, :-1].reshape(B, N, CHUNK, 1)[:, :, :1], own_runs[:, :, -1:]
+    start = erase_start = (own_runs == carried).astype(f32)
+    end, keep = (own_runs == last).astype(f32), (last == carried).astype(f32)
+    arrays["runs"] = of_heads(own_runs - carried)
+  if tokens.log_decay is not None:
+    channel = tokens.decay == "channel"
+    smallest = gpu_chunk.smallest_decay(p) if channel else jnp.log(jnp.finfo(f32).tiny)
+    g = jnp.maximum(tokens.log_decay.astype(f32), smallest)
+    g = jnp.broadcast_to(g, (B, *g.shape[1:])).reshape(B, N, CHUNK, Hv, -1)
+    G = jnp.cumsum(g, axis=2)
+    before = jnp.concatenate([jnp.zeros_like(G[:, :, :1]), G[:, :, :-1]], axis=2)
+    last = G[:, :, -1:]
+    kept = jnp.exp(last)
+    keep = kept if keep is None else kept * keep[..., None]
+    if channel:
+      arrays["G"] = side_by_side(G)
+      if bonus is not None or (undecayed and p.erase != "none"):
+        arrays["before"] = side_by_side(before)
+    else:
+      G, before, last = G[..., 0], before[..., 0], last[..., 0]
+      arrays |= {"G_row": of_heads(G), "before_row": of_heads(before)}
+      reads = before if bonus is not None else G
+      erase_reads = before if undecayed else G
+      one = 1.0 if runs is None else start
+      start, erase_start = one * jnp.exp(reads), one * jnp.exp(erase_reads)
+      end = (1.0 if runs is None else end) * jnp.exp(last - G)
+  factors = {"start": start, "erase_start": erase_start, "end": end}
+  arrays |= {name: of_heads(x) for name, x in factors.items() if x is not None}
+  if keep is not None:
+    if keep.ndim == 4:
+      keep = keep[..., None]
+    keep = jnp.broadcast_to(keep, (B, N, 1, Hv, K))
+    keep = keep[:, :, 0].transpose(0, 2, 1, 3).reshape(p.heads, N, K)
+  # Twice, as a column and as a row: loads of one array that differ in layout alone would be merged.
+  columns = {"G_row": "G_column", "runs": "runs_column", "beta": "beta_column"}
+  arrays |= {columns[name]: x for name, x in arrays.items() if name in columns}
+  ops = gpu_chunk.operands(p, arrays, tokens.k.shape[2], undecayed, interpret)
+  return ops, keep
 
 
 def _values(p: Plan, x: Array) -> list[Array]:
@@ -98,7 +140,7 @@ def forward(
   """Outputs [B, T, Hv, V], the final state, and the states that ``backward`` starts from (if to ``keep``)."""
   p = _plan(r)
   tokens, bonus, runs, _ = xla.prepare(r, runs, CHUNK)
-  operands, kept = _operands(p, bonus, tokens, runs)
+  operands, kept = _operands(p, bonus, tokens, runs, interpret)
   initial_state = initial_state.reshape(p.heads, p.K, p.V)
   o, final, boundaries = gpu_scan.forward(
     p, operands, kept, _values(p, tokens.v), initial_state, r.v.dtype, boundaries=keep, interpret=interpret
@@ -120,7 +162,7 @@ def backward(
   """Gradients of inputs and initial state."""
   p = _plan(r)
   tokens, bonus, padded, _ = xla.prepare(r, runs, CHUNK)
-  operands, kept = _operands(p, bonus, tokens, padded)
+  operands, kept = _operands(p, bonus, tokens, padded, interpret)
   do_padded = jnp.pad(do, ((0, 0), (0, p.chunks * CHUNK - do.shape[1]), (0, 0), (0, 0)))
   dfinal = dfinal.reshape(p.heads, p.K, p.V)
   dboundaries, dinitial = gpu_scan.backward(

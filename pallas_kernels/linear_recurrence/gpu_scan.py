@@ -68,24 +68,22 @@ def parts(x: Array, count: int) -> list[Array]:
   return out
 
 
-def _transforms(p: Plan, dtype=jnp.bfloat16):
-  """Tiling and swizzle of a shared array: wgmma wants those of both operands to be the same."""
-  swizzle = 2 * p.columns
-  return plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(
-    swizzle
-  )
+def tiles(swizzle: int, dtype=jnp.bfloat16):
+  """Transforms of a shared array: wgmma wants those of both operands to be the same."""
+  tile = swizzle // jnp.dtype(dtype).itemsize
+  return plgpu.TilingTransform((8, tile)), plgpu.SwizzleTransform(swizzle)
 
 
 def _smem(p: Plan, rows: int, dtype=jnp.bfloat16):
-  return plgpu.SMEM((1, rows, p.columns), dtype, transforms=_transforms(p, dtype))
+  return plgpu.SMEM((1, rows, p.columns), dtype, transforms=tiles(2 * p.columns, dtype))
 
 
-def _put(refs, x: Array) -> None:
+def put(refs, x: Array) -> None:
   for ref, part in zip(refs, parts(x, len(refs)), strict=True):
     ref[...] = part
 
 
-def _products(shape, *pairs) -> Array:
+def products(shape, *pairs) -> Array:
   """The sum of ``a b`` over pairs of operands, each a list of parts, in float32."""
 
   def run(acc):
@@ -142,7 +140,7 @@ def _walk(p: Plan, body, names, arrays, keep, scratch, indices, start, finish, r
         plgpu.BlockSpec(
           (1, CHUNK, columns),
           lambda n, first=first, column=column: (first + at(n), 0, column),
-          transforms=_transforms(p),
+          transforms=tiles(2 * p.columns),
         )
       )
   if keep is not None:
@@ -186,7 +184,7 @@ def _blocks(p: Plan, ref):
 
 def _put_state(p: Plan, refs, S: list[Array]) -> None:
   for block, x in zip(zip(*[_blocks(p, ref) for ref in refs], strict=True), S, strict=True):
-    _put(block, x)
+    put(block, x)
 
 
 def _next_state(p: Plan, S: list[Array], keep, *pairs) -> list[Array]:
@@ -196,7 +194,7 @@ def _next_state(p: Plan, S: list[Array], keep, *pairs) -> list[Array]:
     rows = pl.ds(i * _ROWS, _ROWS)
     if keep is not None:
       x = x * lax.broadcast_in_dim(keep[rows], x.shape, [0])
-    return x + _products(x.shape, *[([y.at[:, rows].T for y in a], b) for a, b in pairs])
+    return x + products(x.shape, *[([y.at[:, rows].T for y in a], b) for a, b in pairs])
 
   return [block(i, x) for i, x in enumerate(S)]
 
@@ -301,12 +299,12 @@ def forward(
       written, scores, writes = x["v"], x["scores"], x["writes"]
       if p.erase != "none":
         if p.erase == "key":
-          R = _products(rows, (x["erased"], state)) + _value(x["v"])
+          R = products(rows, (x["erased"], state)) + _value(x["v"])
         else:
-          R = _products(rows, (x["erased"], state), (x["removed"], x["v"]))
-        _put(residual, R)
+          R = products(rows, (x["erased"], state), (x["removed"], x["v"]))
+        put(residual, R)
         plgpu.commit_smem()
-        _put(update, _products(rows, (x["inverse"], residual)))
+        put(update, products(rows, (x["inverse"], residual)))
         plgpu.commit_smem()
       pairs_o, pairs_S = [(x["q"], state)], []
       if p.erase != "key":
@@ -319,7 +317,7 @@ def forward(
         pairs_o.append((x["corrected"], update))
         pairs_S.append((x["corrections"], update))
       S = _next_state(p, S, keep, *pairs_S)
-      out[...] = _products(rows, *pairs_o).astype(o_dtype)
+      out[...] = products(rows, *pairs_o).astype(o_dtype)
       plgpu.commit_smem()
       column = pl.ds(head * p.V + block * p.columns, p.columns)
       plgpu.copy_smem_to_gmem(out, o.at[batch * p.chunks + n, :, column])
@@ -385,9 +383,9 @@ def backward(
       pairs = [(x["q"], x["do"])]
       if p.erase != "none":
         reads, writes = ("scores", "writes") if p.erase == "key" else ("corrected", "corrections")
-        _put(update, _products(rows, (_t(x[reads]), x["do"]), (x[writes], state)))
+        put(update, products(rows, (_t(x[reads]), x["do"]), (x[writes], state)))
         plgpu.commit_smem()
-        _put(residual, _products(rows, (_t(x["inverse"]), update)))
+        put(residual, products(rows, (_t(x["inverse"]), update)))
         plgpu.commit_smem()
         pairs.append((x["erased"], residual))
       dS = _next_state(p, dS, keep, *pairs)
