@@ -1,8 +1,8 @@
 """What is local to a chunk of the recurrence on a GPU, for all chunks at once: a Pallas Mosaic GPU kernel for Hopper.
 
-A program computes the operands that ``gpu_scan.py`` walks with, of one chunk of one head, as ``xla.local`` defines them,
-and inverts the triangular system of an erase. Inputs are read in tiles of 64 x 64 straight into registers; what tensor
-cores multiply goes through shared memory.
+A program computes, for one chunk of one head, the operands that ``gpu_scan.py`` walks with, as ``xla.local`` defines
+them, and inverts the triangular system of an erase. Inputs are read in tiles of 64 x 64 straight into registers; what
+tensor cores multiply goes through shared memory.
 
 Tokens are compared under a decay a channel in blocks: the second half of a block with the first through the decay at
 its middle, and small blocks on the diagonal through theirs, where factors may exceed one but not the range of a number
