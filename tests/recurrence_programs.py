@@ -1,5 +1,7 @@
 """Programs of a recurrence for compilers that run in processes of their own."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -25,9 +27,11 @@ def with_gradients(backend, shape, dtype, T, packed):
 
 
 def real(argument: str):
-  """ "backend:shape:T:dtype" of a real shape."""
-  backend, name, T, dtype = argument.split(":")
-  return with_gradients(backend, SHAPES[name], dtype, int(T), packed=False)
+  """ "backend:shape:T:dtype[:devices]" of a real shape, or of one device's heads of it."""
+  backend, name, T, dtype, devices = (argument + ":1").split(":")[:5]
+  shape, n = SHAPES[name], int(devices)
+  heads = dict(heads=max(shape.heads // n, 1), value_heads=max(shape.value_heads // n, 1))
+  return with_gradients(backend, dataclasses.replace(shape, **heads), dtype, int(T), packed=False)
 
 
 def specialisation(argument: str):

@@ -32,7 +32,8 @@ _BASES = {True: (8, -20.0), False: (16, -10.0)}
 # Value heads a step, forward and backward. On v6e Gated DeltaNet's forward takes 753, 572 and 522
 # bundles per 128 tokens and head with 4, 8 and 16 heads, its backward 1454, 1140 and 963 with 2, 4
 # and 8: what else there is to do while one head waits. Half of them where VMEM is 16 MiB (v4), and
-# half for float32, whose blocks and parts of products are larger; both together need chunks of 64.
+# half for float32, whose blocks and parts of products are larger; both together need chunks of 64. A
+# low-rank erase in float32, which has the most of both, takes half of that.
 _HEADS = {"forward": 16, "backward": 8}
 
 
@@ -113,11 +114,11 @@ def _plan(r: Recurrence, runs, C: int | None, direction: str) -> _Plan:
     keys = max(n // ratio, 1)
     return all(d * m % 128 == 0 or m == of for d, m, of in ((K, keys, H), (V, n, Hv)))
 
+  erase = {KeyErase: "key", LowRankErase: "low_rank", type(None): "none"}[type(r.erase)]
   choices = [n for n in range(1, Hv + 1) if fits(n)]
-  most = _HEADS[direction] >> (exact + small)
+  most = _HEADS[direction] >> (exact + small + (exact and erase == "low_rank"))
   n = max((n for n in choices if n <= most and n * K * V <= most * 128 * 128), default=choices[0])
   repeats = max(ratio // n, 1)
-  erase = {KeyErase: "key", LowRankErase: "low_rank", type(None): "none"}[type(r.erase)]
   return _Plan(
     B, T, K, V, C, -(-T // C), n, max(n // ratio, 1), repeats, Hv // (n * repeats), ratio,
     r.decay, erase, r.bonus is not None, r.reads == "undecayed", runs is not None,
