@@ -415,7 +415,9 @@ def test_other_bad_arguments():
     linear_recurrence(r, S, segment_ids=SEGMENTS)
   with pytest.raises(ValueError, match="initial_state must have shape"):
     linear_recurrence(r, S[:1])
-  with pytest.raises(ValueError, match="unknown backend 'cuda'; known: auto, tpu, interpret, gpu, "):
+  with pytest.raises(
+    ValueError, match="unknown backend 'cuda'; known: auto, tpu, interpret, gpu, "
+  ):
     linear_recurrence(r, S, backend="cuda")
   with pytest.raises(ValueError, match="at least one token"):
     linear_recurrence(jax.tree.map(lambda x: x[:, :0], r), S)

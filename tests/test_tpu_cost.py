@@ -13,6 +13,7 @@ from pallas_kernels.cost import report
 from pallas_kernels.cost.__main__ import RECORD
 from pallas_kernels.cost.dump import around, read_schedule, read_units, read_vmem
 from pallas_kernels.cost.kernels import describe, pallas_calls
+from pallas_kernels.linear_recurrence.shapes import SHAPES, inputs
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -165,6 +166,23 @@ def test_the_record_and_the_readme_are_of_all_kernels():
   assert programs == set(report.programs("tpu"))
   text = (ROOT / "README.md").read_text()
   assert report.with_table(text, record) == text, "python -m pallas_kernels.cost --readme README.md"
+
+
+def test_a_recurrence_keeps_states_at_chunk_boundaries_and_little_else():
+  """Temporary memory of forward and backward, by the record: the boundary states and 1.2 times the gradients at most.
+
+  Of arrays as projections write them, [B, T, heads * dim]; test_tpu_compile.py holds the record to the compiler.
+  """
+  rows = [row for row in report.read(ROOT / RECORD) if row["kernel"] == "linear_recurrence"]
+  rows = [row for row in rows if row["phase"] == "forward_backward" and row["call"] == "all"]
+  assert rows
+  for row in rows:
+    shape = SHAPES[row["shape"]]
+    r = jax.eval_shape(lambda shape=shape: inputs(shape, dtype=jnp.bfloat16))
+    gradients = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(r))
+    state = 4 * shape.batch * shape.value_heads * shape.key_dim * shape.value_dim
+    bound = state * shape.length / 128 + 1.2 * gradients
+    assert row["temp_bytes"] <= bound, (row["shape"], row["chip"])
 
 
 def run(*arguments, **environment):
