@@ -308,17 +308,28 @@ def divergence(p, scores):
   return np.sum(p * (np.log(p) - np.log(softmax(scores))))
 
 
+def overlap(chosen, top):
+  """How many of the best were chosen, of one."""
+  return len(set(chosen) & set(top)) / len(top) if top else 1.0
+
+
+def measured(dense):
+  """The queries whose recall is measured: all, or 16 that are evenly spaced."""
+  return range(T) if dense else [(i + 1) * T // 16 - 1 for i in range(16)]
+
+
 def minimax_m3(layer, x, dense=False):
   """A block's score is the largest product of the group's index query with its keys; its own block always.
 
-  Returns also the indexer's loss: on the tokens it chose, or on all.
+  Returns also the indexer's loss: on the tokens it chose, or on all; and how many of the blocks with the largest weight
+  in full attention its choice has.
   """
   c, (q, k, v) = layer.config, qkv(layer, x)
   index_q, index_k = (
     rotated(rms(project(layer, f"index_{n}_proj", x, h), getattr(layer, f"index_{n}_norm")))
     for n, h in (("q", HKV), ("k", 1))
   )
-  o, loss = np.zeros((T, H, K)), 0.0
+  o, loss, found = np.zeros((T, H, K)), 0.0, []
   for t, g in np.ndindex(T, HKV):
     now = t // c.block_size
     score = index_k[:, 0] @ index_q[t, g] / np.sqrt(c.index_dim)
@@ -330,7 +341,11 @@ def minimax_m3(layer, x, dense=False):
       o[t, h] = attention(q[t, h], k[seen, g], v[seen, g])
     p = np.mean([softmax(k[seen, g] @ q[t, h] / np.sqrt(K)) for h in group], axis=0)
     loss += divergence(p, score[seen]) / (T * HKV)
-  return o, {"indexer_loss": loss}
+    p = np.mean([softmax(k[: t + 1, g] @ q[t, h] / np.sqrt(K)) for h in group], axis=0)
+    weight = {j: p[tokens_of([j], c.block_size, t)].sum() for j in range(now)}
+    if t in measured(dense):
+      found.append(overlap(best(largest, c.top_k - 1), best(weight, c.top_k - 1)))
+  return o, {"indexer_loss": loss, "indexer_recall": np.mean(found)}
 
 
 def linear(layer, x):
@@ -372,7 +387,7 @@ def dsa(layer, x, dense=False):
       u = linear(i.gate_proj, x)[pool] + np.asarray(i.places[...], np.float64)
       gate = np.exp(u) / np.exp(u).sum(axis=0)
       keys.append((gate * index_k[pool]).sum(axis=0))
-  o, loss, found = np.zeros((T, H, c.value_dim)), 0.0, 0.0
+  o, loss, found = np.zeros((T, H, c.value_dim)), 0.0, []
   for t in range(T):
     full = (t + 1) // P
     score = {j: w[t] @ np.maximum(index_q[t] @ keys[j], 0) for j in range(full)}
@@ -383,14 +398,16 @@ def dsa(layer, x, dense=False):
     for h in range(H):
       p[h, seen] = softmax(k[seen, h] @ q[t, h] * layer.scale)
       o[t, h] = p[h, seen] @ v[seen, h]
+    full_p = np.mean([softmax(k[: t + 1, h] @ q[t, h] * layer.scale) for h in range(H)], axis=0)
     pools = {j: p.mean(axis=0)[j * P : (j + 1) * P].sum() for j in range(full)}
     taught = list(range(full)) if dense else chosen
     if taught:
       target = np.array([pools[j] for j in taught])
       loss += divergence(target / target.sum(), [score[j] for j in taught]) / T
-    top = best(pools, c.top_k // P)
-    found += (len(set(chosen) & set(top)) / len(top) if top else 1) / T
-  return o, {"indexer_loss": loss} | ({"indexer_recall": found} if dense else {})
+    heaviest = best({j: full_p[j * P : (j + 1) * P].sum() for j in range(full)}, c.top_k // P)
+    if t in measured(dense):
+      found.append(overlap(chosen, heaviest))
+  return o, {"indexer_loss": loss, "indexer_recall": np.mean(found)}
 
 
 def rope_last(x, position, n, theta):
@@ -430,24 +447,31 @@ def deepseek_v4(layer, x, dense=False):
     index_q = linear(layer.index_q, latent).reshape(T, c.index_heads, -1)
     index_q = np.stack([rope_last(y, t, n, theta) for t, y in enumerate(index_q)])
     weight = linear(layer.index_w, x) * c.index_heads**-0.5
-  o, loss = np.zeros((T, H, K)), 0.0
+  o, loss, found = np.zeros((T, H, K)), 0.0, []
+
+  def weights_of(keys, t):
+    return np.array([softmax([*(keys @ q[t, h] / np.sqrt(K)), sinks[h]])[:-1] for h in range(H)])
+
   for t in range(T):
-    closed = list(range((t + 1) // c.compress))
+    closed = every = list(range((t + 1) // c.compress))
     if indexed:
       dots = {w: np.maximum(index_q[t] @ index_k[w], 0) * c.index_dim**-0.5 for w in closed}
       scores = {w: weight[t] @ dot for w, dot in dots.items()}
       closed = closed if dense else best(scores, c.top_k)
-    keys = np.array(
-      [k[s] for s in range(max(0, t - c.window + 1), t + 1)] + [entries[w] for w in closed]
-    )
-    p = np.array([softmax([*(keys @ q[t, h] / np.sqrt(K)), sinks[h]])[:-1] for h in range(H)])
+    near = [k[s] for s in range(max(0, t - c.window + 1), t + 1)]
+    keys = np.array(near + [entries[w] for w in closed])
+    p = weights_of(keys, t)
     o[t] = [rope_last(y, -t, c.rope_dim, theta) for y in p @ keys]
     if indexed and closed:
       target = p.mean(axis=0)[len(keys) - len(closed) :]
       loss += divergence(target / target.sum(), [scores[w] for w in closed]) / T
+    if indexed and t in measured(dense):
+      full = weights_of(np.array(near + [entries[w] for w in every]), t).mean(axis=0)
+      heaviest = best({w: full[len(near) + w] for w in every}, c.top_k)
+      found.append(overlap(best(scores, c.top_k), heaviest))
   weights = np.asarray(layer.group_proj[...], np.float64)
   o = np.einsum("tgi,gir->tgr", o.reshape(T, c.out_groups, -1), weights)
-  return (o, {"indexer_loss": loss}) if indexed else o
+  return (o, {"indexer_loss": loss, "indexer_recall": np.mean(found)}) if indexed else o
 
 
 MIXERS = (moba, infllm2, nsa, nsa_fla, longformer, bigbird, window_linear, minimax_m3, dsa)

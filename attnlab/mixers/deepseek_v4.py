@@ -14,9 +14,10 @@ from attnlab.mixers.attention import append_to_ring, axes_of, new_cache, togethe
 from attnlab.mixers.base import Mixer, MixerOutput, register
 from attnlab.mixers.compressor import Compressor, rope_last
 from attnlab.mixers.dsa import LightningIndexer
-from attnlab.mixers.indexer import chosen_weights, kl
+from attnlab.mixers.indexer import chosen_weights, kl, recall, sampled
 from attnlab.mixers.sparse import SparseCore, at_a_time, attend_to_pools, extend_tails
 from attnlab.nn import Linear, RMSNorm, fan_in, param
+from attnlab.settings import Natural, Weight
 from pallas_kernels.block_sparse import (
   block_sparse_attention,
   merge_attention,
@@ -48,7 +49,7 @@ class CompressedAttention(SparseCore, Mixer):
 
     num_heads: int | None = None
     head_dim: int = 512
-    rope_dim: int = 64
+    rope_dim: Natural = 64
     q_lora_rank: int = 1024
     window: int = 128
     compress: int = 128
@@ -223,8 +224,8 @@ class CompressedSparseAttention(CompressedAttention):
     top_k: int = 512
     index_heads: int = 64
     index_dim: int = 128
-    index_rope_dim: int = 64
-    index_weight: float = 1.0
+    index_rope_dim: Natural = 64
+    index_weight: Weight = 1.0
 
   overlap = True
   own_loss = ("index_",)
@@ -253,7 +254,7 @@ class CompressedSparseAttention(CompressedAttention):
     return min(self.config.top_k, super().entries_seen(length, decode))
 
   def results(self, dense, cached):
-    return {} if cached else {"indexer_loss": ()}
+    return {} if cached else {"indexer_loss": (), "indexer_recall": ()}
 
   def signals(self, x, q_input, ctx):
     c, x, y = self.config, *map(jax.lax.stop_gradient, (x, q_input))
@@ -268,7 +269,8 @@ class CompressedSparseAttention(CompressedAttention):
     index = signals["index_q"][:, :, 0], signals["index_w"][:, :, 0]
     places = pools.first, pools.complete
     if place.dense:
-      return self.all_entries(q, near[1], index, keys, pools)
+      out, loss, found = self.all_entries(q, near[1], index, keys, pools)
+      return out, {"indexer_loss": c.index_weight * loss.mean(), "indexer_recall": found.mean()}
 
     def some(index, places):
       first, complete = places
@@ -297,17 +299,30 @@ class CompressedSparseAttention(CompressedAttention):
     q, frozen, total = (jax.lax.stop_gradient(y) for y in (q, k, total))
     rows = at_a_time(4 * B * chosen.shape[-1] * (self.K + self.H))
     loss = over_queries(of_chosen, rows, q, total, chosen, index, places)
-    return (o, lse), {"indexer_loss": c.index_weight * loss.mean()}
+    few, some_near, some_index, (first, complete) = sampled((q, near[1], index, places))
+    values = jax.lax.stop_gradient(pools.values)
+    few_pools = dataclasses.replace(pools, values=values, first=first, complete=complete)
+    _, _, found = self.all_entries(
+      few, some_near, some_index, jax.lax.stop_gradient(keys), few_pools
+    )
+    return (o, lse), {"indexer_loss": c.index_weight * loss.mean(), "indexer_recall": found.mean()}
 
   def all_entries(self, q, near_lse, index, keys, pools):
-    """Attention to all entries, and the indexer's loss over them."""
+    """Attention to all entries, the indexer's loss over them, and how much of the best it chooses."""
+    c = self.config
     every = dataclasses.replace(pools, values={"k": pools.values["k"], "v": pools.values["k"]})
 
     def teach(p, lse, first, complete, near_lse, index):
       share = jnp.exp(lse - jnp.logaddexp(lse, jnp.moveaxis(near_lse, 2, 1)[:, None]))
       target = sharding.mean_over("heads", jnp.mean(share[..., None] * p, axis=(1, 2)))
-      return kl(target, LightningIndexer.scores(*index, keys), pools.visible(first, complete))
+      scores = LightningIndexer.scores(*index, keys)
+
+      def best(scores):
+        return select_blocks(scores[:, None], first, complete, complete - 1, top_k=c.top_k)
+
+      found = recall(best(scores), best(target), keys.shape[1])[:, 0]
+      return kl(target, scores, pools.visible(first, complete)), found
 
     args = pools.complete, jax.lax.stop_gradient(near_lse), index
-    o, lse, loss = attend_to_pools(q, every, self.K**-0.5, teach, *args)
-    return (o, lse), {"indexer_loss": self.config.index_weight * loss.mean()}
+    o, lse, (loss, found) = attend_to_pools(q, every, self.K**-0.5, teach, *args)
+    return (o, lse), loss, found

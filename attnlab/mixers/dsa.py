@@ -11,10 +11,11 @@ from attnlab import sharding
 from attnlab.errors import UserError
 from attnlab.mixers.attention import new_cache
 from attnlab.mixers.base import MixerOutput, register
-from attnlab.mixers.indexer import all_weights, chosen_weights, kl, recall
+from attnlab.mixers.indexer import all_weights, chosen_weights, kl, recall, sampled
 from attnlab.mixers.mla import MultiHeadLatentAttention
 from attnlab.mixers.sparse import SparseCore, at_a_time, extend_tails
 from attnlab.nn import Linear, param, rope
+from attnlab.settings import Natural, Weight
 from pallas_kernels.block_sparse import over_queries, select_blocks
 
 
@@ -121,8 +122,8 @@ class DeepSeekSparseAttention(SparseCore, MultiHeadLatentAttention):
     top_k: int = 2048
     index_heads: int = 64
     index_dim: int = 128
-    index_rope_dim: int = 64
-    index_weight: float = 1.0
+    index_rope_dim: Natural = 64
+    index_weight: Weight = 1.0
     pool: int = 1
     share: Literal["none", "give", "take"] = "none"
 
@@ -175,7 +176,7 @@ class DeepSeekSparseAttention(SparseCore, MultiHeadLatentAttention):
   def results(self, dense, cached):
     out = {"chosen": ("batch", None, None)} if self.config.share == "give" else {}
     if not cached and self.indexer is not None:
-      out |= {"indexer_loss": ()} | ({"indexer_recall": ()} if dense else {})
+      out |= {"indexer_loss": (), "indexer_recall": ()}
     return out
 
   def __call__(self, x, ctx, cache=None):
@@ -240,7 +241,7 @@ class DeepSeekSparseAttention(SparseCore, MultiHeadLatentAttention):
     return o, out
 
   def losses(self, place, q, k, lse, chosen, signals, pools):
-    """The indexer's loss, and where everything is seen how much of the best it chooses."""
+    """The indexer's loss, and how much of the best it chooses: of all queries where they see everything, else of some."""
     c, layout, keys = self.config, place.layout, pools.values["k"][:, :, 0]
     (B, T, H, L), N = q.shape, keys.shape[1]
     q, k, lse = (jax.lax.stop_gradient(y) for y in (q, k, lse))
@@ -271,9 +272,11 @@ class DeepSeekSparseAttention(SparseCore, MultiHeadLatentAttention):
       found = recall(best(scores), best(p), N)[:, 0]
       return kl(p, scores, pools.visible(first, complete)), found
 
+    every = q, index, places
     if place.dense:
-      loss, found = over_queries(of_all, at_a_time(4 * B * H * T), q, index, places)
-      return {"indexer_loss": c.index_weight * loss.mean(), "indexer_recall": found.mean()}
-    row = 4 * B * chosen.shape[-1] * c.pool * (L + H)
-    loss = over_queries(of_chosen, at_a_time(row), q, lse, chosen, index, places)
-    return {"indexer_loss": c.index_weight * loss.mean()}
+      loss, found = over_queries(of_all, at_a_time(4 * B * H * T), *every)
+    else:
+      row = 4 * B * chosen.shape[-1] * c.pool * (L + H)
+      loss = over_queries(of_chosen, at_a_time(row), q, lse, chosen, index, places)
+      _, found = over_queries(of_all, at_a_time(4 * B * H * T), *sampled(every))
+    return {"indexer_loss": c.index_weight * loss.mean(), "indexer_recall": found.mean()}

@@ -1,10 +1,27 @@
-"""What mixers with a trained indexer share: the loss that teaches it what attention sees, some queries at a time."""
+"""What mixers with a trained indexer share: the loss that teaches it what attention sees, some queries at a time, and
+how much of the best it chooses."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from attnlab.mixers.sparse import grouped, products, softmax_over
+
+# Queries of a row, evenly spaced, whose recall is measured where attention is sparse: it takes all of their logits.
+SAMPLED = 16
+
+
+def sampled(tree: Any, count: int = SAMPLED) -> Any:
+  """Of arrays [B, T, ...] what stands at ``count`` places of T, the last one among them; without gradient."""
+
+  def take(x):
+    T = x.shape[1]
+    n = min(count, T)
+    return jax.lax.stop_gradient(x)[:, [(i + 1) * T // n - 1 for i in range(n)]]
+
+  return jax.tree.map(take, tree)
 
 
 def kl(

@@ -7,9 +7,17 @@ import jax.numpy as jnp
 
 from attnlab import sharding
 from attnlab.mixers.base import register
-from attnlab.mixers.indexer import all_weights, chosen_keys, chosen_weights, kl
+from attnlab.mixers.indexer import (
+  all_weights,
+  chosen_keys,
+  chosen_weights,
+  kl,
+  recall,
+  sampled,
+)
 from attnlab.mixers.sparse import SparseMixer, at_a_time, products
 from attnlab.nn import Linear, RMSNorm, rope
+from attnlab.settings import Weight
 from pallas_kernels.block_sparse import over_queries, select_blocks
 
 
@@ -45,7 +53,7 @@ class MiniMaxM3(SparseMixer):
     top_k: int = 16
     qk_norm: bool = True
     index_dim: int = 128
-    index_weight: float = 1.0
+    index_weight: Weight = 1.0
 
   own_loss = ("index_",)
 
@@ -76,7 +84,7 @@ class MiniMaxM3(SparseMixer):
     return self.Hkv * self.config.index_dim, 1
 
   def results(self, dense, cached):
-    return {} if cached else {"indexer_loss": ()}
+    return {} if cached else {"indexer_loss": (), "indexer_recall": ()}
 
   def index(self, q, k):
     """Scores [B, G, t, N] of keys [B, N, 1, d]."""
@@ -119,17 +127,33 @@ class MiniMaxM3(SparseMixer):
       flat = lambda x: x.reshape(*x.shape[:3], -1)  # noqa: E731
       return kl(flat(p), flat(scores.astype(p.dtype)) * c.index_dim**-0.5, flat(seen))
 
-    def of_all(q, index_q, starts, within):
+    columns, first = layout.table(c.block_size, c.block_size)
+    rows = columns[..., None] + jnp.arange(c.block_size)
+    places = first, layout.complete(c.block_size, c.block_size), layout.starts, layout.within
+
+    def of_all(q, index_q, places):
+      first, complete, starts, within = places
       p, seen = all_weights(q, k, starts, within, scale)
-      return kl(p, self.index(index_q, index_k), seen[:, None]).swapaxes(1, 2)
+      scores, current = self.index(index_q, index_k), within // c.block_size
+
+      def best(blocks):
+        """Besides the query's own."""
+        chosen = select_blocks(blocks, first, complete, current, top_k=c.top_k, local=1)
+        return jnp.where(chosen == current[:, None, :, None], -1, chosen)
+
+      by_block = jax.vmap(lambda x, rows: x.at[:, :, rows].get(mode="clip"))
+      heaviest, largest = by_block(p, rows).sum(axis=-1), by_block(scores, rows).max(axis=-1)
+      found = recall(best(largest), best(heaviest), rows.shape[1])
+      return kl(p, scores, seen[:, None]).swapaxes(1, 2), found.swapaxes(1, 2)
 
     q, k, lse = (jax.lax.stop_gradient(y) for y in (q, k, lse))
     B, T, H = q.shape[:3]
+    every = q, signals["index_q"], places
     if place.dense:
-      args = q, signals["index_q"], layout.starts, layout.within
-      loss = over_queries(of_all, at_a_time(4 * B * H * T), *args)
+      loss, found = over_queries(of_all, at_a_time(4 * B * H * T), *every)
     else:
       args = q, signals["index_q"], lse, indices.swapaxes(1, 2), layout.starts, layout.within
       row = 4 * B * G * indices.shape[-1] * c.block_size * (self.K + H // G)
       loss = over_queries(of_chosen, at_a_time(row), *args)
-    return o, {"indexer_loss": c.index_weight * loss.mean()}
+      _, found = over_queries(of_all, at_a_time(4 * B * H * T), *sampled(every))
+    return o, {"indexer_loss": c.index_weight * loss.mean(), "indexer_recall": found.mean()}
