@@ -141,12 +141,7 @@ def _matmul_flops(model: ConfigDict) -> float:
 
 def mixers_of(model: ConfigDict) -> Iterator[tuple[Mixer, int]]:
   """Every distinct mixer of a model, abstract, and how many layers it stands for."""
-  m = _abstract(model)
-  for block in (*m.lead, *m.tail):
-    yield block.mixer, 1
-  if m.blocks is not None:
-    for block in m.blocks.layers:
-      yield block.mixer, len(jax.tree.leaves(block.mixer_norm)[0])
+  return _abstract(model).mixers()
 
 
 def _core_flops(model: ConfigDict, length: int, decode: bool) -> float:

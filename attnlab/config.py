@@ -16,8 +16,16 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from attnlab import optim
+from attnlab import model, optim, sharding
 from attnlab.errors import UserError, unknown
+from attnlab.settings import POSITIVE, Range, check_ranges, checked
+
+_RANGES = {
+  **dict.fromkeys(("steps", "batch_size", "grad_accum", "keep_checkpoints"), Range(least=1)),
+  **dict.fromkeys(("log_every", "eval_every", "checkpoint_every", "sample_every"), Range(least=0)),
+  **dict.fromkeys(("eval_batches", "sample_tokens", "sample_temperature"), Range(least=0)),
+  "stop_accuracy": Range(least=0, most=1),
+}
 
 
 def load(spec: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
@@ -98,33 +106,15 @@ def check(config: ConfigDict, *, devices: int = 1, processes: int = 1) -> None:
     processes: how many share the run.
   """
   _against(_schema(), config)
-  train, mesh = config.train, dict(config.mesh)
-  for key in ("steps", "batch_size", "grad_accum", "keep_checkpoints"):
-    _at_least(1, "train", key, train[key])
-  for key in ("log_every", "eval_every", "eval_batches", "checkpoint_every", "sample_every"):
-    _at_least(0, "train", key, train[key])
-  _at_least(0, "train", "sample_tokens", train.sample_tokens)
-  _at_least(0, "train", "sample_temperature", train.sample_temperature)
-  _at_least(0, "train", "stop_accuracy", train.stop_accuracy)
-  _at_least(1, "data", "seq_len", config.data.seq_len)
-  for key in ("num_layers", "d_model"):
-    _at_least(1, "model", key, config.model[key])
+  train = config.train
+  check_ranges("train", train, _RANGES)
+  check_ranges("data", config.data, {"seq_len": Range(least=1)})
   if not all(isinstance(p, str) for p in train.sample_prompts):
     raise UserError(f"config.train.sample_prompts = {train.sample_prompts} must be strings")
   optim.check(config.optim)
+  model.check(config.model)
 
-  free = [axis for axis, n in mesh.items() if n == -1]
-  fixed = 1
-  for axis, n in mesh.items():
-    if n < 1 and n != -1:
-      raise UserError(f"config.mesh.{axis} = {n} must be at least 1, or -1 for what is left")
-    fixed *= max(n, 1)
-  if len(free) > 1:
-    raise UserError(f"config.mesh: only one of {' and '.join(free)} can be -1")
-  if devices % fixed or (not free and devices != fixed):
-    shape = " x ".join(f"{axis}={n}" for axis, n in mesh.items())
-    raise UserError(f"config.mesh {shape} does not fit the {devices} devices")
-  mesh.update({axis: devices // fixed for axis in free})
+  mesh = sharding.mesh_sizes(config.mesh, devices)
   rows, step = train.batch_size, train.grad_accum * mesh["replica"] * mesh["data"]
   if rows % step:
     raise UserError(
@@ -136,13 +126,6 @@ def check(config: ConfigDict, *, devices: int = 1, processes: int = 1) -> None:
       f"config.mesh.replica {mesh['replica']} x config.mesh.data {mesh['data']} does not divide by"
       f" the {processes} processes: each must have rows of its own"
     )
-  for name, mixer in config.model.mixers.items():
-    heads = mixer.get("num_heads")
-    if heads and heads % mesh["model"]:
-      raise UserError(
-        f"config.model.mixers.{name}.num_heads = {heads} does not divide by"
-        f" config.mesh.model = {mesh['model']}"
-      )
 
 
 def known_key(config: ConfigDict, key: str) -> None:
@@ -267,16 +250,7 @@ def _against(schema: ConfigDict, config: ConfigDict, prefix: str = "") -> None:
       if default:  # An empty section's keys belong to what its names stand for, such as a mixer.
         _against(default, value, f"{path}.")
     else:
-      _of_type(path, value, default)
-
-
-def _of_type(path: str, value: Any, default: Any) -> None:
-  wanted = type(default)
-  ok = isinstance(value, wanted) and not (wanted is int and isinstance(value, bool))
-  ok |= wanted is float and isinstance(value, int) and not isinstance(value, bool)
-  ok |= wanted in (tuple, list) and isinstance(value, tuple | list)
-  if not ok:
-    raise UserError(f"config.{path} = {value!r} must be of type {wanted.__name__}")
+      checked(f"config.{path} = {value!r}", value, type(default))
 
 
 def _keys_of(prefix: str) -> str:
@@ -285,8 +259,9 @@ def _keys_of(prefix: str) -> str:
 
 
 def _defaults(kind: type, given: Mapping[str, Any], path: str) -> ConfigDict:
-  """All fields of a dataclass, as given or by default."""
-  fields, hints = {f.name: f for f in dataclasses.fields(kind)}, typing.get_type_hints(kind)
+  """All fields of a mixer's Config, as given or by default."""
+  fields = {f.name: f for f in dataclasses.fields(kind)}
+  hints = typing.get_type_hints(kind, include_extras=True)
   for key in given:
     if key not in fields:
       raise unknown(_keys_of(f"{path}."), key, fields)
@@ -295,10 +270,8 @@ def _defaults(kind: type, given: Mapping[str, Any], path: str) -> ConfigDict:
     factory = field.default_factory
     default = field.default if factory is dataclasses.MISSING else factory()
     value = given.get(name, default)
-    if value is not None and default is not None:
-      _of_type(f"{path}.{name}", value, default)
-      if isinstance(default, tuple):  # JSON has lists alone, and settings must have a hash.
-        value = tuple(value)
+    if value is not default:
+      value = checked(f"config.{path}.{name} = {value!r}", value, hints[name], POSITIVE)
     if value is None:  # `int | None`: the command line must know of the int.
       kind_of_value = next(t for t in typing.get_args(hints[name]) if t is not type(None))
       value = config_dict.placeholder(typing.get_origin(kind_of_value) or kind_of_value)
@@ -312,8 +285,3 @@ def _parse_value(key: str, text: str, wanted: type) -> Any:
     return words[text.lower()] if wanted is bool else wanted(text)
   except (KeyError, ValueError):
     raise UserError(f"config argument {key}={text!r} must be of type {wanted.__name__}") from None
-
-
-def _at_least(least: float, section: str, key: str, value: float) -> None:
-  if value < least:
-    raise UserError(f"config.{section}.{key} = {value} must be at least {least}")

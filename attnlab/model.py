@@ -6,6 +6,7 @@ jax.grad, jax.lax.scan and jax.checkpoint apply.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -16,10 +17,11 @@ from jaxtyping import Array, Float, Int
 from attnlab import sharding
 from attnlab.errors import UserError, unknown
 from attnlab.losses import cross_entropy
-from attnlab.mixers import Context, Layer, configure, mixer
+from attnlab.mixers import Context, Layer, Mixer, configure, mixer
 from attnlab.moe import MoE
 from attnlab.nn import RMSNorm, SwiGLU, param
 from attnlab.pattern import LayerSpec, parse_pattern
+from attnlab.settings import Range, check_ranges
 
 Cache = dict[str, Any]
 
@@ -29,6 +31,32 @@ REMAT = {
   "full": jax.checkpoint_policies.nothing_saveable,
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+
+DTYPES = ("float32", "bfloat16")  # of activations
+
+_RANGES = {
+  **dict.fromkeys(("num_layers", "d_model", "mlp.expert_hidden", "mlp.top_k"), Range(least=1)),
+  **dict.fromkeys(("vocab_size", "z_loss", "mlp.hidden", "mlp.experts"), Range(least=0)),
+  **dict.fromkeys(("mlp.shared_experts", "mlp.balance", "mlp.dense_layers"), Range(least=0)),
+  **dict.fromkeys(("norm_eps", "mlp.routed_scale"), Range(above=0)),
+}
+
+
+def check(config) -> None:
+  """Raises UserError for the first thing in a ``model`` section that cannot work, as far as no layer need be built."""
+  check_ranges("model", config, _RANGES)
+  if config.remat not in REMAT:
+    raise unknown("config.model.remat", config.remat, REMAT)
+  if config.dtype not in DTYPES:
+    raise unknown("config.model.dtype", config.dtype, DTYPES)
+  pattern = parse_pattern(config.pattern)
+  for spec in pattern.period + pattern.tail:
+    mixer_config(config, spec)
+  if config.mlp.dense_layers + len(pattern.tail) > config.num_layers:
+    raise UserError(
+      f"config.model.num_layers = {config.num_layers} is less than the pattern's last"
+      f" {len(pattern.tail)} layers and the {config.mlp.dense_layers} of config.model.mlp.dense_layers"
+    )
 
 
 class Block(nnx.Module):
@@ -97,18 +125,12 @@ class Model(nnx.Module):
   """
 
   def __init__(self, config, key: Array):
+    check(config)
     pattern = parse_pattern(config.pattern)
     specs, L, D, P = pattern.period, config.num_layers, config.d_model, len(pattern.period)
     if config.vocab_size < 1:
       raise UserError(f"config.model.vocab_size = {config.vocab_size} must be at least 1")
-    if config.mlp.dense_layers + len(pattern.tail) > L:
-      raise UserError(
-        f"config.model.num_layers = {L} is less than the pattern's last {len(pattern.tail)} layers"
-        f" and the {config.mlp.dense_layers} of config.model.mlp.dense_layers"
-      )
-    if config.remat not in REMAT:
-      raise unknown("config.model.remat", config.remat, REMAT)
-    self.dtype = jnp.dtype(config.dtype).name
+    self.dtype = config.dtype
     self.remat, self.z_loss, self.d_model = config.remat, config.z_loss, D
     self.dense = config.dense  # at call time: the weights are the same
     self.shared = tuple(sorted(_shared(config, specs + pattern.tail).items()))
@@ -231,6 +253,14 @@ class Model(nnx.Module):
     if self.blocks is not None:
       cache["blocks"] = jax.vmap(lambda superblock: new(superblock.layers))(self.blocks)
     return cache
+
+  def mixers(self) -> Iterator[tuple[Mixer, int]]:
+    """Every mixer that is built, and how many layers it stands for: in the scan, one for all superblocks."""
+    for block in (*self.lead, *self.tail):
+      yield block.mixer, 1
+    if self.blocks is not None:
+      for block in self.blocks.layers:
+        yield block.mixer, len(jax.tree.leaves(block.mixer_norm)[0])
 
   # What they share.
 

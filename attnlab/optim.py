@@ -12,12 +12,21 @@ import jax
 import ml_collections
 import optax
 from flax import nnx
+from jax.typing import ArrayLike
 from optax.contrib import MuonDimensionNumbers
 
 from attnlab.errors import UserError, unknown
+from attnlab.settings import Range, check_ranges
 
 OPTIMIZERS = ("adamw", "lion", "muon")
 SCHEDULES = ("constant", "cosine", "wsd")
+
+_RANGES = {
+  **dict.fromkeys(("learning_rate", "eps"), Range(above=0)),
+  **dict.fromkeys(("warmup_steps", "weight_decay", "clip_norm"), Range(least=0)),
+  **dict.fromkeys(("b1", "b2", "muon_momentum"), Range(least=0, below=1)),
+  **dict.fromkeys(("final_fraction", "decay_fraction"), Range(least=0, most=1)),
+}
 
 # Moonlight (arXiv:2502.16982, section 2.2): with its update scaled by 0.2 sqrt(max(in, out)),
 # Muon's step has the size of AdamW's, so that one learning rate serves the matrices (Muon) and
@@ -25,7 +34,9 @@ SCHEDULES = ("constant", "cosine", "wsd")
 _MUON_RMS = 0.2
 
 
-def schedule(config: ml_collections.ConfigDict, steps: int) -> optax.Schedule:
+def schedule(
+  config: ml_collections.ConfigDict, steps: int, peak: ArrayLike | None = None
+) -> optax.Schedule:
   """The learning rate of update number `count` = 0, 1, ..., `steps` - 1.
 
   All begin with a linear warm-up whose first update already moves:
@@ -39,8 +50,10 @@ def schedule(config: ml_collections.ConfigDict, steps: int) -> optax.Schedule:
   Args:
     config: the config's `optim` section.
     steps: updates in the whole run.
+    peak: in place of the config's `learning_rate`.
   """
-  peak, final, warmup = config.learning_rate, config.final_fraction, config.warmup_steps
+  peak = config.learning_rate if peak is None else peak
+  final, warmup = config.final_fraction, config.warmup_steps
   rest = max(steps - warmup, 1)
   warm = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
   constant = optax.constant_schedule(peak)
@@ -55,18 +68,22 @@ def schedule(config: ml_collections.ConfigDict, steps: int) -> optax.Schedule:
   raise unknown("config.optim.schedule", config.schedule, SCHEDULES)
 
 
-def optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTransformation:
+def optimizer(
+  config: ml_collections.ConfigDict, steps: int, peak: ArrayLike | None = None
+) -> optax.GradientTransformation:
   """The gradient transformation of a config: clipping by the global norm, then the optimiser with
   decoupled weight decay.
 
   Args:
     config: the config's `optim` section.
     steps: updates in the whole run, for the schedule.
+    peak: in place of the config's `learning_rate`; as an argument of a compiled program it lets one
+      serve all rates.
 
   Returns:
     A transformation of trees whose parameters are `nnx.Param` nodes.
   """
-  rate = schedule(config, steps)
+  rate = schedule(config, steps, peak)
   decay = dict(weight_decay=config.weight_decay, mask=decay_mask)
   adamw = optax.adamw(rate, b1=config.b1, b2=config.b2, eps=config.eps, **decay)
   if config.name == "adamw":
@@ -110,18 +127,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     raise unknown("config.optim.name", config.name, OPTIMIZERS)
   if config.schedule not in SCHEDULES:
     raise unknown("config.optim.schedule", config.schedule, SCHEDULES)
-  for key in ("learning_rate", "eps"):
-    if not config[key] > 0:
-      raise UserError(f"config.optim.{key} = {config[key]} must be above 0")
-  for key in ("warmup_steps", "weight_decay", "clip_norm"):
-    if config[key] < 0:
-      raise UserError(f"config.optim.{key} = {config[key]} must not be negative")
-  for key in ("b1", "b2", "muon_momentum"):
-    if not 0 <= config[key] < 1:
-      raise UserError(f"config.optim.{key} = {config[key]} must lie in [0, 1)")
-  for key in ("final_fraction", "decay_fraction"):
-    if not 0 <= config[key] <= 1:
-      raise UserError(f"config.optim.{key} = {config[key]} must lie in [0, 1]")
+  check_ranges("optim", config, _RANGES)
 
 
 def decay_mask(params: nnx.State) -> nnx.State:

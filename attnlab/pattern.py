@@ -3,6 +3,7 @@
 "kda kda kda mla"                        four layers, repeated over the model
 "3*gdn + 1*softmax"                      counts; "+" is only for the eye
 "3*swa(window=128) + softmax(rope_fraction=0.0)"     settings of single layers, over the config's
+"7*gdn + softmax | softmax"              what follows the bar ends the model, once
 """
 
 import ast
@@ -12,9 +13,12 @@ from typing import Any
 
 from attnlab.errors import UserError
 
+# A count, a name, settings in parentheses, whose values may be tuples.
 _ITEM = re.compile(
-  r"\s*(?:(\d+)\s*\*\s*)?([A-Za-z_]\w*)\s*(?:\(([^()]*)\))?\s*(?:\+|(?=\s|$|[A-Za-z_\d]))"
+  r"\s*(?:(\d+)\s*\*\s*)?([A-Za-z_]\w*)\s*(?:\(((?:[^()]|\([^()]*\))*)\))?\s*"
+  r"(?:\+|(?=\s|$|[A-Za-z_\d]))"
 )
+_COMMA = re.compile(r",(?![^(]*\))")  # between settings, not inside a tuple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +63,8 @@ def _layers(text: str, pattern: str) -> tuple[LayerSpec, ...]:
         ' write it like "3*kda + 1*softmax(rope_fraction=0.0)"'
       )
     count, name, settings = item.groups()
+    if count and not int(count):
+      raise UserError(f"pattern {pattern!r}: {count}*{name} is no layer; counts are at least 1")
     layers += [LayerSpec(name, _settings(pattern, settings or ""))] * int(count or 1)
     at = item.end()
   if not layers:
@@ -68,13 +74,15 @@ def _layers(text: str, pattern: str) -> tuple[LayerSpec, ...]:
 
 def _settings(pattern: str, text: str) -> tuple[tuple[str, Any], ...]:
   """The settings in parentheses; a value that is no Python literal is a string."""
-  out = []
-  for part in filter(str.strip, text.split(",")):
+  out: dict[str, Any] = {}
+  for part in filter(str.strip, _COMMA.split(text)):
     key, equals, value = (p.strip() for p in part.partition("="))
     if not equals or not key.isidentifier() or not value:
       raise UserError(f"pattern {pattern!r}: {part.strip()!r} is not of the form setting=value")
+    if key in out:
+      raise UserError(f"pattern {pattern!r}: {key} is set twice")
     try:
-      out.append((key, ast.literal_eval(value)))
+      out[key] = ast.literal_eval(value)
     except (ValueError, SyntaxError):
-      out.append((key, value))
-  return tuple(out)
+      out[key] = value
+  return tuple(out.items())

@@ -7,7 +7,7 @@ error while tracing. Without a mesh (``jax.set_mesh`` not called) every function
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,23 +32,32 @@ TABLE: dict[str | None, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
-def make_mesh(config, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-  """The mesh of ``config.mesh`` (replica, data, model; one of them may be -1: what is left).
+def mesh_sizes(config: Mapping[str, int], devices: int) -> dict[str, int]:
+  """How many parts each axis of ``config.mesh`` has; one of them may be -1: what is left.
 
   Raises:
     UserError: the sizes do not multiply to the number of devices.
   """
+  sizes = {axis: int(config[axis]) for axis in AXES}
+  free = [axis for axis, n in sizes.items() if n == -1]
+  for axis, n in sizes.items():
+    if n < 1 and n != -1:
+      raise UserError(f"config.mesh.{axis} = {n} must be at least 1, or -1 for what is left")
+  if len(free) > 1:
+    raise UserError(f"config.mesh: only one of {' and '.join(free)} can be -1")
+  fixed = math.prod(n for n in sizes.values() if n != -1)
+  if devices % fixed or (not free and devices != fixed):
+    shape = " x ".join(f"{axis}={n}" for axis, n in sizes.items())
+    raise UserError(f"config.mesh {shape} does not fit the {devices} devices")
+  return sizes | {axis: devices // fixed for axis in free}
+
+
+def make_mesh(
+  config: Mapping[str, int], devices: Sequence[jax.Device] | None = None
+) -> jax.sharding.Mesh:
+  """The mesh of ``config.mesh``, over these devices or all there are; UserError as ``mesh_sizes``."""
   devices = jax.devices() if devices is None else list(devices)
-  sizes = [int(config[name]) for name in AXES]
-  free = sizes.count(-1)
-  known = math.prod(s for s in sizes if s != -1)
-  text = ", ".join(f"mesh.{n}={s}" for n, s in zip(AXES, sizes, strict=True))
-  if free > 1 or any(s == 0 or s < -1 for s in sizes):
-    raise UserError(f"{text}: sizes must be positive, and at most one may be -1 (what is left)")
-  if free:
-    sizes[sizes.index(-1)] = max(len(devices) // known, 1)
-  if math.prod(sizes) != len(devices):
-    raise UserError(f"{text} does not fit the {len(devices)} devices there are")
+  sizes = tuple(mesh_sizes(config, len(devices)).values())
   return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices)
 
 

@@ -43,11 +43,13 @@ def make_init(
     return {"model": {"params": params, "rest": rest}, "optimizer": tx.init(params)}
 
   try:
-    graphdef, params, _ = nnx.split(jax.eval_shape(make), nnx.Param, ...)
+    model = jax.eval_shape(make)
+    graphdef, params, _ = nnx.split(model, nnx.Param, ...)
   except UserError:
     raise
   except ValueError as error:
     raise UserError(f"config.model: {error}") from error
+  _check_heads(model, mesh)
   _check_splits(params, mesh)
   shapes = jax.eval_shape(init)
   places = sharding.shardings(shapes, mesh)
@@ -106,8 +108,22 @@ def parameter_count(model: PyTree) -> int:
   return sum(x.size for x in jax.tree.leaves(model["params"]))
 
 
+def _check_heads(model: Model, mesh: jax.sharding.Mesh) -> None:
+  """Heads must divide over their mesh axis. Nothing would fail if they did not: each device would compute all."""
+  names = sharding.TABLE["heads"][1]
+  over = math.prod(mesh.shape[name] for name in names)
+  for mixer, _ in model.mixers():
+    for setting, count in mixer.split_heads().items():
+      if count % over:
+        raise UserError(
+          f"{' x '.join(f'config.mesh.{n}' for n in names)} = {over} does not divide {setting} ="
+          f" {count} of mixer {mixer.name!r}:"
+          f" change config.model.mixers.{mixer.name}.{setting}, or the layer's own in model.pattern"
+        )
+
+
 def _check_splits(params: nnx.State, mesh: jax.sharding.Mesh) -> None:
-  """Heads, MLP columns and experts must divide over their mesh axes; the rest may stay whole."""
+  """Columns of heads and MLPs, and experts, must divide over their mesh axes; the rest may stay whole."""
   variables = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, nnx.Variable))
   for path, variable in zip(paths(params), variables, strict=True):
     axes = variable.get_metadata("axes")

@@ -7,12 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import optax
 import pytest
 
-from attnlab import cli
+from attnlab import cli, sharding
 from attnlab import config as configs
 from attnlab.errors import UserError
 from attnlab.mixers import configure, mixers
+from attnlab.state import make_init
 from configs.base import RECIPES, SIZES, base, recipe, size
 
 ROOT = Path(__file__).parent.parent
@@ -129,11 +132,6 @@ def test_a_missing_file_names_its_neighbours():
     ({"mesh.data": 2}, 8, ["data=2", "8 devices"]),
     ({"mesh.replica": -1}, 8, ["replica", "data", "-1"]),
     ({"mesh.data": 0}, 1, ["mesh.data = 0"]),
-    (
-      {"mesh.model": 4, "model.mixers.softmax.num_heads": 2},
-      4,
-      ["softmax.num_heads = 2", "mesh.model"],
-    ),
     ({"train.steps": 0}, 1, ["train.steps"]),
     ({"train.sample_prompts": (1,)}, 1, ["sample_prompts"]),
     ({"optim.name": "adm"}, 1, ["optim.name", "'adm'"]),
@@ -146,6 +144,103 @@ def test_what_cannot_work_is_named(overrides, devices, names):
     configs.check(configs.resolve(configs.load(TINY, overrides)), devices=devices)
   for name in names:
     assert name in str(error.value)
+
+
+@pytest.mark.parametrize(
+  "pattern, words",
+  [
+    ("softmax(rope_fraction=zero)", "rope_fraction='zero' must be of type float"),
+    ("softmax(rope_fraction=1.5)", "rope_fraction=1.5 must be at least 0 and at most 1"),
+    ("softmax(num_heads=2.5)", "num_heads=2.5 must be of type int"),
+    ("softmax(num_heads=True)", "num_heads=True must be of type int"),
+    ("softmax(head_dim=0)", "head_dim=0 must be at least 1"),
+    ("softmax(head_dim=None)", "head_dim=None must be of type int"),
+    ("softmax(output_gate=elements)", "output_gate='elements' must be one of none, element, head"),
+    ("softmax(heads=2)", "no setting 'heads': did you mean 'num_heads'?"),
+    ("kda(conv_size=-1)", "conv_size=-1 must be at least 0"),
+    ("kda(negative_eigenvalues=yes)", "negative_eigenvalues='yes' must be True or False"),
+    ("kda(lower_bound=5.0)", "lower_bound=5.0 must be below 0"),
+    ("gla(gate_normalizer=0)", "gate_normalizer=0 must be above 0"),
+    ("retnet(rope_theta=1e999)", "rope_theta=inf must be above 0 and below inf"),
+    ("mamba2(dt_limit=0.1)", "dt_limit=0.1 must be of type tuple"),
+    ("mamba2(dt_limit=(0.1,))", "dt_limit=(0.1,) must be 2 values"),
+    ("mamba2(dt_limit=(-1.0, 2.0))", "dt_limit=(-1.0, 2.0) must be at least 0"),
+    ("nsa(block_size=0)", "block_size=0 must be at least 1"),
+    ("swa(window=0)", "window=0 must be at least 1"),
+    ("bigbird(local=0)", "local=0 must be at least 1"),
+    ("softmax | kda(conv_size=-1)", "conv_size=-1"),
+    ("0*kda + softmax", "0*kda is no layer"),
+    ("kda(conv_size=4, conv_size=2)", "conv_size is set twice"),
+  ],
+)
+def test_a_layer_of_bad_settings_is_named(pattern, words):
+  """Before anything is built, whatever is wrong with them."""
+  with pytest.raises(UserError, match=re.escape(words)):
+    configs.check(configs.resolve(configs.load(TINY, {"model.pattern": pattern})))
+
+
+@pytest.mark.parametrize(
+  "key, value, words",
+  [
+    ("model.dtype", "floaty", "unknown config.model.dtype 'floaty'"),
+    ("model.dtype", "int32", "known: bfloat16, float32"),
+    ("model.remat", "some", "known: dots, full, none"),
+    ("model.mlp.hidden", -4, "config.model.mlp.hidden = -4 must be at least 0"),
+    ("model.mlp.experts", -1, "config.model.mlp.experts = -1"),
+    ("model.norm_eps", 0.0, "config.model.norm_eps = 0.0 must be above 0"),
+    ("model.z_loss", float("nan"), "config.model.z_loss = nan"),
+    ("model.mixers.kda.conv_size", -1, "config.model.mixers.kda.conv_size = -1 must be at least 0"),
+    ("optim.b1", 1.0, "config.optim.b1 = 1.0 must be at least 0 and below 1"),
+    ("optim.learning_rate", 0.0, "config.optim.learning_rate = 0.0 must be above 0"),
+    ("train.stop_accuracy", 2.0, "config.train.stop_accuracy = 2.0"),
+  ],
+)
+def test_numbers_out_of_range_are_named(key, value, words):
+  with pytest.raises(UserError, match=re.escape(words)):
+    configs.check(configs.resolve(configs.load(TINY, {key: value})))
+
+
+@pytest.mark.parametrize("setting, value", [("num_heads", 2.5), ("negative_eigenvalues", "yes")])
+def test_settings_in_a_file_are_checked_as_those_in_a_pattern(tmp_path, setting, value):
+  body = f"c.model.mixers.kda = dict({setting}={value!r})"
+  with pytest.raises(UserError, match=f"config.model.mixers.kda.{setting} = {value!r} must be"):
+    configs.load(write(tmp_path / "mine.py", body))
+
+
+def on_a_mesh(pattern: str, model: int):
+  """The shapes of a run whose heads are split over so many devices."""
+  overrides = {"model.pattern": pattern, "model.num_layers": 2, "mesh.model": model}
+  config = configs.resolve(configs.load(TINY, overrides))
+  mesh = sharding.make_mesh(config.mesh, jax.devices()[:model])
+  with jax.set_mesh(mesh):
+    return make_init(config, optax.identity(), mesh)
+
+
+@pytest.mark.parametrize(
+  "pattern, words",
+  [
+    ("softmax", "num_heads = 2 of mixer 'softmax'"),  # 32 channels in heads of 16
+    ("softmax(num_heads=4) + softmax(num_heads=6)", "num_heads = 6"),
+    ("softmax(num_heads=4) | swa(num_heads=2)", "num_heads = 2 of mixer 'swa'"),
+    ("retnet(num_heads=2)", "num_heads = 2 of mixer 'retnet'"),
+    ("gdn(num_heads=2, num_value_heads=6)", "num_value_heads = 6 of mixer 'gated_deltanet'"),
+    ("mamba2(head_dim=32)", "num_heads = 2 of mixer 'mamba2'"),
+    ("mla(num_heads=6)", "num_heads = 6 of mixer 'mla'"),
+    ("moba(num_heads=4, num_kv_heads=2, head_dim=8)", "num_kv_heads = 2 of mixer 'moba'"),
+  ],
+)
+def test_heads_that_a_mesh_cannot_split_are_named(pattern, words):
+  """Whether they are set, follow from the width, or are one layer's own."""
+  with pytest.raises(UserError, match=f"config.mesh.model = 4 does not divide {words}"):
+    on_a_mesh(pattern, 4)
+
+
+@pytest.mark.parametrize(
+  "pattern", ["softmax(num_heads=4, num_kv_heads=2)", "gdn(num_heads=2, num_value_heads=4)"]
+)
+def test_shared_heads_of_keys_may_be_fewer_than_devices(pattern):
+  """Each device has those it needs: test_softmax_mixers and test_mixers hold the results to those of one device."""
+  on_a_mesh(pattern, 4)
 
 
 def test_each_process_needs_rows_of_its_own():

@@ -271,9 +271,8 @@ def test_flops():
   "name, settings, words",
   [
     ("softmax", dict(num_kv_heads=3, **SOFTMAX), "num_heads=4 is not a multiple of num_kv_heads=3"),
-    ("softmax", dict(output_gate="elements", **SOFTMAX), "output_gate='elements'.*element, head"),
-    ("softmax", dict(rope_fraction=2.0, **SOFTMAX), "rope_fraction=2.0"),
-    ("swa", dict(window=0, **SOFTMAX), "window=0"),
+    ("window_linear", dict(num_kv_heads=2, **SOFTMAX), "num_kv_heads=2 must be num_heads=4"),
+    ("window_linear", dict(sinks=True, **SOFTMAX), "sinks=False"),
   ],
 )
 def test_bad_settings(name, settings, words):

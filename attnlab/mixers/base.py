@@ -19,6 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from attnlab.errors import UserError, unknown
+from attnlab.settings import POSITIVE, checked
 
 Cache = dict[str, Any]
 
@@ -92,6 +93,8 @@ class Mixer(nnx.Module):
   aliases: ClassVar[tuple[str, ...]]
   variants: ClassVar[Mapping[str, Mapping[str, Any]]]
 
+  H: int  # heads
+
   # Parts whose parameters the mixer's own losses (``MixerOutput.aux``) train, and nothing else does.
   own_loss: ClassVar[tuple[str, ...]] = ()
 
@@ -119,6 +122,13 @@ class Mixer(nnx.Module):
       decode: of the token that follows them; otherwise the mean over their forward pass.
     """
     raise NotImplementedError
+
+  def split_heads(self) -> dict[str, int]:
+    """Counts of heads, by the setting that sets them, that a mesh splits: its ``model`` axis must divide each.
+
+    Heads of keys that several others share need not be here: where there are too few, each device has those it needs.
+    """
+    return {"num_heads": self.H}
 
   def selected(self, length: int) -> dict[str, int]:
     """The arrays of its cache (path -> entries) of which decoding reads only so many of those that are there.
@@ -201,19 +211,19 @@ def mixer(name: str) -> type[Mixer]:
 
 
 def configure(cls: type[Mixer], settings: Mapping[str, Any]) -> Any:
-  """``cls.Config`` from settings; UserError on a field that it does not have, or a name that a field cannot be."""
-  hints = typing.get_type_hints(cls.Config)
-  fields = [f.name for f in dataclasses.fields(cls.Config)]
+  """``cls.Config`` from settings; UserError on a field that it does not have, or a value that the field cannot have.
+
+  Numbers are above 0 where ``Config`` does not say otherwise (attnlab.settings).
+  """
+  hints = typing.get_type_hints(cls.Config, include_extras=True)
   for key in settings:
-    if key not in fields:
-      near = difflib.get_close_matches(key, fields, 1, 0.5)
+    if key not in hints:
+      near = difflib.get_close_matches(key, hints, 1, 0.5)
       hint = f"did you mean {near[0]!r}? " if near else ""
-      raise UserError(
-        f"mixer {cls.name!r} has no setting {key!r}: {hint}it has {', '.join(fields)}"
-      )
-    names = typing.get_args(hints[key]) if typing.get_origin(hints[key]) is typing.Literal else ()
-    if names and settings[key] not in names:
-      raise UserError(
-        f"mixer {cls.name!r}: {key}={settings[key]!r} must be one of {', '.join(names)}"
-      )
-  return cls.Config(**settings)
+      raise UserError(f"mixer {cls.name!r} has no setting {key!r}: {hint}it has {', '.join(hints)}")
+  return cls.Config(
+    **{
+      key: checked(f"mixer {cls.name!r}: {key}={value!r}", value, hints[key], POSITIVE)
+      for key, value in settings.items()
+    }
+  )

@@ -1,6 +1,7 @@
 """Comba (arXiv:2506.02475)."""
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from attnlab.mixers.base import Layer, register
 from attnlab.mixers.gates import inverse_softplus_step, log_uniform_rate, softplus_decay, step_size
 from attnlab.mixers.linear import LinearMixer
 from attnlab.nn import Linear, param
+from attnlab.settings import Range
 from pallas_kernels import comba
 
 
@@ -44,7 +46,7 @@ class Comba(LinearMixer):
     expand_k: float = 0.75
     expand_v: float = 1.5
     negative_eigenvalues: bool = False
-    correction: float = 1.0
+    correction: Annotated[float, Range()] = 1.0
 
   def __init__(self, config: Config, layer: Layer, key):
     super().__init__(config, layer, key)

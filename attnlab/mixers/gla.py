@@ -9,6 +9,7 @@ from attnlab import sharding
 from attnlab.mixers.base import Layer, register
 from attnlab.mixers.linear import LinearMixer
 from attnlab.nn import LowRank
+from attnlab.settings import Natural
 from pallas_kernels import gla
 
 
@@ -29,7 +30,7 @@ class GLA(LinearMixer):
     num_heads: int | None = 4
     head_dim: int | None = None
     expand_k: float = 0.5
-    conv_size: int = 0
+    conv_size: Natural = 0
     gate_rank: int = 16
     gate_normalizer: float = 16.0
 

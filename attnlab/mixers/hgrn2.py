@@ -10,6 +10,7 @@ from attnlab.errors import UserError
 from attnlab.mixers.base import Layer, Mixer, register
 from attnlab.mixers.linear import LinearMixer
 from attnlab.nn import Constant, HeadNorm, param
+from attnlab.settings import Natural
 from pallas_kernels import gla
 
 
@@ -44,7 +45,7 @@ class HGRN2(LinearMixer):
     num_heads: int | None = None
     head_dim: int | None = 128
     value_dim: int | None = None
-    conv_size: int = 0
+    conv_size: Natural = 0
 
   @classmethod
   def sizes(cls, config: Config, d_model: int):

@@ -14,6 +14,7 @@ from attnlab.mixers.sparse import (
   products,
   softmax_over,
 )
+from attnlab.settings import Natural
 from pallas_kernels.block_sparse import over_queries, select_blocks
 
 
@@ -46,7 +47,7 @@ class InfLLMV2(SparseMixer):
     top_k: int = 96
     pool_size: int = 32
     pool_stride: int = 16
-    initial: int = 1
+    initial: Natural = 1
     local: int = 32
 
   def __init__(self, config, layer, key):

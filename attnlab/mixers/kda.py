@@ -1,7 +1,7 @@
 """Kimi Delta Attention (arXiv:2510.26692)."""
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from attnlab.mixers.base import Layer, register
 from attnlab.mixers.gates import inverse_softplus_step, log_uniform_rate, softplus_decay, step_size
 from attnlab.mixers.linear import LinearMixer
 from attnlab.nn import Linear, LowRank, param
+from attnlab.settings import Range
 from pallas_kernels import kda
 
 
@@ -41,7 +42,7 @@ class KDA(LinearMixer):
     """
 
     decay_gate: Literal["softplus", "safe"] = "softplus"
-    lower_bound: float = -5.0
+    lower_bound: Annotated[float, Range(below=0)] = -5.0
     negative_eigenvalues: bool = False
 
   def __init__(self, config: Config, layer: Layer, key):

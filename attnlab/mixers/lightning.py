@@ -11,6 +11,7 @@ from attnlab import sharding
 from attnlab.mixers.base import Layer, register
 from attnlab.mixers.linear import LinearMixer
 from attnlab.nn import Constant, HeadNorm
+from attnlab.settings import Natural
 from pallas_kernels import lightning_attention
 
 
@@ -30,7 +31,7 @@ class Lightning(LinearMixer):
 
   @dataclasses.dataclass(frozen=True, kw_only=True)
   class Config(LinearMixer.Config):
-    conv_size: int = 0
+    conv_size: Natural = 0
 
   def __init__(self, config: Config, layer: Layer, key):
     super().__init__(config, layer, key)

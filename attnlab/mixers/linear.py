@@ -19,6 +19,7 @@ from attnlab import sharding
 from attnlab.errors import UserError
 from attnlab.mixers.base import Cache, Context, Layer, Mixer, MixerOutput
 from attnlab.nn import Linear, RMSNorm, ShortConv, TokenShift, l2norm_heads
+from attnlab.settings import Natural
 
 Signals = dict[str, Array]
 
@@ -65,7 +66,7 @@ class LinearMixer(Mixer):
     value_dim: int | None = None
     expand_k: float = 1.0
     expand_v: float = 1.0
-    conv_size: int = 4
+    conv_size: Natural = 4
 
   # Of the default projections and output; a mechanism overrides what differs.
   qkv_activation: ClassVar[Callable[[Array], Array] | None] = staticmethod(jax.nn.silu)
@@ -99,6 +100,9 @@ class LinearMixer(Mixer):
       )
     K = c.head_dim or width // H
     return H, K, c.num_value_heads or H, c.value_dim or round(K * c.expand_v / c.expand_k)
+
+  def split_heads(self) -> dict[str, int]:
+    return {"num_heads" if self.Hv == self.H else "num_value_heads": self.Hv}
 
   def make_projections(self, layer: Layer, keys: Array) -> None:
     """q, k and v, and their convolutions."""

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from attnlab.mixers.base import register
 from attnlab.mixers.linear import LinearMixer
+from attnlab.settings import Natural
 from pallas_kernels import linear_attention
 
 FEATURES = {
@@ -37,7 +38,7 @@ class LinearAttention(LinearMixer):
     feature_map: "elu" (elu(x) + 1, the paper's), "relu" or "identity".
     """
 
-    conv_size: int = 0
+    conv_size: Natural = 0
     feature_map: Literal["elu", "relu", "identity"] = "elu"
 
   def signals(self, x, recent, ctx):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from attnlab.mixers.base import Layer, Mixer, register
 from attnlab.mixers.gates import inverse_softplus_step, log_uniform_rate
 from attnlab.mixers.linear import LinearMixer
 from attnlab.nn import HeadNorm, Linear, ShortConv, param
+from attnlab.settings import Natural, Range
 from pallas_kernels import ssd
 
 
@@ -47,13 +49,18 @@ class Mamba2(LinearMixer):
     state_dim: int = 128
     groups: int = 1
     expand: float = 2.0
-    conv_size: int = 4
-    dt_limit: tuple[float, float] = (0.0, math.inf)
+    conv_size: Natural = 4
+    dt_limit: Annotated[tuple[float, float], Range(least=0)] = (0.0, math.inf)
 
   @classmethod
   def sizes(cls, config: Config, d_model: int):
     heads = config.num_heads or inner_heads(cls, config.expand * d_model, config.head_dim)
+    if config.dt_limit[0] > config.dt_limit[1]:
+      raise UserError(f"mixer {cls.name!r}: dt_limit={config.dt_limit} must be (lowest, highest)")
     return config.groups, config.state_dim, heads, config.head_dim
+
+  def split_heads(self):
+    return {"num_heads": self.Hv}
 
   def make_projections(self, layer: Layer, keys):
     D, size = layer.d_model, self.config.conv_size

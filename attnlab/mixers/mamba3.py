@@ -13,6 +13,7 @@ from attnlab.mixers.gates import inverse_softplus_step
 from attnlab.mixers.linear import LinearMixer
 from attnlab.mixers.mamba2 import inner_heads
 from attnlab.nn import Linear, RMSNorm, param
+from attnlab.settings import Fraction
 from pallas_kernels import mamba3
 from pallas_kernels.rotation import cumulative_angle, rotate
 
@@ -54,7 +55,7 @@ class Mamba3(LinearMixer):
     groups: int = 1
     rank: int = 1
     expand: float = 2.0
-    rope_fraction: float = 0.5
+    rope_fraction: Fraction = 0.5
 
   @classmethod
   def sizes(cls, config: Config, d_model: int):
@@ -80,7 +81,8 @@ class Mamba3(LinearMixer):
     self.dt_proj = Linear(keys[3], D, self.H)
     self.A_proj = Linear(keys[4], D, self.H)
     self.trap_proj = Linear(keys[5], D, self.H)
-    self.theta_proj = Linear(keys[6], D, self.angles, ("embed", None))
+    if self.angles:  # Without rotation there is nothing to project to.
+      self.theta_proj = Linear(keys[6], D, self.angles, ("embed", None))
     self.dt_bias = param(keys[7], inverse_softplus_step(), (self.H,), ("heads",))
     self.D = param(keys[7], ones, (self.H,), ("heads",))
     if R > 1:
@@ -119,8 +121,10 @@ class Mamba3(LinearMixer):
       getattr(self, f"{name}_proj")(x).astype(jnp.float32) for name in ("dt", "A", "trap")
     )
     dt = jax.nn.softplus(dt + sharding.put(self.dt_bias[...], "heads"))
-    theta = self.theta_proj(x).astype(jnp.float32)[:, :, None]
-    theta = jnp.broadcast_to(theta, (*theta.shape[:2], self.H, self.angles))
+    theta = jnp.zeros((*x.shape[:2], 0), jnp.float32)
+    if self.angles:
+      theta = self.theta_proj(x).astype(jnp.float32)
+    theta = jnp.broadcast_to(theta[:, :, None], (*theta.shape[:2], self.H, self.angles))
     return dict(
       C=per_head("C"),
       B=per_head("B"),

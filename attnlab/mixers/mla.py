@@ -10,6 +10,7 @@ from attnlab import sharding
 from attnlab.mixers.attention import Where, append, axes_of, new_cache, together
 from attnlab.mixers.base import Cache, Context, Layer, Mixer, MixerOutput, register
 from attnlab.nn import Linear, RMSNorm, rope
+from attnlab.settings import Natural
 from pallas_kernels.softmax_attention import softmax_attention
 
 
@@ -46,7 +47,7 @@ class MultiHeadLatentAttention(Mixer):
     kv_lora_rank: int = 512
     q_lora_rank: int | None = None
     nope_dim: int = 128
-    rope_dim: int = 64
+    rope_dim: Natural = 64
     rope: bool = True
     value_dim: int = 128
     rope_theta: float = 10000.0

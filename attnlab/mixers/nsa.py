@@ -13,6 +13,7 @@ from attnlab.mixers.base import MixerOutput, register
 from attnlab.mixers.infllm2 import check_sizes, overlapping
 from attnlab.mixers.sparse import SparseMixer, attend_to_pools, by_document, extend_tails
 from attnlab.nn import Linear, fan_in, param, rope
+from attnlab.settings import Natural
 from pallas_kernels.block_sparse import select_blocks
 
 
@@ -33,7 +34,7 @@ class NSABase(SparseMixer):
 
     block_size: int = 64
     top_k: int = 16
-    initial: int = 1
+    initial: Natural = 1
     local: int = 2
     window: int = 512
 

@@ -8,6 +8,7 @@ from attnlab import sharding
 from attnlab.mixers.base import register
 from attnlab.mixers.linear import LinearMixer
 from attnlab.nn import rope
+from attnlab.settings import Natural
 from pallas_kernels import retention
 
 
@@ -29,7 +30,7 @@ class RetNet(LinearMixer):
     num_heads: int | None = 8
     head_dim: int | None = None
     expand_v: float = 2.0
-    conv_size: int = 0
+    conv_size: Natural = 0
     rope_theta: float = 10000.0
 
   def signals(self, x, recent, ctx):

@@ -12,6 +12,7 @@ from attnlab.errors import UserError
 from attnlab.mixers.attention import Where, append, attend, new_cache, together
 from attnlab.mixers.base import Cache, Context, Layer, Mixer, MixerOutput, register
 from attnlab.nn import Linear, RMSNorm, param, rope
+from attnlab.settings import Fraction
 
 
 @register(
@@ -48,7 +49,7 @@ class SoftmaxAttention(Mixer):
     num_heads: int | None = None
     head_dim: int = 128
     num_kv_heads: int | None = None
-    rope_fraction: float = 1.0
+    rope_fraction: Fraction = 1.0
     rope_theta: float = 10000.0
     qk_norm: bool = False
     output_gate: Literal["none", "element", "head"] = "none"
@@ -64,15 +65,7 @@ class SoftmaxAttention(Mixer):
       raise UserError(
         f"mixer {self.name!r}: num_heads={self.H} is not a multiple of num_kv_heads={self.Hkv}"
       )
-    if not 0 <= c.rope_fraction <= 1:
-      raise UserError(
-        f"mixer {self.name!r}: rope_fraction={c.rope_fraction} must be between 0 and 1"
-      )
     gates = {"none": 0, "element": self.K, "head": 1}
-    if c.output_gate not in gates:
-      raise UserError(
-        f"mixer {self.name!r}: output_gate={c.output_gate!r} must be one of {', '.join(gates)}"
-      )
     keys = jax.random.split(key, 5)
     self.q_proj = Linear(keys[0], D, self.H * self.K)
     self.k_proj = Linear(keys[1], D, self.Hkv * self.K)

@@ -343,6 +343,10 @@ class SparseMixer(SparseCore, SoftmaxAttention):
     block_size: int = 64
     top_k: int = 16
 
+  def split_heads(self):
+    """The heads of a group choose together: they stay on one device."""
+    return super().split_heads() | {"num_kv_heads": self.Hkv}
+
   def kept(self, x: Float[Array, "B T D"], ctx: Context) -> Arrays:
     """What a cache keeps of each token besides k and v: [B, T, heads, ...] by name."""
     del x, ctx

@@ -6,11 +6,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from attnlab import sharding
-from attnlab.errors import UserError
 from attnlab.mixers.base import register
 from attnlab.mixers.softmax import SoftmaxAttention
 from attnlab.mixers.sparse import SparseMixer, at_a_time
 from attnlab.nn import Constant
+from attnlab.settings import Natural
 from pallas_kernels.block_sparse import over_queries, select_blocks
 
 
@@ -35,16 +35,7 @@ class Longformer(SparseMixer):
 
     window: int = 512
     dilation: int = 1
-    initial: int = 1
-
-  def __init__(self, config, layer, key):
-    c = config
-    if min(c.window, c.dilation) < 1 or c.initial < 0:
-      raise UserError(
-        f"mixer {self.name!r}: window={c.window} and dilation={c.dilation} must be at least 1, "
-        f"initial={c.initial} at least 0"
-      )
-    super().__init__(config, layer, key)
+    initial: Natural = 1
 
   def selected(self, length):
     seen = min(self.config.window + self.config.initial, length)
@@ -91,13 +82,11 @@ class BigBird(SparseMixer):
     """
 
     block_size: int = 64
-    initial: int = 2
+    initial: Natural = 2
     local: int = 3
-    random: int = 3
+    random: Natural = 3
 
   def __init__(self, config, layer, key):
-    if min(config.local, config.block_size) < 1:
-      raise UserError(f"mixer {self.name!r}: local and block_size must be at least 1")
     super().__init__(config, layer, key)
     self.layer = Constant(jnp.asarray(layer.index, jnp.uint32))
 

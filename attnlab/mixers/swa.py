@@ -5,7 +5,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from attnlab.errors import UserError
 from attnlab.mixers.attention import append_to_ring
 from attnlab.mixers.base import Cache, register
 from attnlab.mixers.softmax import SoftmaxAttention
@@ -30,8 +29,6 @@ class SlidingWindowAttention(SoftmaxAttention):
     window: int = 128
 
   def __init__(self, config: Config, layer, key):
-    if config.window < 1:
-      raise UserError(f"mixer {self.name!r}: window={config.window} must be at least 1")
     super().__init__(config, layer, key)
     self.window = config.window
 

@@ -38,10 +38,9 @@ class WindowLinear(SoftmaxAttention):
 
   def __init__(self, config, layer, key):
     super().__init__(config, layer, key)
-    if config.window < 1 or self.Hkv != self.H or config.sinks:
+    if self.Hkv != self.H or config.sinks:
       raise UserError(
-        f"mixer {self.name!r}: window={config.window} must be at least 1, num_kv_heads={self.Hkv} "
-        f"num_heads={self.H}, and there are no sinks"
+        f"mixer {self.name!r}: num_kv_heads={self.Hkv} must be num_heads={self.H}, and sinks=False"
       )
     a, b = jax.random.split(jax.random.fold_in(key, 1))
     shape, axes = (self.H, self.K, self.K), ("heads", None, None)
