@@ -15,7 +15,7 @@ from attnlab.errors import UserError
 
 # A count, a name, settings in parentheses, whose values may be tuples.
 _ITEM = re.compile(
-  r"\s*(?:(\d+)\s*\*\s*)?([A-Za-z_]\w*)\s*(?:\(((?:[^()]|\([^()]*\))*)\))?\s*"
+  r"\s*(?:(\d+)\s*\*\s*)?([A-Za-z_]\w*)(?!\w)\s*(?:\(((?:[^()]|\([^()]*\))*)\))?\s*"
   r"(?:\+|(?=\s|$|[A-Za-z_\d]))"
 )
 _COMMA = re.compile(r",(?![^(]*\))")  # between settings, not inside a tuple
