@@ -1,5 +1,7 @@
 """Block-sparse attention against a definition in numpy, float64, one query at a time; and the choice of blocks."""
 
+import collections
+import dataclasses
 import functools
 
 import jax
@@ -18,9 +20,12 @@ from pallas_kernels.block_sparse import (
   merge_attention,
   over_queries,
   select_blocks,
-  tpu,
+  tpu_backward,
+  tpu_forward,
+  tpu_tables,
   xla,
 )
+from pallas_kernels.block_sparse.reference import Blocks
 from pallas_kernels.block_sparse.shapes import SHAPES
 from pallas_kernels.softmax_attention import softmax_attention
 
@@ -166,18 +171,35 @@ PALLAS = {
   "aligned": dict(block_size=16),
   "documents, a window, sinks": dict(block_size=16, segment_ids=SEGMENTS, window=5, sinks=True),
   "several groups of slots": dict(block_size=32, groups=4, query_block=5, slots=5),
+  "a head a key head": dict(block_size=16, heads=(4, 4), groups=4),
+  "several items a block": dict(block_size=16, heads=(16, 1), groups=1, segment_ids=SEGMENTS),
 }
 
 
-@pytest.mark.parametrize("name", PALLAS)
-def test_pallas_kernel(monkeypatch, name):
+@pytest.fixture
+def small_pallas(monkeypatch):
+  """Kernels with several steps, several matrices a query, and several items a block."""
+  for name, value in dict(_KEYS=128, _QUERIES=2, _TOGETHER=2).items():
+    monkeypatch.setattr(tpu_forward, name, value)
+  for name, value in dict(_QUERIES=16, _WIDTH=128).items():
+    monkeypatch.setattr(tpu_backward, name, value)
+
+
+@pytest.mark.parametrize(
+  "name, ranges", [*((name, 1) for name in PALLAS), ("documents, a window, sinks", 2)]
+)
+def test_pallas_kernel(monkeypatch, small_pallas, name, ranges):
   """In Pallas's interpreter against the dense form: float32 sums of some dozens of terms in another order."""
-  monkeypatch.setattr(tpu, "_KEYS", 128)
-  monkeypatch.setattr(tpu, "_QUERIES", 2)
-  case = dict(PALLAS[name])
-  args = inputs(23)[: 4 if case.pop("sinks", 0) else 3]
+  case, length = dict(PALLAS[name]), 23 * ranges
+  if ranges > 1:  # keys of a range are a multiple of 128 otherwise
+    case["segment_ids"] = np.repeat(case["segment_ids"], 2, axis=1)
+    for module in (tpu_forward, tpu_backward):
+      of = module.Plan.of
+      shorter = lambda *a, of=of: dataclasses.replace(of(*a), keys=32, ranges=2)  # noqa: E731
+      monkeypatch.setattr(module.Plan, "of", shorter)
+  args = inputs(length, heads=case.pop("heads", (H, HKV)))[: 4 if case.pop("sinks", 0) else 3]
   args = [x.astype(np.float32) for x in args]
-  rows = -(-23 // case.get("query_block", 1))
+  rows = -(-length // case.get("query_block", 1))
   indices = choices(case.pop("groups", HKV), rows, 2, case.pop("slots", 2))
   got = with_gradients(args, indices, **case, backend="interpret")
   want = with_gradients(args, indices, **case, backend="reference")
@@ -185,9 +207,8 @@ def test_pallas_kernel(monkeypatch, name):
     np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5)
 
 
-def test_pallas_kernel_in_bfloat16(monkeypatch):
+def test_pallas_kernel_in_bfloat16(small_pallas):
   """As ``test_bfloat16``."""
-  monkeypatch.setattr(tpu, "_QUERIES", 2)
   args = [jnp.asarray(x, jnp.bfloat16) for x in inputs(40)[:3]]
   indices = choices(HKV, 40, 3, 2)
   got = with_gradients(args, indices, block_size=16, backend="interpret")
@@ -201,6 +222,41 @@ def test_pallas_kernel_in_bfloat16(monkeypatch):
   ):
     g, w = np.asarray(g, np.float64), np.asarray(w)
     assert np.linalg.norm(g - w) < bound * np.linalg.norm(w)
+
+
+@pytest.mark.parametrize("unit", [1, 4])
+@pytest.mark.parametrize("documents", [False, True])
+def test_items(unit, documents):
+  """The table of what tiles of queries visit, against a walk through the choices."""
+  T, tile, most, size = 23, 8, 3, 4
+  layout = Layout.together(B, T, jnp.asarray(SEGMENTS) if documents else None)
+  indices = choices(HKV, T, 6, 3)
+  got = tpu_tables.items(Blocks(indices, layout, size), tile, unit, most, T)
+  starts = np.asarray(layout.starts)
+  for b, g, i in np.ndindex(B, HKV, 3):
+    want = collections.defaultdict(dict)  # first key -> unit -> bits
+    for t in range(i * tile, min(T, (i + 1) * tile)):
+      for j in indices[b, g, t]:
+        first = starts[b, t] + j * size
+        if j >= 0 and first <= t:
+          units = want[int(first)]
+          units[t % tile // unit] = units.get(t % tile // unit, 0) | 1 << t % unit
+    found = collections.defaultdict(dict)
+    items = (np.asarray(x[b, g, i]) for x in (got.first, got.begin, got.count))
+    firsts = []
+    for first, begin, count in zip(*items, strict=True):
+      if first == np.iinfo(np.int32).max:
+        continue
+      firsts.append(first)
+      assert 0 < count <= most
+      for visit in np.asarray(got.visits[b, g, i, begin : begin + count]).tolist():
+        number, bits = (visit, 1) if unit == 1 else map(int, tpu_tables.split(visit))
+        assert number not in found[int(first)]
+        found[int(first)][number] = bits
+    assert firsts == sorted(firsts) and found == want
+    assert [int(got.below(key)[b, g, i]) for key in (0, 9, 99)] == [
+      sum(f < key for f in firsts) for key in (0, 9, 99)
+    ]
 
 
 LONG_SEGMENTS = np.stack([np.repeat([1, 2, 3], [37, 50, 13]), np.repeat([3, 1, 2], [64, 1, 35])])
@@ -274,7 +330,7 @@ def test_what_the_gpu_kernels_refuse(change, words):
   "change, words",
   [
     (dict(block_size=8), "multiples of 16"),
-    (dict(length=1 << 20), "VMEM"),
+    (dict(block_size=1 << 16, length=1 << 20), "VMEM"),
     (dict(dtype=jnp.float64), "float64"),
   ],
 )
