@@ -1,15 +1,19 @@
-"""Starts a run from another one's parameters, with other mixers that have parameters of the same names.
+"""Starts a run from another one's parameters: a trained full-attention model becomes a sparse one.
 
-    python -m attnlab.convert --source=runs/mla --config=configs/dsa.py --workdir=runs/dsa-warm \\
-      --config.model.dense=True --config.optim.only=indexer      # latent attention; the indexer is new
-    python -m attnlab.train --config=configs/dsa.py --workdir=runs/dsa-warm \\
-      --config.model.dense=True --config.optim.only=indexer      # and learns from full attention (arXiv:2512.02556)
-    python -m attnlab.convert --source=runs/dsa-warm --config=configs/dsa.py --workdir=runs/dsa
-    python -m attnlab.train --config=configs/dsa.py --workdir=runs/dsa         # all learn, attention is sparse
+    python -m attnlab.convert --train --source=runs/mla --config=configs/dsa.py --workdir=runs/dsa
+    python -m attnlab.convert --train --source=runs/softmax --config=configs/infllm2.py --workdir=runs/infllm2
 
-Full attention becomes InfLLM-V2 (arXiv:2509.24663) or MoBA in one step: nothing is new there.
+The first is DSA's recipe (arXiv:2512.02556): the indexer, which is new, learns from full attention while all else is
+frozen (--warmup_steps, --warmup_rate; the run in WORKDIR/warmup), then all learn, and attention is sparse. InfLLM-V2
+(arXiv:2509.24663) and MoBA have nothing new, and train at once. What it cost is told at the end and written to
+WORKDIR/conversion.json: the loss of the source, right after the conversion with everything seen and without, and after
+training; and the indexer's recall. The same command again goes on where it was stopped.
+
+Sizes are the source's, and so are all settings of its mixers that the new ones share: with others its parameters would
+mean something else. Without --train only checkpoint 0 is written, for `attnlab.train`.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -17,12 +21,46 @@ from typing import Any
 import jax
 from absl import flags
 from ml_collections import ConfigDict
+from rich.console import Console
+from rich.table import Table
 
 from attnlab import cli, data, metrics, optim, sharding
 from attnlab.checkpoint import Checkpoints, paths, stored_run
-from attnlab.config import check, resolve, to_json
+from attnlab.config import check, complete, flatten, resolve, to_json
 from attnlab.errors import UserError
-from attnlab.state import load_model, make_init, run_config
+from attnlab.evaluate import make_evaluate
+from attnlab.mixers import mixer
+from attnlab.model import layer_specs, mixer_config
+from attnlab.pattern import parse_pattern
+from attnlab.state import load_model, make_init, reading_mesh, run_config
+from attnlab.train import train
+
+# What a model's parameters depend on besides its mixers.
+_SIZES = ("d_model", "num_layers", "vocab_size", "mlp", "tie_embeddings", "norm_eps")
+
+
+def like(source: str | Path, config: ConfigDict) -> tuple[ConfigDict, dict[str, Any]]:
+  """A config with the sizes of another run, and the settings of its mixers that the config's mixers share.
+
+  A mixer shares them whose settings extend the other's, as InfLLM-V2's do softmax attention's, and DSA's latent
+  attention's.
+
+  Returns:
+    The config, complete, and by key the values that were others.
+  """
+  old, config = run_config(source).model, complete(config)
+  before = dict(flatten(config.model))
+  with config.unlocked():
+    for key in _SIZES:
+      config.model[key] = old[key]
+    for was, spec in zip(layer_specs(old), layer_specs(config.model), strict=True):
+      a, b = mixer(was.mixer), mixer(spec.mixer)
+      if a is not b and issubclass(b.Config, a.Config):
+        shared = dataclasses.asdict(mixer_config(old, was))
+        config.model.mixers[b.name] = ConfigDict(dict(config.model.mixers[b.name]) | shared)
+  config = complete(config)
+  after = flatten(config.model)
+  return config, {f"model.{k}": v for k, v in after if before[k] != v and k != "vocab_size"}
 
 
 def convert(source: str | Path, config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
@@ -74,10 +112,98 @@ def convert(source: str | Path, config: ConfigDict, workdir: str | Path) -> dict
   return {"step": step, "new": new, "left": sorted(set(has) - set(names))}
 
 
+def convert_and_train(
+  source: str | Path,
+  config: ConfigDict,
+  workdir: str | Path,
+  *,
+  warmup_steps: int = 100,
+  warmup_rate: float = 1e-3,
+) -> list[dict[str, Any]]:
+  """``convert``, the warm-up of what is new, if it has a loss of its own, and training.
+
+  Args:
+    source, config, workdir: as of ``convert``; the run may be there, and goes on.
+    warmup_steps: updates in which only parts with losses of their own learn, from full attention; 0: none.
+    warmup_rate: their learning rate.
+
+  Returns:
+    What was measured on the validation split, in turn: {"model", "attention": "dense" or "sparse", and what
+    ``attnlab.evaluate`` tells}.
+  """
+  workdir = Path(workdir)
+  record = workdir / "conversion.json"
+  rows: list[dict[str, Any]] = json.loads(record.read_text()) if record.exists() else []
+
+  def measure(model: str, run: str | Path, config: ConfigDict, *attention: str) -> None:
+    """Adds rows of a run's newest checkpoint, unless they are there."""
+    for kind in attention:
+      if any((r["model"], r["attention"]) == (model, kind) for r in rows):
+        continue
+      c = resolve(config)
+      c.model.dense = kind == "dense"
+      mesh = reading_mesh(c.train.batch_size // c.train.grad_accum)
+      _, graphdef, parameters = load_model(run, c, mesh)
+      with jax.set_mesh(mesh):
+        rows.append(
+          {"model": model, "attention": kind} | make_evaluate(c, mesh)(graphdef, parameters)
+        )
+      workdir.mkdir(parents=True, exist_ok=True)
+      metrics.write_atomically(record, json.dumps(rows, indent=2) + "\n")
+
+  of_source = complete(config)
+  of_source.model = run_config(source).model
+  measure("source", source, of_source, "dense")
+  begin, parts = source, own_loss(config)
+  if parts and warmup_steps:
+    begin, first = workdir / "warmup", complete(config)
+    first.model.dense, first.optim.only = True, parts
+    first.optim.learning_rate, first.train.steps = warmup_rate, warmup_steps
+    if not stored_run(begin):
+      convert(source, first, begin)
+    measure("converted", begin, config, "dense", "sparse")
+    train(first, begin)
+    measure("after the warm-up", begin, config, "sparse")
+  if not stored_run(workdir):
+    convert(begin, config, workdir)
+  if begin == source:
+    measure("converted", workdir, config, "dense", "sparse")
+  train(config, workdir)
+  measure("after training", workdir, config, "sparse")
+  return rows
+
+
+def own_loss(config: ConfigDict) -> str:
+  """The parts of a config's mixers that learn from losses of their own, as ``config.optim.only`` names them."""
+  kinds = (mixer(name) for name in parse_pattern(config.model.pattern).mixers)
+  return ",".join(sorted({part for kind in kinds for part in kind.own_loss}))
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+  table = Table()
+  for name in ("model", "attention", "nats a target", "bits a byte", "indexer's recall"):
+    table.add_column(name, justify="left" if name in ("model", "attention") else "right")
+  for row in rows:
+    keys = ("nll", "bits_per_byte", "indexer_recall")
+    cells = (f"{row[k]:.4f}" if k in row else "-" for k in keys)
+    table.add_row(row["model"], row["attention"], *cells)
+  Console(highlight=False).print(table)
+
+
 def main(_) -> None:
   f = flags.FLAGS
   workdir = f.workdir or cli.default_workdir()
-  result = convert(f.source, cli.config(), workdir)
+  config, taken = like(f.source, cli.config())
+  for key, value in taken.items():
+    print(f"config.{key} = {value!r}, as in {f.source}")
+  if f.train:
+    _print(
+      convert_and_train(
+        f.source, config, workdir, warmup_steps=f.warmup_steps, warmup_rate=f.warmup_rate
+      )
+    )
+    return
+  result = convert(f.source, config, workdir)
   print(f"{workdir}: begins from {f.source}, checkpoint {result['step']}")
   for what, names in (("new", result["new"]), ("left out", result["left"])):
     print(f"{what}: {', '.join(names) or 'nothing'}")
@@ -87,4 +213,7 @@ if __name__ == "__main__":
   cli.define_config()
   flags.DEFINE_string("source", None, "The directory of the run to begin from.", required=True)
   flags.DEFINE_string("workdir", None, "The new run's directory. Default: by the config's name.")
+  flags.DEFINE_bool("train", False, "Train too: the warm-up of what is new, then all.")
+  flags.DEFINE_integer("warmup_steps", 100, "Updates of the warm-up; 0: none.", lower_bound=0)
+  flags.DEFINE_float("warmup_rate", 1e-3, "Learning rate of the warm-up.", lower_bound=0)
   cli.run(main)

@@ -75,7 +75,7 @@ def make_evaluate(
   Returns:
     A function of the model's structure and arrays: nll in nats, accuracy, bits_per_token and, for
     text, bits_per_byte; for a task, row_accuracy: the share of examples of which every target is
-    right. It reads the same rows each time.
+    right; and what the layers report, such as an indexer's recall. It reads the same rows each time.
 
   Raises:
     UserError: anything wrong with the validation data.
@@ -98,6 +98,8 @@ def make_evaluate(
     sums = {k: sum(float(t[k]) for t in totals) for k in totals[0]}
     weights = max(sums["weights"], 1)
     means = {k: sums[k] / weights for k in ("nll", "accuracy")}
+    layers = {k: v / len(totals) for k, v in sums.items() if k.startswith("layers/")}
+    means |= {k.removeprefix("layers/"): v for k, v in layers.items()}
     if config.data.name == "task":
       means["row_accuracy"] = sums["right_rows"] / max(sums["rows"], 1)
     return metrics.with_bits(means | {k: sums[k] for k in ("weights", "bytes")})
@@ -107,7 +109,7 @@ def make_evaluate(
 
 @jax.jit(static_argnums=0)
 def _totals(graphdef: nnx.GraphDef, model: PyTree, batch: dict[str, Array]) -> dict[str, Array]:
-  nll, _, correct, w, _ = nnx.merge(graphdef, model["params"], model["rest"]).scores(batch)
+  nll, _, correct, w, aux = nnx.merge(graphdef, model["params"], model["rest"]).scores(batch)
   rows = (w > 0).any(axis=1)
   return {
     "nll": (w * nll).sum(),
@@ -115,6 +117,7 @@ def _totals(graphdef: nnx.GraphDef, model: PyTree, batch: dict[str, Array]) -> d
     "rows": rows.sum(),
     "right_rows": (rows & ((correct > 0) | (w == 0)).all(axis=1)).sum(),
     **{k: batch[k].sum() for k in ("weights", "bytes")},
+    **{f"layers/{k}": v for k, v in aux.items()},
   }
 
 

@@ -110,6 +110,13 @@ class Superblock(nnx.Module):
     )
 
 
+def layer_specs(config) -> list[LayerSpec]:
+  """The spec of each layer."""
+  pattern = parse_pattern(config.pattern)
+  repeated = range(config.num_layers - len(pattern.tail))
+  return [*(pattern.period[i % len(pattern.period)] for i in repeated), *pattern.tail]
+
+
 def mixer_config(config, spec: LayerSpec) -> Any:
   """The settings of a mixer: its defaults, the config's, the layer's own."""
   cls = mixer(spec.mixer)
@@ -145,8 +152,7 @@ class Model(nnx.Module):
     lead = config.mlp.dense_layers if config.mlp.experts else 0
     periods = (L - lead - len(pattern.tail)) // P
     after = lead + periods * P
-    repeated = [specs[i % P] for i in range(L - len(pattern.tail))]
-    every = [*repeated, *pattern.tail]  # the spec of each layer
+    every = layer_specs(config)
     layer = Layer(D, 0, L, config.norm_eps)
 
     def block(i, key, dense):

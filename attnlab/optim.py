@@ -112,10 +112,11 @@ def optimizer(
 
 
 def _without(part: str, params: nnx.State) -> nnx.State:
-  """True where a parameter's path has no such part; UserError if none has it."""
+  """True where a parameter's path has no such part, of several with commas; UserError if none has it."""
   is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
   flat = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_variable)
-  out = [part not in jax.tree_util.keystr(path) for path, _ in flat]
+  parts = [p.strip() for p in part.split(",")]
+  out = [not any(p in jax.tree_util.keystr(path) for p in parts) for path, _ in flat]
   if all(out):
     raise UserError(f"config.optim.only = {part!r} is part of no parameter's path")
   return jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_variable), out)

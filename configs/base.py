@@ -67,7 +67,7 @@ def base() -> ConfigDict:
   c.optim.b2 = 0.95  # (Lion wants 0.99)
   c.optim.eps = 1e-8  # AdamW's
   c.optim.muon_momentum = 0.95
-  c.optim.only = ""  # train only parameters whose path has this in it, such as "indexer"
+  c.optim.only = ""  # train only parameters whose path has this in it, such as "indexer", or one of several: "a,b"
 
   c.train = ConfigDict()
   c.train.steps = 100  # optimiser updates

@@ -1,4 +1,4 @@
-"""A run that begins from another one's parameters."""
+"""A run that begins from another one's parameters: full attention becomes sparse."""
 
 import jax
 import numpy as np
@@ -6,12 +6,13 @@ import pytest
 
 from attnlab.checkpoint import paths
 from attnlab.config import load
-from attnlab.convert import convert
+from attnlab.convert import convert, convert_and_train, like
 from attnlab.errors import UserError
 from attnlab.state import load_model, reading_mesh, run_config
 from attnlab.train import train
 
 MLA = dict(num_heads=2, kv_lora_rank=8, nope_dim=8, rope_dim=4, value_dim=8)
+BLOCKS = dict(block_size=4, top_k=2, pool_size=4, pool_stride=2, initial=0, local=1)
 INDEXER = dict(top_k=8, index_heads=2, index_dim=8, index_rope_dim=4)
 
 
@@ -24,10 +25,15 @@ def config(mixer, settings, **optim):
   return c
 
 
-def parameters(workdir):
-  _, _, model = load_model(workdir, run_config(workdir), reading_mesh())
+def parameters(workdir, step=None):
+  _, _, model = load_model(workdir, run_config(workdir), reading_mesh(), step)
   params = jax.device_get(model["params"])
   return dict(zip(paths(params), jax.tree.leaves(params), strict=True))
+
+
+def changed(before, after):
+  """Names of parameters that both have and that differ."""
+  return {k for k in before.keys() & after.keys() if not np.array_equal(before[k], after[k])}
 
 
 pytestmark = pytest.mark.xdist_group("convert")  # One worker: they share what is trained.
@@ -41,22 +47,56 @@ def source(tmp_path_factory):
 
 
 def test_latent_attention_becomes_sparse(source, tmp_path):
-  """Its parameters begin where they were; with everything seen the loss is the same; the indexer alone is trained."""
+  """Its parameters begin where they were; with everything seen the loss is the same; the indexer alone warms up; then
+  all learn, and attention is sparse. Done again, it is not done again."""
   workdir, before = source
-  c = config("dsa", MLA | INDEXER, only="indexer")
-  c.model.dense = True
-  result = convert(workdir, c, tmp_path / "dsa")
-  assert result["step"] == 2 and not result["left"]
-  assert result["new"] and all("indexer" in name for name in result["new"])
-  old, begin = parameters(workdir), parameters(tmp_path / "dsa")
-  for name, value in old.items():
-    np.testing.assert_array_equal(begin[name], value)
-  after = train(c, tmp_path / "dsa")
-  assert after["steps"] == 2
-  end = parameters(tmp_path / "dsa")
-  for name, value in begin.items():
-    assert np.array_equal(end[name], value) == ("indexer" not in name), name
-  np.testing.assert_allclose(after["eval/nll"], before["eval/nll"], rtol=1e-5)
+  c = config("dsa", MLA | INDEXER)
+  rows = convert_and_train(workdir, c, tmp_path / "dsa", warmup_steps=2)
+  old, warm = parameters(workdir), tmp_path / "dsa/warmup"
+  begin, middle = parameters(warm, 0), parameters(warm, 2)
+  indexer = {name for name in begin if "indexer" in name}
+  assert begin.keys() - old.keys() == indexer and indexer
+  assert not changed(old, begin)
+  assert changed(begin, middle) == indexer
+  assert not changed(middle, parameters(tmp_path / "dsa", 0))
+  assert changed(middle, parameters(tmp_path / "dsa", 2)) == set(begin)
+  assert [(r["model"], r["attention"]) for r in rows] == [
+    ("source", "dense"),
+    ("converted", "dense"),
+    ("converted", "sparse"),
+    ("after the warm-up", "sparse"),
+    ("after training", "sparse"),
+  ]
+  nll = [r["nll"] for r in rows]
+  np.testing.assert_allclose(nll[0], before["eval/nll"], rtol=1e-6)
+  np.testing.assert_allclose(nll[1], nll[0], rtol=1e-5)
+  assert all(abs(x - nll[1]) > 1e-6 for x in nll[2:])
+  assert all(0 < r["indexer_recall"] <= 1 and "indexer_loss" in r for r in rows[1:])
+  assert convert_and_train(workdir, c, tmp_path / "dsa", warmup_steps=2) == rows
+
+
+def test_softmax_attention_becomes_infllm2(tmp_path):
+  """Sizes, and what the mixers share, are the source's; nothing is new, and nothing warms up."""
+  source = tmp_path / "softmax"
+  before = train(config("softmax", dict(head_dim=8, num_heads=4, rope_theta=100.0)), source)
+  c = config("infllm2", dict(head_dim=16, num_kv_heads=1, **BLOCKS))
+  c.model.mlp.hidden = 32
+  c, taken = like(source, c)
+  assert taken == {
+    "model.mlp.hidden": 64,
+    "model.mixers.infllm2.head_dim": 8,
+    "model.mixers.infllm2.num_heads": 4,
+    "model.mixers.infllm2.num_kv_heads": None,
+    "model.mixers.infllm2.rope_theta": 100.0,
+  }
+  rows = convert_and_train(source, c, tmp_path / "infllm2")
+  assert [r["model"] for r in rows] == ["source", *["converted"] * 2, "after training"]
+  old, begin = parameters(source), parameters(tmp_path / "infllm2", 0)
+  assert old.keys() == begin.keys() and not changed(old, begin)
+  assert changed(begin, parameters(tmp_path / "infllm2", 2)) == set(old)
+  np.testing.assert_allclose(rows[0]["nll"], before["eval/nll"], rtol=1e-6)
+  np.testing.assert_allclose(rows[1]["nll"], rows[0]["nll"], rtol=1e-6)
+  assert abs(rows[2]["nll"] - rows[1]["nll"]) > 1e-6
 
 
 def test_what_does_not_fit(source, tmp_path):

@@ -241,7 +241,7 @@ class DeepSeekSparseAttention(SparseCore, MultiHeadLatentAttention):
     return o, out
 
   def losses(self, place, q, k, lse, chosen, signals, pools):
-    """The indexer's loss, and how much of the best it chooses: of all queries where they see everything, else of some."""
+    """The indexer's loss, and how much of the best it chooses: of all queries if they see everything, else of some."""
     c, layout, keys = self.config, place.layout, pools.values["k"][:, :, 0]
     (B, T, H, L), N = q.shape, keys.shape[1]
     q, k, lse = (jax.lax.stop_gradient(y) for y in (q, k, lse))
