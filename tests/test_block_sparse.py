@@ -398,6 +398,40 @@ def test_caches(float64, small_chunks, window):
       np.testing.assert_allclose(g, w, rtol=1e-12, atol=1e-12)
 
 
+def test_few_queries_read_a_cache_where_it_lies(float64):
+  """The chosen rows, right to its end, and no copy of the rest."""
+  q, k, v, sinks = inputs(1, 70)
+  options = dict(block_size=4, starts=np.array([0, 7]), query_positions=np.array([69]))
+  indices = np.stack([[[[17, 2, -1]], [[0, 16, 5]]], [[[15, 3, 1]], [[14, -1, -1]]]])
+  got = jit(functools.partial(attend, **options))(q, k, v, indices, sinks)
+  for g, w in zip(got, definition(q, k, v, indices, sinks, **options), strict=True):
+    np.testing.assert_allclose(g, w, rtol=1e-12, atol=1e-12)
+  k = jax.ShapeDtypeStruct((B, 1 << 16, HKV, D), jnp.float32)
+  run = jit(functools.partial(attend, block_size=4, query_positions=np.array([69])))
+  compiled = run.lower(jnp.asarray(q, jnp.float32), k, k, indices).compile()
+  assert compiled.memory_analysis().temp_size_in_bytes < k.size / 10
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_values_that_are_channels_of_the_keys(float64, small_chunks, backend):
+  """Outputs and gradients: k has those of its part as values too."""
+  q, k = (jnp.asarray(x) for x in inputs(23)[:2])
+  indices = choices(HKV, 23, 6, 3)
+
+  def run(values, backend, q, k):
+    options = dict(block_size=4, window=2, segment_ids=SEGMENTS, backend=backend)
+    out = attend(q, k, values(k), indices, **options)
+    return weighted(*out), out
+
+  def results(*args):
+    return jit(jax.grad(functools.partial(run, *args), (0, 1), has_aux=True))(q, k)
+
+  got = results(lambda k: V, backend)
+  want = results(lambda k: k[..., :V], "reference")
+  for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(g, w, rtol=1e-9, atol=1e-12)
+
+
 def test_all_blocks_are_full_attention(float64, small_chunks):
   """Outputs and gradients."""
   args = inputs(23)[:3]

@@ -35,7 +35,7 @@ _ORDER = {"cpu": ["xla"], "gpu": ["gpu", "xla"], "tpu": ["tpu", "xla"]}
 def block_sparse_attention(
   q: Float[Array, "B Tq H D"],
   k: Float[Array, "B Tk Hkv D"],
-  v: Float[Array, "B Tk Hkv V"],
+  v: Float[Array, "B Tk Hkv V"] | int,
   block_indices: Int[Array, "B G Tb S"],
   *,
   block_size: int,
@@ -58,7 +58,8 @@ def block_sparse_attention(
   (arXiv:2509.24663), and with blocks of one token of DSA (arXiv:2512.02556).
 
   Args:
-    q, k, v: queries, keys and values; V need not be D. Query head h reads key head ``h // (H / Hkv)``.
+    q, k, v: queries, keys and values; V need not be D. Query head h reads key head ``h // (H / Hkv)``. A number V: the
+      values are the keys' first V channels, as in latent attention, and "xla" reads both at once.
     block_indices: the blocks of each group of query heads and each query, every block once, -1 for none. G is a
       multiple of Hkv and divides H; neighbouring heads are a group.
     block_size: tokens of a block.
@@ -83,7 +84,8 @@ def block_sparse_attention(
     ValueError: arguments that do not fit.
     NotImplementedError: a backend that was named cannot serve the call.
   """
-  _check(q, k, v, block_indices, block_size, query_block, window, sinks)
+  values = k[..., :v] if isinstance(v, int) else v
+  _check(q, k, values, block_indices, block_size, query_block, window, sinks)
   _check_places(q, k, segment_ids, query_positions, starts)
   scale = q.shape[-1] ** -0.5 if scale is None else scale
   (B, Tq), Tk = q.shape[:2], k.shape[1]
@@ -100,14 +102,16 @@ def block_sparse_attention(
       key_segment_ids=(jnp.arange(Tk) >= starts[:, None]).astype(jnp.int32),
     )
   blocks = reference.Blocks(block_indices, layout, block_size, query_block, window)
-  supports = {name: functools.partial(f, q, k, v, blocks) for name, f in _CHECKS.items()}
+  supports = {name: functools.partial(f, q, k, values, blocks) for name, f in _CHECKS.items()}
   name = dispatch.choose(backend, supports, _ORDER)
   forward = _FORWARD[name]
+  if name != "xla":
+    v = values
   if not window or name == "reference":
     return forward(q, k, v, sinks, blocks, scale)
   # The blocks without what the window shows, and the window.
   far = forward(q, k, v, None, blocks, scale)
-  near = softmax_attention(q, k, v, scale=scale, window=window, sinks=sinks, **where)
+  near = softmax_attention(q, k, values, scale=scale, window=window, sinks=sinks, **where)
   return merge_attention(far, near)
 
 

@@ -2,6 +2,8 @@
 
 Memory is linear in Tq and Tk: the gathered blocks of one chunk of queries are all there is besides inputs and outputs.
 The backward pass gathers again, and adds the gradients of gathered blocks to those of k and v where they came from.
+Values that are channels of the keys are gathered, and their gradients added, with them. Of a cache, for few queries, the
+chosen rows alone are read.
 """
 
 import functools
@@ -24,8 +26,9 @@ def check(*args) -> None:
 
 
 def forward(q, k, v, sinks, blocks: Blocks, scale: float):
-  """As ``reference.forward``, but without the keys of the window."""
-  return _attend(q, k, v, sinks, blocks, scale)
+  """As ``reference.forward``, but without the keys of the window; v may be a number: so many channels of k."""
+  width = v if isinstance(v, int) else None
+  return _attend(q, k, None if width else v, sinks, blocks, scale, width)
 
 
 def _product(dtype, subscripts: str, x: Array, y: Array) -> Array:
@@ -39,6 +42,13 @@ def _gather(x: Array, first: Array, size: int) -> Array:
   return jax.vmap(jax.vmap(rows))(x, first)
 
 
+def _rows(x: Array, first: Array, size: int) -> Array:
+  """``_gather`` from x [B, T, h, D] as it lies; past its end the last row."""
+  rows = first[..., None] + jnp.arange(size)
+  heads = jnp.arange(x.shape[2])[:, None, None]
+  return jax.vmap(lambda x, rows: x.at[rows, heads].get(mode="clip"))(x, rows)
+
+
 def _scatter_add(x: Array, first: Array, rows: Array) -> Array:
   """x [B, h, T, D] with rows [B, h, n, size, D] added where ``_gather`` took them from."""
   numbers = jax.lax.ScatterDimensionNumbers(
@@ -49,19 +59,26 @@ def _scatter_add(x: Array, first: Array, rows: Array) -> Array:
 
 
 class _Chunks:
-  """Queries in chunks: [chunks, B, Hkv, groups of a key head, queries, heads of a group, ...]; keys [B, Hkv, T, D]."""
+  """Queries in chunks: [chunks, B, Hkv, groups of a key head, queries, heads of a group, ...]; keys [B, Hkv, T, D].
 
-  def __init__(self, q, k, v, blocks: Blocks):
+  Args:
+    v: None: the first ``width`` channels of k.
+    once: nothing is added where it was gathered, so that few rows need no copy of all keys.
+  """
+
+  def __init__(self, q, k, v, blocks: Blocks, width: int | None, once: bool):
     (self.B, self.Tq, H, _), (_, self.Tk, self.Hkv, _) = q.shape, k.shape
     G, S = blocks.indices.shape[1], blocks.indices.shape[3]
     self.groups, self.heads, self.size = G // self.Hkv, H // G, blocks.size
     self.keys = S * blocks.size
-    row = self.B * G * self.keys * (k.shape[3] + v.shape[3]) * jnp.result_type(k).itemsize
+    self.width = width
+    channels = k.shape[3] + (0 if v is None else v.shape[3])
+    row = self.B * G * self.keys * channels * jnp.result_type(k).itemsize
     budget = _CPU if dispatch.platform() == "cpu" else _ELSEWHERE
     self.rows = max(1, min(self.Tq, budget // row))
     self.count = -(-self.Tq // self.rows)
-    # A block at the end may reach past the last key.
-    self.k, self.v = (self._padded_keys(x) for x in (k, v))
+    self.in_place = once and self.Tq * self.groups * self.keys <= self.Tk
+    self.k, self.v = (x if x is None or self.in_place else self._padded_keys(x) for x in (k, v))
     indices = blocks.indices.reshape(self.B, self.Hkv, self.groups, -1, S)
     indices = jnp.repeat(indices, blocks.query_block, axis=3)[:, :, :, : self.Tq]
     layout = blocks.layout
@@ -73,6 +90,7 @@ class _Chunks:
     self.window = blocks.window
 
   def _padded_keys(self, x):
+    # A block at the end may reach past the last key.
     return jnp.pad(jnp.moveaxis(x, 2, 1), ((0, 0), (0, 0), (0, self.size - 1), (0, 0)))
 
   def _cut(self, x: Array, axis: int, fill=0) -> Array:
@@ -102,9 +120,13 @@ class _Chunks:
     first = jnp.where(indices >= 0, jnp.minimum(first, self.Tk - 1), 0)
     return first.reshape(self.B, self.Hkv, -1)
 
-  def take(self, x: Array, first: Array, dtype) -> Array:
-    """The keys of all blocks of each query: [B, Hkv, groups, rows, keys, D]."""
-    x = _gather(x, first, self.size)
+  def take(self, first: Array, dtype) -> tuple[Array, Array]:
+    """The keys and values of all blocks of each query: [B, Hkv, groups, rows, keys, D]."""
+    k = self._take(self.k, first, dtype)
+    return k, k[..., : self.width] if self.v is None else self._take(self.v, first, dtype)
+
+  def _take(self, x: Array, first: Array, dtype) -> Array:
+    x = _rows(x, first, self.size) if self.in_place else _gather(x, first, self.size)
     return x.reshape(self.B, self.Hkv, self.groups, self.rows, self.keys, -1).astype(dtype)
 
   def mask(self, blocks) -> Array:
@@ -117,14 +139,18 @@ class _Chunks:
     return seen.reshape(*indices.shape[:4], 1, self.keys)
 
 
-def _forward(q, k, v, sinks, blocks, scale):
-  dtype, inputs = jnp.promote_types(q.dtype, jnp.float32), jnp.result_type(q, k, v)
-  chunks = _Chunks(q, k, v, blocks)
+def _inputs(q, k, v):
+  return jnp.result_type(q, k, *(() if v is None else (v,)))
+
+
+def _forward(q, k, v, sinks, blocks, scale, width):
+  dtype, inputs = jnp.promote_types(q.dtype, jnp.float32), _inputs(q, k, v)
+  chunks = _Chunks(q, k, v, blocks, width, once=True)
 
   def one(xs):
     q, blocks = xs
     first = chunks.first(blocks)
-    k, v = (chunks.take(x, first, inputs) for x in (chunks.k, chunks.v))
+    k, v = chunks.take(first, inputs)
     logits = scale * _product(dtype, "bhgqrd,bhgqkd->bhgqrk", q.astype(inputs), k)
     mask = chunks.mask(blocks)
     logits = jnp.where(mask, logits, -jnp.inf)
@@ -144,21 +170,21 @@ def _forward(q, k, v, sinks, blocks, scale):
   return chunks.join(o), chunks.join(lse)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attend(q, k, v, sinks, blocks, scale):
-  return _forward(q, k, v, sinks, blocks, scale)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attend(q, k, v, sinks, blocks, scale, width):
+  return _forward(q, k, v, sinks, blocks, scale, width)
 
 
-def _attend_forward(q, k, v, sinks, blocks, scale):
-  o, lse = _forward(q, k, v, sinks, blocks, scale)
+def _attend_forward(q, k, v, sinks, blocks, scale, width):
+  o, lse = _forward(q, k, v, sinks, blocks, scale, width)
   return (o, lse), (q, k, v, sinks, blocks, o, lse)
 
 
-def _attend_backward(scale, residuals, cotangents):
+def _attend_backward(scale, width, residuals, cotangents):
   q, k, v, sinks, blocks, o, lse = residuals
   do, dlse = cotangents
-  dtype, inputs = lse.dtype, jnp.result_type(q, k, v)
-  chunks = _Chunks(q, k, v, blocks)
+  dtype, inputs = lse.dtype, _inputs(q, k, v)
+  chunks = _Chunks(q, k, v, blocks, width, once=False)
   # The softmax's derivative: dlogits = p (do . v - delta).
   delta = jnp.sum(do.astype(dtype) * o.astype(dtype), axis=-1) - dlse
   dsinks = None
@@ -170,7 +196,7 @@ def _attend_backward(scale, residuals, cotangents):
     dk, dv = carry
     q, do, lse, delta, blocks = xs
     first = chunks.first(blocks)
-    k, v = (chunks.take(x, first, inputs) for x in (chunks.k, chunks.v))
+    k, v = chunks.take(first, inputs)
     q, do = q.astype(inputs), do.astype(inputs)
     logits = scale * _product(dtype, "bhgqrd,bhgqkd->bhgqrk", q, k)
     mask = chunks.mask(blocks)
@@ -182,18 +208,25 @@ def _attend_backward(scale, residuals, cotangents):
       rows = _product(dtype, subscripts, x, y)
       return rows.reshape(*first.shape, chunks.size, -1)
 
-    dk = _scatter_add(dk, first, back("bhgqrk,bhgqrd->bhgqkd", dlogits, q))
-    dv = _scatter_add(dv, first, back("bhgqrk,bhgqrv->bhgqkv", p, do))
+    dk_rows = back("bhgqrk,bhgqrd->bhgqkd", dlogits, q)
+    dv_rows = back("bhgqrk,bhgqrv->bhgqkv", p, do)
+    if dv is None:
+      dk_rows = dk_rows.at[..., :width].add(dv_rows)
+    else:
+      dv = _scatter_add(dv, first, dv_rows)
+    dk = _scatter_add(dk, first, dk_rows)
     return (dk, dv), _product(dtype, "bhgqrk,bhgqkd->bhgqrd", dlogits, k)
 
-  zeros = jnp.zeros(chunks.k.shape, dtype), jnp.zeros(chunks.v.shape, dtype)
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), (chunks.k, chunks.v))
   # A padding query sees nothing: whatever finite lse it has.
   finite = jnp.where(lse == -jnp.inf, 0, lse)
   xs = *(chunks.queries(x) for x in (q, do, finite, delta)), chunks.blocks
   (dk, dv), dq = jax.lax.scan(one, zeros, xs)
-  dk, dv = (
-    jnp.moveaxis(dx[:, :, : chunks.Tk], 1, 2).astype(x.dtype) for dx, x in ((dk, k), (dv, v))
-  )
+
+  def as_given(dx, x):
+    return jnp.moveaxis(dx[:, :, : chunks.Tk], 1, 2).astype(x.dtype)
+
+  dk, dv = as_given(dk, k), None if v is None else as_given(dv, v)
   return chunks.join(dq).astype(q.dtype), dk, dv, dsinks, None
 
 
