@@ -282,7 +282,7 @@ class CompressedSparseAttention(CompressedAttention):
     # Entries have no place in time here: all that is chosen is seen.
     numbers = jnp.where(chosen >= 0, pools.first[..., None] + chosen, -1)[:, None]
     last = jnp.full(T, N - 1, jnp.int32)
-    o, lse = block_sparse_attention(q, k, k, numbers, block_size=1, query_positions=last)
+    o, lse = block_sparse_attention(q, k, self.K, numbers, block_size=1, query_positions=last)
     if place.new is not None:
       return (o, lse), {}
     _, total = merge_attention(near, (o, lse))

@@ -192,7 +192,7 @@ class DeepSeekSparseAttention(SparseCore, MultiHeadLatentAttention):
         cache = cache | {"tail": tail}
     q = self.into_latent(q)
     o, cache, aux = self.sparse(q, signals, {"k": latent[:, :, None]}, index, ctx, cache)
-    o = self.out_of_latent(o[..., : c.kv_lora_rank])
+    o = self.out_of_latent(o)
     # Numbers from 1: what no layer has handed on is zero.
     shared = {"dsa_chosen_ids": aux.pop("chosen") + 1} if c.share == "give" else {}
     return MixerOutput(self.out_proj(sharding.merge(o, 2)), cache, aux, shared)
@@ -234,7 +234,8 @@ class DeepSeekSparseAttention(SparseCore, MultiHeadLatentAttention):
   def mix(self, place, q, signals, tokens, pools, weights):
     c, k = self.config, tokens["k"]
     chosen = self.select(place, signals, pools)
-    o, lse = place.attend(q, k, k, chosen.swapaxes(1, 2), c.pool, scale=self.scale)
+    options = dict(block_size=c.pool, scale=self.scale)
+    o, lse = place.attend(q, k, c.kv_lora_rank, chosen.swapaxes(1, 2), **options)
     out = {"chosen": chosen[:, :, 0]}
     if place.new is None and self.indexer is not None:
       out |= self.losses(place, q, k, lse, chosen, signals, pools)

@@ -83,7 +83,10 @@ class Place:
     """``block_sparse_attention`` of queries that stand here, or full attention where that is asked for: o and lse."""
     if self.dense:
       options.pop("window", None)
-      return self.full(q, k, v, **options)
+      if not isinstance(v, int):
+        return self.full(q, k, v, **options)
+      o, lse = self.full(q, k, k, **options)  # keys are values as they are, without a copy of some channels
+      return o[..., :v], lse
     options = dict(self.options) | options
     return block_sparse_attention(q, k, v, indices, block_size=block_size, **options)
 

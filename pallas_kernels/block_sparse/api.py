@@ -30,6 +30,8 @@ _CHECKS = {
   "interpret_gpu": gpu.limitations,
 }
 _ORDER = {"cpu": ["xla"], "gpu": ["gpu", "xla"], "tpu": ["tpu", "xla"]}
+# Few queries of a cache: the TPU kernel reads all of it.
+_FEW = _ORDER | {"tpu": ["xla"]}
 
 
 def block_sparse_attention(
@@ -103,7 +105,8 @@ def block_sparse_attention(
     )
   blocks = reference.Blocks(block_indices, layout, block_size, query_block, window)
   supports = {name: functools.partial(f, q, k, values, blocks) for name, f in _CHECKS.items()}
-  name = dispatch.choose(backend, supports, _ORDER)
+  few = query_positions is not None and xla.few(q, k, blocks)
+  name = dispatch.choose(backend, supports, _FEW if few else _ORDER)
   forward = _FORWARD[name]
   if name != "xla":
     v = values

@@ -2,8 +2,8 @@
 
 Memory is linear in Tq and Tk: the gathered blocks of one chunk of queries are all there is besides inputs and outputs.
 The backward pass gathers again, and adds the gradients of gathered blocks to those of k and v where they came from.
-Values that are channels of the keys are gathered, and their gradients added, with them. Of a cache, for few queries, the
-chosen rows alone are read.
+Values that are channels of the keys are gathered, and their gradients added, with them. For few queries, the chosen rows
+of a cache alone are read.
 """
 
 import functools
@@ -23,6 +23,12 @@ _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 def check(*args) -> None:
   """Serves every call."""
+
+
+def few(q, k, blocks: Blocks) -> bool:
+  """Whether queries have fewer keys to gather, of all their groups and blocks, than there are."""
+  chosen = blocks.indices.shape[1] // k.shape[2] * blocks.indices.shape[3] * blocks.size
+  return q.shape[1] * chosen <= k.shape[1]
 
 
 def forward(q, k, v, sinks, blocks: Blocks, scale: float):
@@ -77,7 +83,7 @@ class _Chunks:
     budget = _CPU if dispatch.platform() == "cpu" else _ELSEWHERE
     self.rows = max(1, min(self.Tq, budget // row))
     self.count = -(-self.Tq // self.rows)
-    self.in_place = once and self.Tq * self.groups * self.keys <= self.Tk
+    self.in_place = once and few(q, k, blocks)
     self.k, self.v = (x if x is None or self.in_place else self._padded_keys(x) for x in (k, v))
     indices = blocks.indices.reshape(self.B, self.Hkv, self.groups, -1, S)
     indices = jnp.repeat(indices, blocks.query_block, axis=3)[:, :, :, : self.Tq]
