@@ -2,8 +2,8 @@
 
 Memory is linear in Tq and Tk: the gathered blocks of one chunk of queries are all there is besides inputs and outputs.
 The backward pass gathers again, and adds the gradients of gathered blocks to those of k and v where they came from.
-Values that are channels of the keys are gathered, and their gradients added, with them. For few queries, the chosen rows
-of a cache alone are read.
+Values that are channels of the keys are gathered, and their gradients added, with them. For few queries the chosen
+rows alone are read.
 """
 
 import functools
