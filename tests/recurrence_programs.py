@@ -34,6 +34,13 @@ def real(argument: str):
   return with_gradients(backend, dataclasses.replace(shape, **heads), dtype, int(T), packed=False)
 
 
+def heads(argument: str):
+  """ "backend:heads-K-value heads-V:decay-erase-reads:T:dtype" of any heads, with packed segments."""
+  backend, sizes, case, T, dtype = argument.split(":")
+  shape = Shape(*map(int, sizes.split("-")), *case.split("-"))
+  return with_gradients(backend, shape, dtype, int(T), packed=True)
+
+
 def specialisation(argument: str):
   """ "backend:decay-erase-reads-bonus-dtype": two rows of packed segments, a length that is no multiple of a chunk."""
   backend, case = argument.split(":")

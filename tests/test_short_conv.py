@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tpu_races
 
 from pallas_kernels import dispatch
 from pallas_kernels.short_conv import short_conv, short_conv_step
@@ -311,24 +312,19 @@ def test_kernel_keeps_segments_apart():
 
 
 def test_kernel_without_races_or_unwritten_memory():
-  from jax.experimental.pallas import tpu as pltpu
-
   from pallas_kernels import segments
   from pallas_kernels.short_conv import tpu, xla
 
   x, weight, bias, before = (jnp.asarray(a, jnp.float32) for a in inputs(130))
   runs = segments.runs(jnp.asarray(packed_ids(2, 130), jnp.int32))
-  mode = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)
   args = x, weight, bias, before, runs
-  pairs = [(tpu.forward(*args, interpret=mode), xla.forward(*args))]
-  args = *args, x, before
-  pairs.append((tpu.backward(*args, interpret=mode), xla.backward(*args)))
-  for got, want in pairs:
-    for g, w in zip(got, want, strict=True):
-      np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5)
-  from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-
-  assert not interpret_pallas_call.races.races_found
+  with tpu_races.none(2):
+    pairs = [(tpu.forward(*args, interpret=tpu_races.STRICT), xla.forward(*args))]
+    args = *args, x, before
+    pairs.append((tpu.backward(*args, interpret=tpu_races.STRICT), xla.backward(*args)))
+    for got, want in pairs:
+      for g, w in zip(got, want, strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5)
 
 
 def test_kernel_refuses_float64():

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
+import tpu_races
 from steps import CASES, assert_close, exact, make
 
 from pallas_kernels.linear_recurrence import (
@@ -82,12 +82,9 @@ def test_is_the_recurrence_of_one_token():
 
 
 def test_no_races_and_no_unwritten_memory():
-  from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-
   r, state = make(("channel", "key", "decayed", False), K=8)
-  mode = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)
-  assert_close(step_tpu.step(r, state, interpret=mode), exact(r, state), 5e-7)
-  assert not interpret_pallas_call.races.races_found
+  with tpu_races.none(1):
+    assert_close(step_tpu.step(r, state, interpret=tpu_races.STRICT), exact(r, state), 5e-7)
 
 
 def test_refusals_say_why():

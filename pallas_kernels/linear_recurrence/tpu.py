@@ -46,6 +46,8 @@ def supports(r: Recurrence, chunk: int | None) -> None:
   K, V = r.k.shape[3], r.v.shape[3]
   if K * V > 8 * 128 * 128:
     raise NotImplementedError(f"a state of {K} x {V} is too large for the TPU kernels")
+  for direction in _HEADS:
+    _plan(r, None, chunk, direction)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +56,8 @@ class _Plan:
 
   Attributes:
     heads: value heads a step, ``keys`` key heads; ``repeats``: steps that share their key head.
-    groups: steps (times repeats) that make up all heads; ``ratio``: value heads a key head.
+    groups: steps (times repeats) that make up all heads, the last perhaps with heads that are none, whose numbers are
+      what lies in memory and go nowhere; ``ratio``: value heads a key head.
   """
 
   B: int
@@ -100,27 +103,45 @@ class _Plan:
     return _BASES[self.exact][0]
 
 
+def _heads(r: Recurrence, most: int) -> int:
+  """Value heads of a step, at most ``most`` of 128 x 128: those that cost least.
+
+  A step's heads are a range of lanes that ends with a register of them or with the array, and have their key heads to
+  themselves or share one. Heads of the last step that are none are computed all the same, and count.
+  """
+  (_, _, H, K), (Hv, V) = r.k.shape, r.v.shape[2:]
+  ratio = Hv // H
+
+  def fits(n):
+    keys = max(n // ratio, 1)
+    aligned = all(d * m % 128 == 0 or m == of for d, m, of in ((K, keys, H), (V, n, Hv)))
+    return aligned and not (n % ratio and ratio % n)
+
+  choices = [n for n in range(1, Hv + 1) if fits(n)]
+  few = [n for n in choices if n <= most and n * K * V <= most * 128 * 128]
+  # As few as there can be are still a step where they are a register of lanes, or two.
+  few = few or [n for n in choices[:1] if n == 1 or n * max(K // ratio, V) <= 256]
+  if not few:
+    raise NotImplementedError(
+      f"the TPU kernels take at most {most} of {Hv} heads at a time, and as many are no whole registers of lanes: "
+      f"{H} heads x {K} channels of keys, {Hv} x {V} of values"
+    )
+  # What a step takes for itself is worth three heads: see _HEADS.
+  return min(few, key=lambda n: (-(-Hv // n) * (n + 3), -n))
+
+
 def _plan(r: Recurrence, runs, C: int | None, direction: str) -> _Plan:
   B, T, H, K = r.k.shape
   Hv, V = r.v.shape[2:]
   exact = r.k.dtype == jnp.float32 or r.v.dtype == jnp.float32
   small = _vmem() <= _SMALL_VMEM
   C = C or (_CHUNK // 2 if exact and small else _CHUNK)
-  ratio = Hv // H
-
-  def fits(n):  # value heads a step
-    if Hv % n or (n % ratio and ratio % n):
-      return False
-    keys = max(n // ratio, 1)
-    return all(d * m % 128 == 0 or m == of for d, m, of in ((K, keys, H), (V, n, Hv)))
-
   erase = {KeyErase: "key", LowRankErase: "low_rank", type(None): "none"}[type(r.erase)]
-  choices = [n for n in range(1, Hv + 1) if fits(n)]
-  most = _HEADS[direction] >> (exact + small + (exact and erase == "low_rank"))
-  n = max((n for n in choices if n <= most and n * K * V <= most * 128 * 128), default=choices[0])
+  n = _heads(r, _HEADS[direction] >> (exact + small + (exact and erase == "low_rank")))
+  ratio = Hv // H
   repeats = max(ratio // n, 1)
   return _Plan(
-    B, T, K, V, C, -(-T // C), n, max(n // ratio, 1), repeats, Hv // (n * repeats), ratio,
+    B, T, K, V, C, -(-T // C), n, max(n // ratio, 1), repeats, -(-Hv // (n * repeats)), ratio,
     r.decay, erase, r.bonus is not None, r.reads == "undecayed", runs is not None,
     exact,
   )  # fmt: skip
@@ -157,14 +178,15 @@ def _gates(p: _Plan, r: Recurrence) -> Array | None:
 
 
 def _to_rows(p: _Plan, x: Float[Array, "B T Hv"]) -> Array:
-  x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, p.N * p.C - p.T), (0, 0)))
+  heads = p.heads * p.groups * p.repeats
+  x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, p.N * p.C - p.T), (0, heads - x.shape[2])))
   x = x.reshape(x.shape[0], p.N, p.C, -1, p.heads)
   return x.transpose(0, 3, 1, 4, 2)
 
 
-def _from_rows(p: _Plan, x: Array) -> Float[Array, "B T Hv"]:
+def _from_rows(p: _Plan, x: Array, Hv: int) -> Float[Array, "B T Hv"]:
   x = x.transpose(0, 2, 4, 1, 3)
-  return x.reshape(x.shape[0], p.N * p.C, -1)[:, : p.T]
+  return x.reshape(x.shape[0], p.N * p.C, -1)[:, : p.T, :Hv]
 
 
 def _relative_runs(p: _Plan, runs: Int[Array, "B T"]) -> Float[Array, "B N 1 C"]:
@@ -555,13 +577,13 @@ def backward(
   if p.decay == "channel":
     dlog_decay = out["dlog_decay"].reshape(r.log_decay.shape)
   elif p.decay != "none":
-    dlog_decay = _from_rows(p, out["dgates"][..., : p.heads, :])
+    dlog_decay = _from_rows(p, out["dgates"][..., : p.heads, :], r.v.shape[2])
     if p.decay == "constant":
       dlog_decay = jnp.sum(dlog_decay, axis=(0, 1))
     dlog_decay = dlog_decay.reshape(r.log_decay.shape).astype(r.log_decay.dtype)
   erase = None
   if p.erase == "key":
-    dbeta = _from_rows(p, out["dgates"][..., p.rows - p.heads :, :])
+    dbeta = _from_rows(p, out["dgates"][..., p.rows - p.heads :, :], r.v.shape[2])
     erase = KeyErase(dbeta.astype(r.erase.beta.dtype))
   elif p.erase == "low_rank":
     erase = LowRankErase(*(out[name].reshape(r.erase.a.shape) for name in ("da", "db")))
