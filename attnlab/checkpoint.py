@@ -30,7 +30,7 @@ from attnlab.errors import UserError
 
 # A run may go on with any change but to these: what is learned from would be another, or the
 # arrays would not fit.
-_FIXED = ("model.", "data.", "seed", "optim.name", "train.batch_size")
+_FIXED = ("model.", "data.", "seed", "optim.name", "optim.only", "train.batch_size")
 # Except these: what the backward pass recomputes, and where files lie. That the files hold the same
 # as before the iterator's own state tells.
 _FREE = ("model.remat", "data.train", "data.validation", "data.tokenizer")
@@ -118,7 +118,7 @@ class Checkpoints:
       (step, state), or None if there is no checkpoint.
 
     Raises:
-      UserError: none is whole, or not that of `step`; arrays of another model.
+      UserError: none is whole, or not that of `step`; arrays of another model or optimizer.
     """
     steps = self.steps()
     if step is not None and step not in steps:
@@ -148,8 +148,9 @@ class Checkpoints:
     arrays = self._manager.checkpointables_metadata(step).custom_metadata.get("arrays")
     if arrays is None:
       return {}, "its metadata is gone"
-    if other := _other_shape(arrays["model"], abstract["model"]):
-      raise UserError(f"{self._directory / str(step)} is of another model: {other}")
+    for name, tree in abstract.items():
+      if other := _other_shape(arrays[name], tree):
+        raise UserError(f"{self._directory / str(step)} is of another {name}: {other}")
     state = self._manager.load_checkpointables(step, abstract)
     problem = _wrong_checksum(arrays, state)
     if problem is None and data is not None:
@@ -245,7 +246,7 @@ def _wrong_checksum(stored: dict[str, Any], state: dict[str, PyTree]) -> str | N
 
 
 def _other_shape(stored: dict[str, Any], wanted: PyTree) -> str | None:
-  """The first difference between a checkpoint's arrays and those of the model to fill."""
+  """The first difference between a checkpoint's arrays and those to fill."""
   has = {path: tuple(array["shape"]) for path, array in stored.items()}
   needs = dict(zip(paths(wanted), (x.shape for x in jax.tree.leaves(wanted)), strict=True))
   for path in sorted(has.keys() | needs.keys()):

@@ -258,6 +258,19 @@ def test_another_model_is_refused_and_nothing_harmed(tmp_path):
   assert digest(tmp_path) == before
 
 
+def test_another_optimizer_is_refused_and_is_not_damage(tmp_path):
+  """Its state has other arrays, or the same in another order."""
+  state, _ = save(tmp_path)
+  before, params = digest(tmp_path), state[3]["model"]["params"]
+  config = base().optim
+  config.update(dict(name="adamw", only="kernel"))
+  for tx in (optax.sgd(1.0, momentum=0.9), optim.optimizer(config, 10)):
+    other = abstract(state[3]) | {"optimizer": jax.eval_shape(tx.init, params)}
+    with checkpoints(tmp_path) as c, pytest.raises(UserError, match="3 is of another optimizer: "):
+      c.restore(other)
+  assert digest(tmp_path) == before
+
+
 def test_an_iterators_refusal_is_not_damage(tmp_path):
   class Refusing:
     async def save(self, directory): ...
@@ -280,6 +293,7 @@ def test_an_iterators_refusal_is_not_damage(tmp_path):
     ("data.train", "/moved/there", True),
     ("seed", 1, False),
     ("optim.name", "lion", False),
+    ("optim.only", "indexer", False),
     ("optim.learning_rate", 1.0, True),
     ("train.steps", 7, True),
     ("train.batch_size", 16, False),
