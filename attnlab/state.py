@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import PyTree
@@ -26,24 +27,24 @@ State = dict[str, Any]
 
 def make_init(
   config: ConfigDict, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh
-) -> tuple[nnx.GraphDef, Callable[[], State], State]:
+) -> tuple[nnx.GraphDef, Callable[..., State], State]:
   """The model's structure, what makes its first state, and that state's shapes and shardings.
 
-  The state is born sharded: no device ever holds all of it.
+  The state is born sharded: no device ever holds all of it. What makes it may be given another seed than the config's.
 
   Raises:
     UserError: settings of the model that do not go together, or heads that the mesh cannot split.
   """
 
-  def make() -> Model:
-    return Model(config.model, jax.random.key(config.seed))
+  def make(seed: jax.Array) -> Model:
+    return Model(config.model, jax.random.key(seed))
 
-  def init() -> State:
-    _, params, rest = nnx.split(make(), nnx.Param, ...)
+  def init(seed: jax.Array) -> State:
+    _, params, rest = nnx.split(make(seed), nnx.Param, ...)
     return {"model": {"params": params, "rest": rest}, "optimizer": tx.init(params)}
 
   try:
-    model = jax.eval_shape(make)
+    model = jax.eval_shape(make, np.uint32(0))
     graphdef, params, _ = nnx.split(model, nnx.Param, ...)
   except UserError:
     raise
@@ -51,12 +52,13 @@ def make_init(
     raise UserError(f"config.model: {error}") from error
   _check_heads(model, mesh)
   _check_splits(params, mesh)
-  shapes = jax.eval_shape(init)
+  shapes = jax.eval_shape(init, np.uint32(0))
   places = sharding.shardings(shapes, mesh)
   abstract = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places
   )
-  return graphdef, jax.jit(init, out_shardings=places), abstract
+  compiled = jax.jit(init, out_shardings=places)  # One program for all seeds.
+  return graphdef, lambda seed=config.seed: compiled(np.uint32(seed)), abstract
 
 
 def run_config(workdir: str | Path) -> ConfigDict:

@@ -29,6 +29,8 @@ saying.
 """
 
 import collections
+import dataclasses
+import functools
 import json
 import math
 import statistics
@@ -66,12 +68,13 @@ from attnlab.state import State, make_init, parameter_count
 _AHEAD = 2
 
 
-def train(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
+def train(config: ConfigDict, workdir: str | Path, *, plot: bool = True) -> dict[str, Any]:
   """Trains as a config says, from the last checkpoint in `workdir` if there is one.
 
   Args:
     config: as `attnlab.config.load` returns it.
     workdir: made if it is not there.
+    plot: whether to draw the curve at the end.
 
   Returns:
     What summary.json holds: final losses, speed, sizes.
@@ -88,11 +91,11 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     check_same_run(stored, config, workdir)
   mesh = sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh), Signals() as signals:
-    return _train(config, workdir, mesh, signals)
+    return _train(config, workdir, mesh, signals, plot)
 
 
 def _train(
-  config: ConfigDict, workdir: Path, mesh: jax.sharding.Mesh, signals: Signals
+  config: ConfigDict, workdir: Path, mesh: jax.sharding.Mesh, signals: Signals, plot: bool
 ) -> dict[str, Any]:
   c = config.train
   batches = data.make_iterator(
@@ -106,16 +109,15 @@ def _train(
   token_bytes = data.tokenizer(config.data).token_bytes()
   place = placer(mesh, token_bytes, c.grad_accum)
   evaluate = make_evaluate(config, mesh) if c.eval_batches else None
-  rate, tx = optim.schedule(config.optim, c.steps), optim.optimizer(config.optim, c.steps)
+  rate, peak = optim.schedule(config.optim, c.steps), np.float32(config.optim.learning_rate)
 
   # Where the run stands: the newest whole checkpoint, or the beginning.
-  graphdef, init, abstract = make_init(config, tx, mesh)
+  graphdef, init, abstract, update = _programs(_Like(config, mesh))
   checkpoints = Checkpoints(workdir / "checkpoints", c.keep_checkpoints)
   restored = checkpoints.restore(abstract, batches)
-  step, state = restored or (0, init())
+  step, state = restored or (0, init(config.seed))
   if step > c.steps:
     raise UserError(f"{workdir} is {step} updates old, past config.train.steps = {c.steps}")
-  update = make_update(graphdef, tx, abstract)
   if jax.process_index() == 0:
     workdir.mkdir(parents=True, exist_ok=True)
     metrics.write_atomically(workdir / "config.json", json.dumps(to_json(config), indent=2) + "\n")
@@ -165,7 +167,7 @@ def _train(
     while not last and not signals.stop(step):
       batch = next(batches)
       index = batch["index"]
-      state, results = update(state, place(batch))
+      state, results = update(state, place(batch), peak)
       step += 1
       pending.append((step, results, index))
       look(_AHEAD)
@@ -177,7 +179,7 @@ def _train(
           values = evaluate(graphdef, state["model"])
           recorder.evaluation(step, values)
         last |= values["accuracy"] >= c.stop_accuracy > 0
-      if token_bytes.any() and (last or _due(step, c.sample_every)):
+      if token_bytes.any() and c.sample_every and (last or _due(step, c.sample_every)):
         look(0)
         with recorder.pause():
           recorder.samples(step, generate.samples(config, graphdef, state["model"], step))
@@ -193,22 +195,61 @@ def _train(
   finally:
     checkpoints.close()
     recorder.close()
-  return _summarise(config, workdir, state, step)
+  return _summarise(config, workdir, state, step, plot)
 
 
 # --- the pieces -----------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Like:
+  """A config as far as it determines programs: another seed, rate or data gives the same ones."""
+
+  config: ConfigDict
+  mesh: jax.sharding.Mesh
+
+  @functools.cached_property
+  def _key(self) -> tuple[str, jax.sharding.Mesh]:
+    values = to_json(self.config)
+    values["optim"].pop("learning_rate")
+    parts = [values["model"], values["optim"], values["train"]["steps"]]
+    return json.dumps(parts, sort_keys=True), self.mesh
+
+  def __eq__(self, other: object) -> bool:
+    return isinstance(other, _Like) and self._key == other._key
+
+  def __hash__(self) -> int:
+    return hash(self._key)
+
+
+@functools.lru_cache(maxsize=2)
+def _programs(like: _Like) -> tuple[nnx.GraphDef, Callable[..., State], State, Callable]:
+  """What `make_init` gives, and the update; runs one after the other in one process share them."""
+  c = like.config
+  graphdef, init, abstract = make_init(c, optim.optimizer(c.optim, c.train.steps), like.mesh)
+  update = make_update(
+    graphdef, functools.partial(optim.optimizer, c.optim, c.train.steps), abstract
+  )
+  return graphdef, init, abstract, update
+
+
 def make_update(
-  graphdef: nnx.GraphDef, tx: optax.GradientTransformation, abstract: State
-) -> Callable[[State, PyTree], tuple[State, dict[str, jax.Array]]]:
+  graphdef: nnx.GraphDef,
+  tx: optax.GradientTransformation | Callable[[jax.Array], optax.GradientTransformation],
+  abstract: State,
+) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
   """The compiled (state, batch [A, B, T]) -> (state, results), A being microbatches.
+
+  `tx` may be a function of the learning rate, which is then the update's third argument: one program serves all rates.
 
   Results: the loss and all that the model reports, each the mean over the update's weighted
   targets; `grad_norm` before clipping; `norms`, one for each parameter's gradient. An update whose
   loss or gradient is not finite leaves the state as it was.
   """
   places = jax.tree.map(lambda x: x.sharding, abstract)
+
+  def apply(grads, optimizer, params, *rate):
+    return (tx(*rate) if callable(tx) else tx).update(grads, optimizer, params)
 
   def loss(params, rest, batch, total):
     value, report = nnx.merge(graphdef, params, rest).loss(batch)
@@ -230,16 +271,16 @@ def make_update(
     grads, reports = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), batch)
     return grads, jax.tree.map(lambda x: x.sum(0), reports)
 
-  def update(state, batch):
+  def update(state, batch, *rate):
     params, rest = state["model"]["params"], state["model"]["rest"]
     grads, report = gradients(params, rest, batch)
     norms = jnp.sqrt(jnp.stack([jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)]))
     norm = jnp.linalg.norm(norms)
     # optax is written for one device: the compiler, not we, decides how it runs on many.
-    apply = jax.sharding.auto_axes(
-      tx.update, out_sharding=(places["model"]["params"], places["optimizer"])
+    applied = jax.sharding.auto_axes(
+      apply, out_sharding=(places["model"]["params"], places["optimizer"])
     )
-    updates, optimizer = apply(grads, state["optimizer"], params)
+    updates, optimizer = applied(grads, state["optimizer"], params, *rate)
     new = {
       "model": {"params": optax.apply_updates(params, updates), "rest": rest},
       "optimizer": optimizer,
@@ -300,7 +341,9 @@ def _headline(
   )
 
 
-def _summarise(config: ConfigDict, workdir: Path, state: State, step: int) -> dict[str, Any]:
+def _summarise(
+  config: ConfigDict, workdir: Path, state: State, step: int, plot: bool
+) -> dict[str, Any]:
   """Draws the plot, writes summary.json and returns what is in it."""
   records = metrics.read(workdir / "metrics.jsonl")
   lines = [r for r in records if "loss" in r]
@@ -321,7 +364,8 @@ def _summarise(config: ConfigDict, workdir: Path, state: State, step: int) -> di
   if jax.process_index() == 0:
     metrics.write_atomically(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
     size = metrics.human(summary["parameters"])
-    metrics.plot(workdir, f"{workdir.name}: {config.model.pattern}, {size} parameters")
+    if plot:
+      metrics.plot(workdir, f"{workdir.name}: {config.model.pattern}, {size} parameters")
   return summary
 
 

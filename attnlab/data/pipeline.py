@@ -136,6 +136,10 @@ def make_iterator(
     records = records.seed(order_seed).shuffle()
   if train:
     records = records.repeat()[process_index::process_count]
+  elif config.validation_half:
+    if len(source) < 2:
+      raise UserError("config.data.validation_half: there is one validation record, and no half")
+    records = records[config.validation_half - 1 :: 2]
   # Documents are up to a megabyte: few are held. Examples are made faster than threads switch.
   rows = records.to_iter_dataset(
     grain.ReadOptions(num_threads=4, prefetch_buffer_size=8) if packed else grain.ReadOptions(0, 0)
@@ -171,6 +175,8 @@ def make_iterator(
     "process": f"{process_index} of {process_count}" if train else "any",
     "workers": config.workers if train else 0,
   }
+  if config.validation_half and not train:
+    data["half"] = config.validation_half
   return BatchIterator(iter(batches), data)
 
 

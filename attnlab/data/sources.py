@@ -58,6 +58,9 @@ def data_config() -> ml_collections.ConfigDict:
       "task_args": ml_collections.ConfigDict(),
       # Of a task's validation examples. Settings are chosen on one, and results told of another.
       "validation_seed": 0,
+      # 1 or 2: only one half of the validation records, every other one of them: one half can then
+      # choose a setting, and the other report it. 0: all.
+      "validation_half": 0,
       # Rows are shuffled within windows of this many tokens after packing, so that a batch is not
       # one stretch of one document. That much is read again on resuming.
       "shuffle_tokens": 1 << 20,
@@ -94,6 +97,8 @@ def resolve(config: Mapping[str, Any]) -> ml_collections.ConfigDict:
   for key in ("workers", "shuffle_tokens", "validation_seed"):
     if out[key] < 0:
       raise UserError(f"config.data.{key}={out[key]}: not negative")
+  if out.validation_half not in (0, 1, 2):
+    raise UserError(f"config.data.validation_half={out.validation_half}: 0 (all), 1 or 2")
   if out.name == "text" and out.tokenizer == "ids":
     raise UserError(
       "config.data.tokenizer='ids' makes no ids of text: give 'bytes' or a tokenizer.json"
