@@ -58,6 +58,8 @@ class LinearMixer(Mixer):
       value_dim: channels of a v head; None: ``expand_v / expand_k * head_dim``.
       expand_k, expand_v: width of all heads over d_model.
       conv_size: taps of the short convolution on q, k and v; 0: none.
+      output_gate: False: without the gate that the mechanism has at its output.
+      qk_norm: whether q and k are L2-normalised; None: as the mechanism has it.
     """
 
     num_heads: int | None = None
@@ -67,14 +69,27 @@ class LinearMixer(Mixer):
     expand_k: float = 1.0
     expand_v: float = 1.0
     conv_size: Natural = 4
+    output_gate: bool = True
+    qk_norm: bool | None = None
 
   # Of the default projections and output; a mechanism overrides what differs.
   qkv_activation: ClassVar[Callable[[Array], Array] | None] = staticmethod(jax.nn.silu)
-  qk_norm: ClassVar[bool] = True
+  qk_norm: bool = True
   gate_activation: ClassVar[Callable[[Array], Array] | None] = staticmethod(jax.nn.silu)
 
   def __init__(self, config: Config, layer: Layer, key: Array):
     self.config = config
+    own = type(self)
+    # Mixers with a Config of their own, not derived from this one, have neither setting.
+    gated, norm = getattr(config, "output_gate", True), getattr(config, "qk_norm", None)
+    if not gated and own.output is not LinearMixer.output:
+      raise UserError(
+        f"mixer {self.name!r}: the gate is part of its output; output_gate=False is not possible"
+      )
+    if norm is not None:
+      if own.make_projections is not LinearMixer.make_projections:
+        raise UserError(f"mixer {self.name!r}: has projections of its own; qk_norm cannot be set")
+      self.qk_norm = norm
     self.H, self.K, self.Hv, self.V = self.sizes(config, layer.d_model)
     if self.Hv % self.H:
       raise UserError(
@@ -83,7 +98,7 @@ class LinearMixer(Mixer):
     keys = jax.random.split(key, 8)
     self.make_projections(layer, keys)
     self.out_norm = self.make_norm(layer)
-    self.gate_proj = self.make_gate(layer.d_model, keys[6])
+    self.gate_proj = self.make_gate(layer.d_model, keys[6]) if gated else None
     self.out_proj = Linear(keys[7], self.Hv * self.V, layer.d_model, ("heads", "embed"))
 
   @classmethod

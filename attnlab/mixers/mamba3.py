@@ -47,6 +47,8 @@ class Mamba3(LinearMixer):
     rank: inputs and outputs of a head, the R of the MIMO form; 1: SISO. The paper's MIMO models have 4.
     expand: channels of x over d_model.
     rope_fraction: of the state that rotates.
+    step_min, step_max: the step Delta at first, log-uniform. An angle is at most pi Delta: what must turn the state
+      half-way round learns that from a step near 1 much sooner.
     """
 
     num_heads: int | None = None
@@ -56,6 +58,8 @@ class Mamba3(LinearMixer):
     rank: int = 1
     expand: float = 2.0
     rope_fraction: Fraction = 0.5
+    step_min: float = 1e-3
+    step_max: float = 0.1
 
   @classmethod
   def sizes(cls, config: Config, d_model: int):
@@ -83,7 +87,8 @@ class Mamba3(LinearMixer):
     self.trap_proj = Linear(keys[5], D, self.H)
     if self.angles:  # Without rotation there is nothing to project to.
       self.theta_proj = Linear(keys[6], D, self.angles, ("embed", None))
-    self.dt_bias = param(keys[7], inverse_softplus_step(), (self.H,), ("heads",))
+    step = inverse_softplus_step(c.step_min, c.step_max)
+    self.dt_bias = param(keys[7], step, (self.H,), ("heads",))
     self.D = param(keys[7], ones, (self.H,), ("heads",))
     if R > 1:
       shape, axes = (self.H, R, self.V), ("heads", None, None)

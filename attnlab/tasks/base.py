@@ -52,10 +52,12 @@ class Task(abc.ABC):
     train_examples: examples of an epoch. A finite training set, as in the papers: a very large
       number makes every example new.
     validation_examples: examples of validation, the same for every seed of a run.
+    label_slots: a row's labels are given at least so many places; tasks with equally many share a compiled program.
   """
 
   train_examples: int = 100_000
   validation_examples: int = 3_000
+  label_slots: int = 0
 
   @abc.abstractmethod
   def check(self, seq_len: int) -> None:
@@ -149,10 +151,11 @@ class TaskSource:
     row["segment_ids"][:n] = 1
     row["positions"] = np.arange(self._seq_len, dtype=np.int32) * row["segment_ids"]
     # Where labels are, filled up with places where there are none.
-    if np.count_nonzero(row["weights"]) > self._task.labels(self._seq_len):
+    labels = self._task.labels(self._seq_len)
+    if np.count_nonzero(row["weights"]) > labels:
       raise ValueError(f"{self._task} has more labels in a row than it says")
     places = np.argsort(row["weights"] == 0, kind="stable").astype(np.int32)
-    row["labels"] = places[: self._task.labels(self._seq_len)]
+    row["labels"] = places[: max(labels, self._task.label_slots)]
     row["index"] = np.int32(i)
     return row
 

@@ -29,15 +29,22 @@ class MQAR(Task):
     power_a: exponent of the gaps; 1: uniform.
     random_non_queries: fill the positions between queries with random ids of the whole vocabulary
       instead of 0, as the published generator does by default.
+    min_length: rows have any even length from here to seq_len; 0: all have seq_len.
   """
 
   vocab_size: int = 8192
   num_kv_pairs: int = 8
   power_a: float = 0.01
   random_non_queries: bool = True
+  min_length: int = 0
 
   def check(self, seq_len: int) -> None:
     pairs = self.num_kv_pairs
+    if self.min_length and not 4 * pairs <= self.min_length <= seq_len:
+      raise UserError(
+        f"mqar: min_length={self.min_length} must lie between 4 * num_kv_pairs = {4 * pairs} and "
+        f"config.data.seq_len={seq_len}, or be 0"
+      )
     if pairs < 1 or self.vocab_size // 2 - 1 < pairs:
       raise UserError(
         f"mqar: num_kv_pairs={pairs} must lie between 1 and the {self.vocab_size // 2 - 1} keys of "
@@ -54,6 +61,8 @@ class MQAR(Task):
 
   def example(self, rng: np.random.Generator, seq_len: int) -> Example:
     pairs, half = self.num_kv_pairs, self.vocab_size // 2
+    if self.min_length:
+      seq_len = 2 * int(rng.integers(self.min_length // 2, seq_len // 2 + 1))
     keys = 1 + rng.choice(half - 1, pairs, replace=False)
     values = half + rng.choice(self.vocab_size - half, pairs, replace=False)
     context = 2 * pairs
