@@ -1,11 +1,15 @@
 """What an experiment is made of: cells, which are trained, and tests, which say how well."""
 
 import dataclasses
+import functools
+import json
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
+from attnlab import accounting
+from attnlab.config import resolve
 from configs.base import base
 
 Axes = Mapping[str, Any]
@@ -20,8 +24,9 @@ class Test:
     data: keys over the config's `data` section; `task_args` over its own.
     chance: the accuracy of guessing: 0 % in the report, perfect accuracy being 100 %.
     published: the paper's value in percent; None: there is none.
-    measure: "accuracy" of targets; "rows": of examples, all of whose targets must be right; or "bits" a byte of text,
-      which are told as they are: neither percent nor over chance.
+    measure: "accuracy" of targets; "rows": of examples, all of whose targets must be right; "bits" a byte of text, or
+      "late bits", those of the second half of rows that are as long as the data says, which are told as they are:
+      neither percent nor over chance.
   """
 
   __test__ = False  # pytest's: not a class of tests
@@ -30,7 +35,11 @@ class Test:
   data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   chance: float = 0.0
   published: float | None = None
-  measure: Literal["accuracy", "rows", "bits"] = "accuracy"
+  measure: Literal["accuracy", "rows", "bits", "late bits"] = "accuracy"
+
+  @property
+  def is_bits(self) -> bool:
+    return self.measure.endswith("bits")
 
   @property
   def spec(self) -> dict[str, Any]:
@@ -136,6 +145,7 @@ def config(
   c.data.seq_len = seq_len
   if task == "text":
     c.train.sample_every = 0
+    c.data.validation_half = 1  # The other half is the tests'.
   else:
     c.data.update(dict(name="task", task=task))
     c.data.task_args = ConfigDict({"train_examples": 1 << 22, **task_args})
@@ -144,6 +154,27 @@ def config(
   c.train.update(dict(eval_every=steps // evaluations, eval_batches=eval_batches))
   c.train.stop_accuracy = stop_accuracy
   return c
+
+
+def equal_mlp(pattern: str, reference: str, *, layers: int, d_model: int, mlp: int) -> int:
+  """The MLP's width with which a model has as many parameters as another with MLPs of width `mlp`."""
+
+  def parameters(pattern: str, mlp: int) -> int:
+    c = base()
+    c.model.pattern, c.model.num_layers, c.model.d_model = pattern, layers, d_model
+    c.model.mlp.hidden = mlp
+    return _parameters(c.model.to_json_best_effort(sort_keys=True))
+
+  target = parameters(reference, mlp)
+  one = parameters(reference, mlp + 1) - target
+  return max(1, mlp + round((target - parameters(pattern, mlp)) / one))
+
+
+@functools.lru_cache(maxsize=256)
+def _parameters(model_json: str) -> int:
+  c = base()
+  c.model = ConfigDict(json.loads(model_json))
+  return accounting.parameters(resolve(c).model)
 
 
 def greatest(cost: Callable[[int], float], budget: float) -> int:

@@ -32,7 +32,7 @@ class Size:
 
 
 SIZES = {
-  "cpu": Size(32, 128, 8, 16, 64, 500, 32, (5e-3, 1e-2)),
+  "cpu": Size(32, 64, 6, 16, 32, 500, 64, (5e-3, 1e-2)),
   "gpu": Size(512, 1024, 64, 64, 256, 5000, 64, (5e-4, 1e-3, 2e-3)),
   "paper": Size(2048, 8192, 256, 128, 256, 20_000, 64, (1e-4, 5e-4, 1e-3)),
 }
@@ -49,14 +49,24 @@ MIXERS = {
   ("a channel", "delta"): "kda",
 }
 TASKS = ("palindrome", "recall")
+# What is taken away from a mechanism, and of which: those that have it and can do without.
+GATED = ("gated_deltanet", "kda")
+PARTS = {
+  "convolution": ("", tuple(MIXERS.values())),
+  "no convolution": (", conv_size=0", tuple(MIXERS.values())),
+  "no output gate": (", output_gate=False", GATED),
+  "no norm of q and k": (", qk_norm=False", GATED),
+}
 
 
-def pattern(s: Size, mixer: str, conv: bool) -> str:
+def pattern(s: Size, mixer: str, part: str) -> str:
   values = "state_dim" if mixer == "mamba2" else "value_dim"
-  return f"{mixer}(num_heads=2, head_dim={s.head_dim}, {values}={s.head_dim}, conv_size={4 * conv})"
+  shape = f"num_heads=2, head_dim={s.head_dim}, {values}={s.head_dim}"
+  conv = ", conv_size=4" if "conv_size" not in PARTS[part][0] else ""
+  return f"{mixer}({shape}{conv}{PARTS[part][0]})"
 
 
-def cell(size: str, task: str, decay: str, update: str, conv: bool) -> Cell:
+def cell(size: str, task: str, decay: str, update: str, part: str) -> Cell:
   s = SIZES[size]
   name, args, chance = {
     "palindrome": ("palindrome", dict(vocab_size=64), 1 / 63),
@@ -67,16 +77,22 @@ def cell(size: str, task: str, decay: str, update: str, conv: bool) -> Cell:
     ),
   }[task]
   c = config(
-    pattern(s, MIXERS[decay, update], conv), name, args, seq_len=s.length, layers=2,
+    pattern(s, MIXERS[decay, update], part), name, args, seq_len=s.length, layers=2,
     d_model=s.d_model, steps=s.steps, batch_size=s.batch_size, stop_accuracy=0.995,
   )  # fmt: skip
-  axes = {"task": task, "decay": decay, "update": f"{update}, {'' if conv else 'no '}convolution"}
+  c.model.vocab_size = max(64, s.vocab_size)  # One program a model for both tasks.
+  c.data.task_args.label_slots = s.length
+  axes = {"task": task, "decay": decay, "update": f"{update}, {part}"}
   return Cell(axes, c, s.learning_rates, (Test(chance=chance),))
 
 
 def cells(size: str) -> list[Cell]:
   return [
-    cell(size, task, *key, conv) for task in TASKS for key in MIXERS for conv in (True, False)
+    cell(size, task, *key, part)
+    for part, (_, which) in PARTS.items()
+    for key, mixer in MIXERS.items()
+    if mixer in which
+    for task in TASKS
   ]
 
 
@@ -95,8 +111,9 @@ EXPERIMENT = Experiment(
   title="Decay: none, constant, a head, a channel; with and without delta rule and convolution",
   about=(
     "Seven mechanisms are one table of two parts: how finely the state is decayed, and whether a new value is added "
-    "to the old one or takes its place (the delta rule). Each with its short convolution and without; heads, states "
-    "and training are the same.\n\n"
+    "to the old one or takes its place (the delta rule). Each with its short convolution and without; Gated DeltaNet "
+    "and KDA also without their output gates, and without the norm of their queries and keys. Heads, states and "
+    "training are the same.\n\n"
     "Mechanisms keep their own output gates and norms, so a column is not one part alone: Mamba-2 has a wider output "
     "and its own step, RetNet rotates its keys."
   ),

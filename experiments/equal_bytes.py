@@ -23,7 +23,7 @@ class Size:
 
   Attributes:
     vocab_size, pairs: of MQAR, whose queries are anywhere after the pairs.
-    length: of a row in training.
+    lengths: of rows in training, the shortest and the longest: the window must reach some answers to learn to look.
     tests: lengths of rows in tests.
     head_dims: of keys and values; two layers of two heads, after SHIFT; no MLPs. A linear state has head_dim^2 values a
       head.
@@ -33,7 +33,7 @@ class Size:
 
   vocab_size: int
   pairs: int
-  length: int
+  lengths: tuple[int, int]
   tests: tuple[int, ...]
   head_dims: tuple[int, ...]
   d_model: int
@@ -43,11 +43,11 @@ class Size:
 
 
 SIZES = {
-  "cpu": Size(64, 4, 32, (16, 32, 64, 256), (8, 16), 64, 800, 64, (5e-3, 1e-2)),
-  "gpu": Size(1024, 16, 256, (64, 128, 256, 512, 1024), (16, 32, 64), 256, 5000, 64, (1e-3, 3e-3)),
+  "cpu": Size(64, 4, (16, 32), (16, 32, 64, 256), (8, 16), 32, 800, 64, (5e-3, 1e-2)),
+  "gpu": Size(1024, 16, (64, 256), (64, 128, 256, 512, 1024), (16, 32, 64), 256, 5000, 64, (1e-3, 3e-3)),
   # Not a paper's: what nobody has published. States are of the size that shipped models have.
   "paper": Size(
-    8192, 64, 1024, (256, 512, 1024, 2048, 4096), (32, 64, 128), 512, 20_000, 64, (5e-4, 1e-3, 2e-3)
+    8192, 64, (256, 1024), (256, 512, 1024, 2048, 4096), (32, 64, 128), 512, 20_000, 64, (5e-4, 1e-3, 2e-3)
   ),
 }  # fmt: skip
 
@@ -61,22 +61,27 @@ def linear(name: str, head_dim: int) -> str:
 
 
 def equal_window(
-  linear: ConfigDict, windowed: Callable[[int], ConfigDict], equal: str = "bytes"
+  linear: ConfigDict,
+  windowed: Callable[[int], ConfigDict],
+  equal: str = "bytes",
+  length: int = 1 << 20,
 ) -> int:
-  """The greatest window that costs no more than a linear model does, far beyond any window.
+  """The greatest window that costs no more than a linear model does in rows of a length.
 
   Args:
     linear: the linear model, resolved.
     windowed: of a window, the model with it.
     equal: "bytes" of states, keys, values and convolutions; or "FLOPs" of a token in training.
+    length: of the rows; by default far beyond any window.
   """
 
   def cost(model: ConfigDict) -> float:
-    length = 1 << 20
     if equal == "bytes":
       return accounting.cache_bytes(model, length)
     return accounting.costs(model, length).train_flops
 
+  if equal == "FLOPs" and cost(windowed(length)) <= cost(linear):
+    return length  # In rows so short a window that sees all is cheaper.
   return greatest(lambda w: cost(windowed(w)), cost(linear))
 
 
@@ -87,9 +92,10 @@ def _swa(head_dim: int, window: int) -> str:
 def _config(size: str, pattern: str) -> ConfigDict:
   s = SIZES[size]
   args = dict(vocab_size=s.vocab_size, num_kv_pairs=s.pairs, power_a=1.0, random_non_queries=False)
+  args["min_length"] = s.lengths[0]
   model = dict(layers=3, d_model=s.d_model)
   return config(
-    pattern, "mqar", args, seq_len=s.length, steps=s.steps, batch_size=s.batch_size, **model
+    pattern, "mqar", args, seq_len=s.lengths[1], steps=s.steps, batch_size=s.batch_size, **model
   )
 
 
@@ -99,14 +105,19 @@ def cell(size: str, head_dim: int, name: str) -> Cell:
   if name in WINDOWS:
     delta = resolve(_config(size, linear("deltanet", head_dim))).model
     facts["window"] = w = equal_window(
-      delta, lambda w: resolve(_config(size, _swa(head_dim, w))).model, name.split()[-1]
+      delta,
+      lambda w: resolve(_config(size, _swa(head_dim, w))).model,
+      name.split()[-1],
+      s.lengths[1],
     )
     pattern = _swa(head_dim, w)
   else:
     pattern = linear(name, head_dim)
   c = _config(size, pattern)
   chance = 2 / s.vocab_size  # of a value
-  tests = tuple(Test({"length": n}, dict(seq_len=n), chance) for n in s.tests)
+  tests = tuple(
+    Test({"length": n}, dict(seq_len=n, task_args=dict(min_length=0)), chance) for n in s.tests
+  )
   return Cell({"head_dim": head_dim, "mixer": name}, c, s.learning_rates, tests, lambda: facts)
 
 
@@ -121,7 +132,7 @@ def against_the_window(shortest: bool):
 
   def holds(value):
     for s in SIZES.values():
-      length = s.tests[0] if shortest else s.length
+      length = s.tests[0] if shortest else s.lengths[1]
       delta, swa = (
         value(head_dim=s.head_dims[0], length=length, mixer=name)
         for name in ("deltanet", "window of equal bytes")
@@ -135,7 +146,7 @@ def against_the_window(shortest: bool):
 
 def bytes_decide(value) -> bool | None:
   for s in SIZES.values():
-    got = [value(head_dim=s.head_dims[0], length=s.length, mixer=name) for name in WINDOWS]
+    got = [value(head_dim=s.head_dims[0], length=s.lengths[1], mixer=name) for name in WINDOWS]
     if None not in got:
       return got[1] > got[0]
   return None
@@ -147,7 +158,7 @@ EXPERIMENT = Experiment(
   about=(
     "Decoding waits for memory, so the fair rival of a linear state is a window of keys and values of as many bytes. "
     "Both are asked for pairs seen at the beginning of a row, anywhere in it, with blanks between: the longer the "
-    "row, the farther back. Trained at one length, tested at all.\n\n"
+    "row, the farther back. Trained on rows of several lengths, tested at each.\n\n"
     "The windows are derived by attnlab.accounting: the greatest that needs no more bytes than DeltaNet's state and "
     "convolutions in its two layers, or no more FLOPs a token in training. At the CPU's size that of equal FLOPs sees "
     "nearly everything. All models begin with the same convolution, so that none has to learn which token came before."

@@ -1,4 +1,4 @@
-"""Runs an experiment's cells: every run is a process of its own, several at a time where there are devices.
+"""Runs an experiment's cells: a process an accelerator or, without any, a CPU core, which serves one run after another.
 
 A run is (cell, learning rate, seed). It is kept in WORKDIR/runs/KEY, where KEY is a hash of all that determines it, the
 resolved config and the tests: a run that is there is finished, whichever experiment, size or sitting it came from, and
@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import os
+import select as io
 import shlex
 import signal
 import subprocess
@@ -36,6 +37,7 @@ from experiments.cells import Cell, Experiment
 flags.disclaim_key_flags()  # The flags are those of the experiment that calls `main`.
 
 SIZES = ("cpu", "gpu", "paper")
+DEV = Path("/dev")
 # Of a progress table: more cells than this are told of only while they run.
 _ROWS = 30
 
@@ -154,10 +156,10 @@ class Results(dict[str, dict[str, Any]]):
 
 
 @dataclasses.dataclass
-class _Process:
+class _Active:
+  """A run under way."""
+
   run: Run
-  process: subprocess.Popen
-  device: str
   began: float
   first: int  # updates done before
 
@@ -166,13 +168,70 @@ class _Process:
     return max((r["step"] for r in records), default=0)
 
 
+class _Worker:
+  """A process of experiments/worker.py on one device; `active` is what it runs, None: nothing."""
+
+  def __init__(self, device: str, directory: Path):
+    self.active: _Active | None = None
+    self._directory = directory
+    env, more = dict(os.environ), []
+    if device.startswith("core "):
+      # A thread a core: small models do not keep two threads busy, and two runs do.
+      env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false"
+      env |= {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
+      more = [f"--core={device.removeprefix('core ')}"]
+    elif device:
+      env |= {"CUDA_VISIBLE_DEVICES": device, "TPU_VISIBLE_CHIPS": device}
+      env |= {"TPU_CHIPS_PER_PROCESS_BOUNDS": "1,1,1", "TPU_PROCESS_BOUNDS": "1,1,1"}
+    # A session of its own: Ctrl-C is ours to pass on. What is said outside of a run is lost with it.
+    self._process = subprocess.Popen(
+      [sys.executable, "-m", "experiments.worker", *more], env=env, text=True, start_new_session=True,
+      stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).resolve().parent.parent,
+    )  # fmt: skip
+
+  def start(self, run: Run) -> None:
+    where = self._directory / run.key
+    where.mkdir(parents=True, exist_ok=True)
+    metrics.write_atomically(where / "run.json", json.dumps(run.spec, indent=2) + "\n")
+    self.active = _Active(run, time.monotonic(), 0)
+    self.active.first = self.active.steps(self._directory)
+    try:
+      print(where, file=self._process.stdin, flush=True)
+    except BrokenPipeError:
+      pass  # It has died, which `ended` tells.
+
+  @property
+  def dead(self) -> bool:
+    return self._process.poll() is not None
+
+  def ended(self) -> bool:
+    """Whether the run has ended, well or badly."""
+    return bool(io.select([self._process.stdout], [], [], 0)[0])
+
+  def take(self) -> tuple[_Active, bool]:
+    """The run that has ended, and whether all went well."""
+    answer = self._process.stdout.readline()
+    active, self.active = self.active, None
+    if not answer:
+      self._process.wait()
+    return active, answer.endswith(" 0\n")
+
+  def stop(self) -> None:
+    self._process.terminate()
+
+  def wait(self) -> None:
+    self._process.wait()
+    self._process.stdin.close()
+    self._process.stdout.close()
+
+
 def run_all(plan: Plan, results: Results, devices: Sequence[str]) -> list[Run]:
   """Runs what is left of a plan, one run a device at a time, and shows how far it is.
 
   Args:
     plan: the runs.
     results: the finished ones; new ones are added.
-    devices: numbers of accelerators, or one empty string: whatever jax finds.
+    devices: numbers of accelerators; "core N" for a CPU's cores; or an empty string: whatever jax finds.
 
   Returns:
     The runs that failed. Their logs are beside them, and starting again tries them again.
@@ -181,37 +240,42 @@ def run_all(plan: Plan, results: Results, devices: Sequence[str]) -> list[Run]:
     KeyboardInterrupt, SystemExit: a signal; runs under way have saved their checkpoints.
   """
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-  running: list[_Process] = []
+  workers: dict[str, _Worker] = {}
   broken: dict[str, Run] = {}
   console = Console(highlight=False, soft_wrap=True)
   progress = _Progress(plan, results, len(devices))
   with Live(console=console, auto_refresh=False, transient=True) as live:
     try:
       while True:
-        for p in [p for p in running if p.process.poll() is not None]:
-          running.remove(p)
-          ended = p.process.returncode == 0 and results.read(p.run.key)
+        for worker in [w for w in workers.values() if w.active and w.ended()]:
+          p, well = worker.take()
+          well = well and results.read(p.run.key)
           progress.done(p, results.directory)
-          if not ended:
+          if not well:
             broken[p.run.key] = p.run
-          line = _told(results[p.run.key]) if ended else f"failed: {_why(results, p.run)}"
+          line = _told(results[p.run.key]) if well else f"failed: {_why(results, p.run)}"
           live.console.print(f"{p.run}: {line}", markup=False)
-        busy = {p.run.key for p in running} | broken.keys()
+        busy = {w.active.run.key for w in workers.values() if w.active} | broken.keys()
         waiting = (r for r in _next(plan) if r.key not in busy)
-        for device in sorted(set(devices) - {p.device for p in running}):
+        for device in devices:
+          if device in workers and workers[device].active:
+            continue
           if (run := next(waiting, None)) is None:
             break
-          running.append(_start(run, results.directory, device))
+          if device not in workers or workers[device].dead:
+            workers[device] = _Worker(device, results.directory)
+          workers[device].start(run)
+        running = [w.active for w in workers.values() if w.active]
         if not running:
           live.console.print(progress.show([], results.directory, broken))
           return list(broken.values())
         live.update(progress.show(running, results.directory, broken), refresh=True)
         time.sleep(0.5)
     finally:
-      for p in running:
-        p.process.terminate()
-      for p in running:
-        p.process.wait()
+      for worker in workers.values():
+        worker.stop()
+      for worker in workers.values():
+        worker.wait()
 
 
 def _next(plan: Plan) -> Iterator[Run]:
@@ -221,26 +285,6 @@ def _next(plan: Plan) -> Iterator[Run]:
       if run.key not in seen:
         seen.add(run.key)
         yield run
-
-
-def _start(run: Run, directory: Path, device: str) -> _Process:
-  where = directory / run.key
-  where.mkdir(parents=True, exist_ok=True)
-  metrics.write_atomically(where / "run.json", json.dumps(run.spec, indent=2) + "\n")
-  env = dict(os.environ)
-  if device:
-    env |= {"CUDA_VISIBLE_DEVICES": device, "TPU_VISIBLE_CHIPS": device}
-    env |= {"TPU_CHIPS_PER_PROCESS_BOUNDS": "1,1,1", "TPU_PROCESS_BOUNDS": "1,1,1"}
-  command = [sys.executable, "-m", "experiments.worker", str(where)]
-  with open(where / "log.txt", "a") as log:
-    # A session of its own: Ctrl-C is ours to pass on.
-    process = subprocess.Popen(
-      command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-      cwd=Path(__file__).resolve().parent.parent,
-    )  # fmt: skip
-  p = _Process(run, process, device, time.monotonic(), 0)
-  p.first = p.steps(directory)
-  return p
 
 
 def _told(result: Mapping[str, Any]) -> str:
@@ -254,7 +298,8 @@ def _told(result: Mapping[str, Any]) -> str:
 
 def _why(results: Results, run: Run) -> str:
   path = results.directory / run.key / "log.txt"
-  lines = [line for line in path.read_text().splitlines() if line.strip()]
+  text = path.read_text() if path.exists() else ""
+  lines = [line for line in text.splitlines() if line.strip()]
   return f"{lines[-1][:300] if lines else 'no word'} ({path})"
 
 
@@ -265,16 +310,16 @@ class _Progress:
     self._plan, self._results, self._workers = plan, results, workers
     self._flops = self._seconds = 0.0
 
-  def done(self, p: _Process, directory: Path) -> None:
+  def done(self, p: _Active, directory: Path) -> None:
     """Notes the speed of a run that has ended."""
     self._flops += p.run.flops * self._share(p, directory)
     self._seconds += time.monotonic() - p.began
 
-  def _share(self, p: _Process, directory: Path) -> float:
+  def _share(self, p: _Active, directory: Path) -> float:
     """The part of a run that its process has done."""
     return max(p.steps(directory) - p.first, 0) / p.run.config.train.steps
 
-  def show(self, running: Sequence[_Process], directory: Path, broken: Mapping[str, Run]) -> Group:
+  def show(self, running: Sequence[_Active], directory: Path, broken: Mapping[str, Run]) -> Group:
     shares = {p.run.key: self._share(p, directory) for p in running}
     now = time.monotonic()
     flops = self._flops + sum(p.run.flops * shares[p.run.key] for p in running)
@@ -348,18 +393,44 @@ def select(cells: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
   return list(cells)
 
 
+def devices(only: Sequence[str] = ()) -> list[str]:
+  """What runs are given out to: accelerators by number or, where there are none, "core N" for each core of the CPU.
+
+  Args:
+    only: numbers of those to use; none: all.
+
+  Raises:
+    UserError: a number that there is not.
+  """
+  found = {n: n for n in accelerators()}
+  if not found:
+    affinity = getattr(os, "sched_getaffinity", None)
+    numbers = sorted(affinity(0)) if affinity else range(os.cpu_count() or 1)
+    found = {str(n): f"core {n}" for n in numbers}
+  for n in only:
+    if n not in found:
+      raise unknown("device in --devices", n, found)
+  return [found[n] for n in only or found]
+
+
 def accelerators() -> list[str]:
-  """The numbers of this machine's accelerators, found without starting jax on them; [""] where there are none."""
+  """The numbers of this machine's accelerators, found without starting jax on them."""
   if os.environ.get("JAX_PLATFORMS", "") == "cpu":
-    return [""]
+    return []
   visible = os.environ.get("CUDA_VISIBLE_DEVICES") or os.environ.get("TPU_VISIBLE_CHIPS")
   if visible:
     return visible.split(",")
-  for pattern, prefix in (("nvidia[0-9]*", "nvidia"), ("accel[0-9]*", "accel")):
-    found = [p.name.removeprefix(prefix) for p in Path("/dev").glob(pattern)]
+  # TPUs are /dev/accelN, or since v5e numbers in /dev/vfio, which are chips in order but may be any numbers.
+  for pattern, prefix in (
+    ("nvidia[0-9]*", "nvidia"),
+    ("accel[0-9]*", "accel"),
+    ("vfio/[0-9]*", ""),
+  ):
+    found = [p.name.removeprefix(prefix) for p in DEV.glob(pattern)]
     if found:
-      return sorted(found, key=int)
-  return [""]
+      found = sorted((n for n in found if n.isdigit()), key=int)
+      return [str(i) for i in range(len(found))] if "vfio" in pattern else found
+  return []
 
 
 def main(experiment: Experiment) -> None:
@@ -374,11 +445,21 @@ def main(experiment: Experiment) -> None:
   flags.DEFINE_string("workdir", None, "Where runs are kept. Default: runs/experiments.")
   flags.DEFINE_string("out", None, "Where the report goes. Default: WORKDIR/NAME-SIZE.")
   flags.DEFINE_bool("report", False, "Only the report, of what has been run.")
-  flags.DEFINE_list("devices", [], "Numbers of the accelerators to use. Default: all.")
+  flags.DEFINE_list("rates", [], "Learning rates, in place of the grid's: one saves the sweep.")
+  flags.DEFINE_list(
+    "devices", [], "Numbers of the accelerators, or without any of CPU cores, to use. Default: all."
+  )
   # As it is told: where things lie, and that it was only a report, changes no figure.
   told = [a for a in sys.argv[1:] if a.split("=")[0] not in ("--workdir", "--out", "--report")]
   command = shlex.join(["python", "-m", f"experiments.{experiment.name}", *told])
   cli.run(lambda _: _main(experiment, command))
+
+
+def _numbers(texts: Sequence[str]) -> tuple[float, ...]:
+  try:
+    return tuple(float(t) for t in texts)
+  except ValueError:
+    raise UserError(f"--rates={','.join(texts)} must be numbers such as 3e-3,1e-2") from None
 
 
 def _main(experiment: Experiment, command: str) -> int:
@@ -388,6 +469,8 @@ def _main(experiment: Experiment, command: str) -> int:
   jax.config.update("jax_platforms", "cpu")  # of this process; the accelerators are the runs'
   workdir = Path(f.workdir or "runs/experiments").resolve()
   cells = select(experiment.cells(f.size), f.only)
+  if f.rates:
+    cells = [dataclasses.replace(c, learning_rates=_numbers(f.rates)) for c in cells]
   results = Results(workdir / "runs")
   plan = Plan(cells, f.seeds, results)
   for cell in range(len(cells)):  # What cannot work is told before anything is run.
@@ -397,7 +480,7 @@ def _main(experiment: Experiment, command: str) -> int:
       except UserError as error:
         raise UserError(f"{describe(run.axes)}: {error}") from error
   try:
-    failed = [] if f.report else run_all(plan, results, f.devices or accelerators())
+    failed = [] if f.report else run_all(plan, results, devices(f.devices))
   except KeyboardInterrupt:
     print("stopped; the same command goes on from here", file=sys.stderr)
     return 130

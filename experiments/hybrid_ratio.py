@@ -5,7 +5,7 @@ python -m experiments.hybrid_ratio [--size=cpu|gpu|paper] [--only=task=recall] [
 
 import dataclasses
 
-from experiments.cells import Cell, Experiment, Prediction, Test, after_shift, config
+from experiments.cells import Cell, Experiment, Prediction, Test, after_shift, config, equal_mlp
 from experiments.harness import main
 
 # Linear layers to global ones; of each period the last layer is global, as in the models that ship.
@@ -24,7 +24,8 @@ class Size:
     chains, hops: of chained recall.
     head_dim: of keys and values; two heads.
     sparse: settings of the sparse layers: of InfLLM-V2, which has softmax attention's parameters.
-    d_model, mlp: of every model; all have eight layers, after SHIFT.
+    d_model, mlp: of the model of global layers alone; the MLPs of the others make up for their parameters. All have
+      eight layers, after SHIFT.
     steps, batch_size: of training, which ends early at 99.5 % of validation.
     learning_rates: the grid.
   """
@@ -46,8 +47,8 @@ class Size:
 SIZES = {
   # The sparse layers see 8 to 16 of 64 tokens: the block of the query and one chosen for it.
   "cpu": Size(
-    64, 128, 16, 8, 2, 8, "block_size=8, top_k=2, initial=0, local=1, pool_size=4, pool_stride=2",
-    32, 0, 400, 32, (5e-3,),
+    64, 128, 8, 4, 2, 8, "block_size=8, top_k=2, initial=0, local=1, pool_size=4, pool_stride=2",
+    32, 64, 400, 64, (5e-3, 1e-2),
   ),
   "gpu": Size(
     512, 1024, 64, 32, 2, 32, "block_size=32, top_k=4, initial=1, local=1, pool_size=16, pool_stride=8",
@@ -78,9 +79,12 @@ def cell(size: str, task: str, kind: str, ratio: str) -> Cell:
     "chained recall": ("multi_hop_mqar", dict(num_chains=s.chains, hops=s.hops)),
   }[task]
   args |= dict(vocab_size=s.vocab_size, random_non_queries=False)
+  args |= dict(label_slots=s.pairs)  # One program a model for both tasks.
+  model = dict(layers=9, d_model=s.d_model)
+  mlp = equal_mlp(pattern(s, kind, ratio), pattern(s, "softmax", "0:1"), mlp=s.mlp, **model)
   c = config(
-    pattern(s, kind, ratio), name, args, seq_len=s.length, layers=9, d_model=s.d_model, mlp=s.mlp,
-    steps=s.steps, batch_size=s.batch_size, stop_accuracy=0.995,
+    pattern(s, kind, ratio), name, args, seq_len=s.length, mlp=mlp, steps=s.steps,
+    batch_size=s.batch_size, stop_accuracy=0.995, **model,
   )  # fmt: skip
   chance = 2 / s.vocab_size if name == "mqar" else 1 / s.vocab_size
   axes = {"task": task, "global layers": kind, "linear to global": ratio}
@@ -90,9 +94,9 @@ def cell(size: str, task: str, kind: str, ratio: str) -> Cell:
 def cells(size: str) -> list[Cell]:
   return [
     cell(size, task, kind, ratio)
-    for task in ("recall", "chained recall")
     for kind in GLOBAL
     for ratio in RATIOS
+    for task in ("recall", "chained recall")
   ]
 
 
@@ -129,7 +133,8 @@ EXPERIMENT = Experiment(
     "very same parameters, which looks at a few blocks. A model of linear and sparse layers has no full attention at "
     "all.\n\n"
     "Recall asks for the value of a key; chained recall for the value of the value: what large linear models were "
-    "found to lose. A convolution comes before every model, so that none has to learn which token came before."
+    "found to lose. A convolution comes before every model, so that none has to learn which token came before; all "
+    "have as many parameters, by the width of their MLPs."
   ),
   source="none",
   cells=cells,

@@ -8,12 +8,17 @@ from experiments.harness import main
 from experiments.state_tracking import Size, Task, arithmetic, cell
 
 
-def parity(tests: tuple[int, ...], batch_size: int = 256) -> Task:
-  return Task("parity", "parity", {}, 1 / 2, 1, (3, 40), tests, batch_size)
+def parity(tests: tuple[int, ...]) -> Task:
+  return Task("parity", "parity", {}, 1 / 2, 1, (3, 40), tests)
+
+
+# On two cores: short words and a target at every prefix, which stand in for the paper's words that grow from short to
+# long. With a target at the end of words of 3 to 40 alone, Mamba-3 learnt nothing in 300 updates.
+SHORT = Task("parity", "parity", {}, 1 / 2, 1, (3, 16), (16, 64, 256), 64, prefixes=True)
 
 
 SIZES = {
-  "cpu": Size((parity((40, 128, 256), 64),), 64, 2, 32, 0, 300, (3e-3, 1e-2), ()),
+  "cpu": Size((SHORT,), 64, 2, 32, 0, 400, (1e-3, 3e-3), ()),
   "gpu": Size(
     (parity((40, 256)), arithmetic("arithmetic", False, 3, (40, 256))), 64, 4, 32, 128, 20_000,
     (1e-3, 3e-3), (),
@@ -81,7 +86,8 @@ EXPERIMENT = Experiment(
     "A state that is turned by an angle that the input decides can count modulo something, which a state that only "
     "decays cannot. Mamba-3 with its rotation and without, Mamba-2, and Gated DeltaNet with eigenvalues in [-1, 1].\n\n"
     "Trained on words of 3 to 40, tested on longer ones; the paper makes words longer in the course of training, up "
-    "to 160."
+    "to 160. At the CPU's size words have 3 to 16 bits, with a target at every prefix: so chosen after trials, in "
+    "which 300 updates on the ends of words of 3 to 40 taught Mamba-3 nothing."
   ),
   source="arXiv:2603.15569, Table 5b",
   cells=cells,

@@ -5,7 +5,7 @@ python -m experiments.position [--size=cpu|gpu|paper] [--only=layers=hybrid] [--
 
 import dataclasses
 
-from experiments.cells import Cell, Experiment, Prediction, Test, after_shift, config
+from experiments.cells import Cell, Experiment, Prediction, Test, after_shift, config, equal_mlp
 from experiments.harness import main
 
 # What the share of rotated channels is called.
@@ -21,7 +21,7 @@ class Size:
     length: of a row in training; tests are at 1, 2, 4 and 8 times as much.
     vocab_size, pairs: of recall; the needle has the same words.
     head_dim: of keys and values; two heads.
-    d_model, mlp: of every model.
+    d_model, mlp: of softmax attention's model; the hybrid's MLPs make up for their parameters.
     layers: of every model, after SHIFT; a multiple of four.
     steps, batch_size: of training. No run ends early: what is right at one length becomes right at others later.
     learning_rates: the grid.
@@ -40,7 +40,7 @@ class Size:
 
 
 SIZES = {
-  "cpu": Size(32, 64, 4, 16, 64, 0, 4, 400, 32, (3e-3, 1e-2)),
+  "cpu": Size(32, 64, 4, 16, 32, 64, 4, 500, 64, (5e-3, 1e-2)),
   "gpu": Size(512, 1024, 32, 64, 256, 512, 8, 8000, 64, (5e-4, 1e-3, 2e-3)),
   "paper": Size(2048, 8192, 128, 128, 512, 1024, 12, 30_000, 64, (2.5e-4, 5e-4, 1e-3)),
 }
@@ -59,12 +59,19 @@ def pattern(s: Size, layers: str, position: str) -> str:
 def cell(size: str, task: str, layers: str, position: str) -> Cell:
   s = SIZES[size]
   name, args, chance = {
-    "recall": ("mqar", dict(num_kv_pairs=s.pairs, power_a=1.0), 2 / s.vocab_size),
+    "recall": (
+      "mqar",
+      dict(num_kv_pairs=s.pairs, power_a=1.0, random_non_queries=False),
+      2 / s.vocab_size,
+    ),
     "needle": ("needle_filtering", {}, 1 / (s.vocab_size - 2)),
   }[task]
+  model = dict(layers=s.layers + 1, d_model=s.d_model)
+  mlp = equal_mlp(pattern(s, layers, position), pattern(s, "softmax", "RoPE"), mlp=s.mlp, **model)
+  args |= dict(vocab_size=s.vocab_size, label_slots=s.pairs)  # One program a model for both tasks.
   c = config(
-    pattern(s, layers, position), name, args | dict(vocab_size=s.vocab_size), seq_len=s.length,
-    layers=s.layers + 1, d_model=s.d_model, mlp=s.mlp, steps=s.steps, batch_size=s.batch_size,
+    pattern(s, layers, position), name, args, seq_len=s.length, mlp=mlp, steps=s.steps,
+    batch_size=s.batch_size, evaluations=5, **model,
   )  # fmt: skip
   tests = tuple(Test({"training lengths": n}, dict(seq_len=n * s.length), chance) for n in TIMES)
   axes = {"task": task, "layers": layers, "position": position}
@@ -75,9 +82,9 @@ def cell(size: str, task: str, layers: str, position: str) -> Cell:
 def cells(size: str) -> list[Cell]:
   return [
     cell(size, task, layers, position)
-    for task in TASKS
     for layers in ("softmax", "hybrid")
     for position in POSITIONS
+    for task in TASKS
   ]
 
 
@@ -99,7 +106,8 @@ EXPERIMENT = Experiment(
     "Linear layers know the order of tokens by themselves; do the softmax layers of a hybrid need it said again? "
     "Rotary encoding of all channels, of a quarter (Qwen3-Next) or of none (Kimi Linear), in hybrids of three Gated "
     "DeltaNet layers to one and in softmax attention alone. Trained at one length, tested at up to eight times as "
-    "much. A convolution comes before every model, so that none has to learn which token came before."
+    "much. A convolution comes before every model, so that none has to learn which token came before; all have as many "
+    "parameters, by the width of their MLPs."
   ),
   source="none",
   cells=cells,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from attnlab import accounting
+from attnlab import accounting, metrics
 from attnlab.errors import UserError
 from experiments.cells import Experiment, Prediction, Test
 from experiments.harness import Plan
@@ -39,6 +39,10 @@ class Row:
   published: float | None
   facts: Mapping[str, Any]
   measure: str = "accuracy"
+
+  @property
+  def is_bits(self) -> bool:
+    return self.measure.endswith("bits")
 
   @property
   def mean(self) -> float | None:
@@ -69,6 +73,10 @@ def rows(plan: Plan, results: Mapping[str, Mapping[str, Any]]) -> list[Row]:
       facts["updates"] = round(statistics.fmean(r["steps"] for r in finite))
       facts["seconds"] = round(statistics.fmean(r["seconds"] for r in finite))
       facts["devices"] = finite[0]["devices"]
+      speeds = [r["tokens_per_second"] for r in finite if r.get("tokens_per_second")]
+      facts["tokens a second"] = round(statistics.median(speeds)) if speeds else None
+    if done:
+      facts["commit"] = ", ".join(sorted({r["commit"] for r in done if r.get("commit")})) or None
     for i, test in enumerate(cell.tests):
       told = [r["tests"][i] if "tests" in r else None for r in done]
       values = tuple(_value(test, figure) for figure in told)
@@ -78,7 +86,7 @@ def rows(plan: Plan, results: Mapping[str, Mapping[str, Any]]) -> list[Row]:
 
 def _value(test: Test, figure: float | None) -> float:
   """A run's figure as it is told; None: the run was not finite, and is as good as guessing."""
-  if test.measure == "bits":
+  if test.is_bits:
     return 8.0 if figure is None else figure
   return 100 * ((test.chance if figure is None else figure) - test.chance) / (1 - test.chance)
 
@@ -119,7 +127,7 @@ def write(
     figure.savefig(out / f"plot.{suffix}", dpi=160)
   svg = io.StringIO()
   figure.savefig(svg, format="svg")
-  page = _html(experiment, table, lines, told, predictions, svg.getvalue())
+  page = _html(experiment, table, summary, lines, told, predictions, svg.getvalue())
   (out / "report.html").write_text(page)
 
 
@@ -140,7 +148,8 @@ def _lines(table: Sequence[Row]) -> list[list[str]]:
 def _summary(experiment: Experiment, table: Sequence[Row]) -> list[list[str]]:
   """The figures alone, headings first: by line and facet of the plot down, by its x across (a fact: the facet across).
 
-  A field has the mean and the spread; several, where more than these tell figures apart.
+  A field has the mean and the spread; several, where more than these tell figures apart. Where a plot's x is a fact, a
+  line is a model, and its costs follow.
   """
   x, by, facet = (experiment.plot[k] for k in ("x", "line", "facet"))
   across = x if any(x in row.axes for row in table) else facet
@@ -150,13 +159,27 @@ def _summary(experiment: Experiment, table: Sequence[Row]) -> list[list[str]]:
   for row in table:
     line = fields.setdefault(tuple(str(row.axes[name]) for name in down), {})
     spread = f" ± {row.spread:.1f}" if row.spread is not None else ""
-    mean = "-" if row.mean is None else f"{row.mean:.{2 if row.measure == 'bits' else 1}f}"
+    mean = "-" if row.mean is None else f"{row.mean:.{2 if row.is_bits else 1}f}"
     line.setdefault(row.axes[across], []).append(mean + spread)
   head = [*down, *(f"{across} {c}" if _is_number(c) else str(c) for c in columns)]
   body = [
     [*names, *(", ".join(line.get(c, "-")) for c in columns)] for names, line in fields.items()
   ]
+  if across == facet:
+    told = [name for name in _numbers(table) if name not in ("learning rate", "updates", "seconds")]
+    head += told
+    for line, names in zip(body, fields, strict=True):
+      here = [row for row in table if tuple(str(row.axes[name]) for name in down) == names]
+      for name in told:
+        values = [row.facts[name] for row in here if row.facts.get(name) is not None]
+        line.append(metrics.human(statistics.median(values)) if values else "-")
   return [head, *body]
+
+
+def _numbers(table: Sequence[Row]) -> list[str]:
+  """The facts that are numbers."""
+  facts = {name: value for row in table for name, value in row.facts.items() if value is not None}
+  return [name for name, value in facts.items() if _is_number(value)]
 
 
 def _short(value: Any) -> str:
@@ -169,11 +192,13 @@ def _told(experiment: Experiment, table: Sequence[Row], command: str, size: str)
   """Command, date, machine and how much of it is there."""
   done = sum(bool(row.values) for row in table)
   devices = sorted({row.facts["devices"] for row in table if "devices" in row.facts})
+  commits = {c for row in table for c in (row.facts.get("commit") or "").split(", ") if c}
   return {
     "Command": command,
     "Date": datetime.date.today().isoformat(),
     "Size": size,
     "Devices": ", ".join(devices) or "-",
+    "Commits": ", ".join(sorted(commits)) or "-",
     "Figures": f"{done} of {len(table)}",
     "Published": experiment.source,
   }
@@ -251,9 +276,11 @@ def _figure(experiment: Experiment, table: Sequence[Row]) -> Any:
       here = [r for r in table if r.axes[facet] == value]
       ticks = list(dict.fromkeys(r.axes[x] for r in here if x in r.axes))
       place = (lambda r: ticks.index(r.axes[x])) if ticks else (lambda r: r.facts[x])  # noqa: B023
-      for name in names:
-        of_it = sorted((r for r in here if r.axes[by] == name), key=place)
-        _draw(axes, of_it, place, str(name), *styles[name])
+      lines = {name: [r for r in here if r.axes[by] == name] for name in names}
+      for name, of_it in lines.items():
+        _draw(axes, sorted(of_it, key=place), place, str(name), *styles[name])
+      if not ticks and all(len(of_it) <= 1 for of_it in lines.values()):
+        _frontier(axes, here, place, by)
       axes.set_title(
         f"{facet} {value}" if _is_number(value) else str(value), loc="left", fontsize=10
       )
@@ -263,7 +290,7 @@ def _figure(experiment: Experiment, table: Sequence[Row]) -> Any:
         axes.set_xticks(range(len(ticks)), [str(t) for t in ticks], **turned)
       else:
         axes.set_xscale("log")
-      bits = here[0].measure == "bits"
+      bits = here[0].is_bits
       lowest = min(
         (v for r in here for v in r.values), default=0
       )  # guesses may fall below guessing
@@ -280,8 +307,30 @@ def _figure(experiment: Experiment, table: Sequence[Row]) -> Any:
   return figure
 
 
+def _frontier(axes: Any, table: Sequence[Row], place: Callable[[Row], float], name: str) -> None:
+  """A line through the points that no other is both cheaper than and as good as, each with its name."""
+  best: list[Row] = []
+  done = [row for row in table if row.mean is not None]
+  for row in sorted(done, key=lambda r: (place(r), -_quality(r))):
+    if not best or _quality(row) > _quality(best[-1]):
+      best.append(row)
+  points = [(place(row), row.mean) for row in best]
+  if not points:
+    return
+  # As a staircase: between two of them there is nothing.
+  axes.step(*zip(*points, strict=True), where="post", color="#555555", linewidth=1, zorder=0)
+  for row, point in zip(best, points, strict=True):
+    axes.annotate(
+      str(row.axes[name]), point, textcoords="offset points", xytext=(5, -9), fontsize=6.5, color="#333333"
+    )  # fmt: skip
+
+
+def _quality(row: Row) -> float:
+  return -row.mean if row.is_bits else row.mean
+
+
 def _is_number(value: Any) -> bool:
-  return isinstance(value, int | float)
+  return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _draw(
@@ -309,7 +358,7 @@ def _draw(
     )
 
 
-_PAGE = """<!doctype html>
+_PAGE = r"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -327,8 +376,8 @@ dd {{ margin: 0; }} code {{ font-size: .92em; overflow-wrap: anywhere; }}
 table {{ border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; white-space: nowrap; }}
 th {{ text-align: left; border-bottom: 2px solid var(--ink); padding: .35rem .7rem; background: #fff; }}
 th button {{ all: unset; cursor: pointer; font-weight: 600; }} th button:focus-visible {{ outline: 2px solid #0072b2; }}
-th[aria-sort=ascending] button::after {{ content: " \\2191"; }}
-th[aria-sort=descending] button::after {{ content: " \\2193"; }}
+th[aria-sort=ascending] button::after {{ content: " \2191"; }}
+th[aria-sort=descending] button::after {{ content: " \2193"; }}
 td {{ border-bottom: 1px solid var(--line); padding: .3rem .7rem; }} td.number {{ text-align: right; }}
 tbody tr:hover td {{ box-shadow: inset 0 0 0 99rem rgb(0 0 0 / .04); }}
 .held {{ color: #00795a; }} .not {{ color: #b34700; }} .open {{ color: var(--soft); }}
@@ -343,7 +392,11 @@ tbody tr:hover td {{ box-shadow: inset 0 0 0 99rem rgb(0 0 0 / .04); }}
 <p>Accuracy on examples that neither training nor the choice of a learning rate has seen, guessing being 0 %: the mean
 over seeds, bands from the worst to the best. Published values are hollow.</p>
 {svg}
-<h2>Table</h2>
+<h2>Summary</h2>
+<div class="scroll"><table><thead><tr>{summary_heads}</tr></thead><tbody>
+{summary}
+</tbody></table></div>
+<h2>All figures</h2>
 <p>Spread is the standard deviation over seeds. "-" is not run, or not published. Click a heading to sort.</p>
 <div class="scroll"><table>
 <thead><tr>{heads}</tr></thead>
@@ -352,12 +405,17 @@ over seeds, bands from the worst to the best. Published values are hollow.</p>
 </tbody>
 </table></div>
 <script>
+const units = {{k: 1e3, M: 1e6, B: 1e9, T: 1e12}};
 for (const head of document.querySelectorAll("th")) head.firstChild.addEventListener("click", () => {{
-  const body = document.querySelector("tbody"), i = head.cellIndex;
+  const table = head.closest("table"), body = table.tBodies[0], i = head.cellIndex;
   const up = head.ariaSort !== "ascending";
-  document.querySelectorAll("th").forEach(h => h.removeAttribute("aria-sort"));
+  table.querySelectorAll("th").forEach(h => h.removeAttribute("aria-sort"));
   head.ariaSort = up ? "ascending" : "descending";
-  const value = row => row.cells[i].textContent, number = t => t === "-" ? -Infinity : Number(t);
+  // "97.5 ± 1.2" is 97.5, "1.3M" 1300000, and "-" before all.
+  const value = row => row.cells[i].textContent, number = t => {{
+    const found = /^(-?[\d.]+(?:e[+-]?\d+)?)([kMBT]?)(?: ±.*)?$/.exec(t);
+    return t === "-" ? -Infinity : found ? Number(found[1]) * (units[found[2]] ?? 1) : NaN;
+  }};
   const order = (a, b) => {{
     const [x, y] = [number(value(a)), number(value(b))];
     return Number.isNaN(x) || Number.isNaN(y) ? value(a).localeCompare(value(b)) : x - y;
@@ -373,6 +431,7 @@ for (const head of document.querySelectorAll("th")) head.firstChild.addEventList
 def _html(
   experiment: Experiment,
   table: Sequence[Row],
+  summary: list[list[str]],
   lines: list[list[str]],
   told: Mapping[str, str],
   predictions: Sequence[tuple[Prediction, str]],
@@ -407,6 +466,15 @@ def _html(
     ),
     predictions=expected,
     svg=svg[svg.index("<svg") :],
-    heads="".join(f'<th scope="col"><button>{html.escape(h)}</button></th>' for h in lines[0]),
+    summary_heads=_heads(summary[0]),
+    summary="\n".join(
+      f"<tr>{''.join(f'<td>{html.escape(text)}</td>' for text in line)}</tr>"
+      for line in summary[1:]
+    ),
+    heads=_heads(lines[0]),
     body="\n".join(body),
   )
+
+
+def _heads(names: Sequence[str]) -> str:
+  return "".join(f'<th scope="col"><button>{html.escape(h)}</button></th>' for h in names)

@@ -21,6 +21,7 @@ class Task:
     train: lengths in training, the shortest (0: all have the longest) and the longest.
     tests: longest lengths of tests; the shortest is the one before it, or all have the longest.
     batch_size: of training.
+    prefixes: whether training has a target at every prefix of a word, not at its end alone (group words: always).
   """
 
   label: str
@@ -31,13 +32,14 @@ class Task:
   train: tuple[int, int]
   tests: tuple[int, ...]
   batch_size: int = 256
+  prefixes: bool = False
 
   def data(self, shortest: int, longest: int, *, everywhere: bool) -> dict:
     """Keys of a config's `data` for examples of some lengths."""
     args = dict(self.args)
     if shortest:
       args |= dict(min_length=shortest, max_length=longest)
-    if self.name == "group_word":
+    if self.name == "group_word" or self.prefixes:
       args["everywhere"] = everywhere
     return dict(seq_len=longest + (longest % 2), task_args=args)
 

@@ -16,15 +16,16 @@ import pytest
 from flax import nnx
 
 import experiments
-from attnlab import accounting, data, optim, sharding
+from attnlab import accounting, data, metrics, optim, sharding
 from attnlab.config import check, resolve
 from attnlab.errors import UserError
 from attnlab.evaluate import make_evaluate
 from attnlab.state import make_init
+from attnlab.train import train
 from configs.base import base
-from experiments import harness, report
+from experiments import harness, report, worker
 from experiments.cells import Cell, Experiment, Prediction, Test
-from experiments.harness import Plan, Results, accelerators, run_all, select
+from experiments.harness import Plan, Results, accelerators, devices, run_all, select
 
 
 def tiny(task="parity", rates=(1e-2,)):
@@ -50,6 +51,7 @@ def experiment(cells, *predictions):
 
 def result(accuracy, nll=1.0, tests=(0.5, 0.75)):
   facts = dict(steps=4, seconds=1.5, parameters=9, devices="1 x cpu", tokens_per_second=1)
+  facts["commit"] = "abc"
   return dict(accuracy=accuracy, nll=nll, tests=list(tests), **facts)
 
 
@@ -98,12 +100,22 @@ def test_only():
     select(cells, ["task=z"])
 
 
-def test_accelerators(monkeypatch):
+def test_devices(monkeypatch, tmp_path):
   monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-  assert accelerators() == [""]
+  assert accelerators() == []
   monkeypatch.delenv("JAX_PLATFORMS")
   monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
-  assert accelerators() == ["2", "5"]
+  assert accelerators() == ["2", "5"] == devices() and devices(["5"]) == ["5"]
+  monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+  monkeypatch.delenv("TPU_VISIBLE_CHIPS", raising=False)
+  monkeypatch.setattr(harness, "DEV", tmp_path)
+  assert accelerators() == [] and all(d.startswith("core ") for d in devices())
+  (tmp_path / "vfio").mkdir()
+  for name in ("vfio", "12", "7"):
+    (tmp_path / "vfio" / name).touch()
+  assert accelerators() == ["0", "1"]
+  with pytest.raises(UserError, match="unknown device in --devices"):
+    devices(["3"])
 
 
 FILES = {m.name for m in pkgutil.iter_modules(experiments.__path__) if not m.ispkg}
@@ -143,21 +155,54 @@ def words_of(e, size):
 
 
 def test_runs_once_and_tells(tmp_path, monkeypatch):
-  """Two seeds of one cell, through processes of their own; again, nothing is run."""
+  """Two seeds of one cell, one after the other in one process; again, nothing is run."""
   monkeypatch.setenv("XLA_FLAGS", "")
   cell = tiny()
   broken = dataclasses.replace(tiny("broken"), tests=(Test({"length": 8}, dict(seq_len=2)),))
   plan = Plan([cell, broken], 2, results := Results(tmp_path / "runs"))
-  failed = run_all(plan, results, ["0", "1"])  # two at a time
+  failed = run_all(plan, results, devices()[:1])
   assert [run.axes["task"] for run in failed] == ["broken"]  # parity has no words of two bits
   assert len(results) == 2 and not plan.needed(0)
   for run in plan.seeds(0):
     assert len(results[run.key]["tests"]) == 2 and results[run.key]["steps"] == 4
+    assert results[run.key]["commit"] == worker.commit()
 
   again = Results(tmp_path / "runs")
   assert again == results
-  monkeypatch.setattr(harness, "_start", lambda *_: pytest.fail("run again"))
+  monkeypatch.setattr(harness, "_Worker", lambda *_: pytest.fail("run again"))
   assert run_all(Plan([cell], 2, again), again, [""]) == []
+
+
+def test_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
+  """Stopped after a checkpoint, a run has the losses of one that was not."""
+  monkeypatch.setenv("XLA_FLAGS", "")
+  cell = tiny()
+  cell.config.train.update(dict(steps=400, eval_every=0, checkpoint_every=50, log_every=20))
+  plan = Plan([cell], 1, results := Results(tmp_path / "runs"))
+  where = tmp_path / "runs" / plan.run(0, 1e-2, 0).key
+
+  def interrupt(seconds):
+    time_sleep(seconds)
+    if any(p.name.isdigit() for p in (where / "checkpoints").glob("*")):
+      raise KeyboardInterrupt
+
+  time_sleep = harness.time.sleep
+  with monkeypatch.context() as patched:
+    patched.setattr(harness.time, "sleep", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+      run_all(plan, results, devices()[:1])
+  assert not results and not (where / "result.json").exists()
+  assert run_all(plan, results, devices()[:1]) == []
+  text = (where / "log.txt").read_text()
+  assert "SIGTERM: stopped after update" in text and "from checkpoint" in text
+
+  whole = tmp_path / "whole"
+  train(plan.run(0, 1e-2, 0).config, whole, plot=False)
+  losses = [
+    [(r["step"], r["loss"]) for r in metrics.read(d / "metrics.jsonl") if "loss" in r]
+    for d in (where, whole)
+  ]
+  assert losses[0] == losses[1] and len(losses[0]) == 20
 
 
 # Telling.
@@ -200,6 +245,7 @@ def test_table(told):
   assert "- a is good **held**" in text and "- b **not known yet**" in text
   tables = [line for line in text.splitlines() if line.startswith("|")]
   assert len(tables) == 2 + 2 + 2 + 4  # headings and figures of both
+  assert lines[0]["tokens a second"] == "1" and lines[0]["commit"] == "abc"
   assert [c.strip() for c in tables[0].split("|")[1:-1]] == [
     "task",
     "mixer",
@@ -229,18 +275,16 @@ BROWSER = next(
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium")
 def test_page_sorts_in_a_browser(told):
   page = told / "report.html"
-  click = "<script>document.querySelectorAll('th button')[1].click()</script></body>"
+  click = "<script>document.querySelectorAll('table')[1].querySelectorAll('th button')[1].click()</script></body>"
   page.write_text(page.read_text().replace("</body>", click))
   run = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", page.as_uri()]
   dom = subprocess.run(run, capture_output=True, text=True, timeout=120).stdout
-  body = dom[dom.index("<tbody>") :]
+  body = dom[dom.rindex("<tbody>") :]
   lengths = [row.split("<td")[2] for row in body.split("<tr>")[1:]]
   assert [re.search(r">(\d+)<", cell)[1] for cell in lengths] == ["8", "8", "16", "16"]
 
 
 def test_a_run_is_run_by_one_process(tmp_path, monkeypatch, capfd):
-  from experiments import worker
-
   monkeypatch.setattr(worker.cli, "cache_compilations", lambda: None)
   with worker._alone(tmp_path):
     assert worker.main(["", str(tmp_path)]) == 2
@@ -249,14 +293,13 @@ def test_a_run_is_run_by_one_process(tmp_path, monkeypatch, capfd):
 
 def test_worker_tells_of_a_loss_that_is_not_finite(tmp_path, monkeypatch):
   from attnlab.checkpoint import NonFiniteError
-  from experiments import worker
 
-  def train(config, directory):
+  def train(config, directory, plot):
     raise NonFiniteError("update 3")
 
   monkeypatch.setattr(worker, "train", train)
   (tmp_path / "run.json").write_text(json.dumps(Plan([tiny()], 1, {}).sweep(0)[0].spec))
-  assert worker.run(tmp_path) == {"not_finite": "update 3"}
+  assert worker.run(tmp_path) == {"not_finite": "update 3", "commit": worker.commit()}
 
 
 def test_a_row_is_right_if_all_its_targets_are():
@@ -309,3 +352,47 @@ def test_windows_of_equal_cost():
   w = equal_window(linear, windowed, "FLOPs")
   flops = [accounting.costs(windowed(n), 1 << 20).train_flops for n in (w, w + 1)]
   assert flops[0] <= accounting.costs(linear, 1 << 20).train_flops < flops[1]
+
+
+def test_text_that_chooses_is_not_text_that_reports():
+  """The halves of the validation records have none in common, and are all of them."""
+  halves = []
+  for half in (1, 2, 0):
+    c = data.data_config()
+    c.update(dict(seq_len=64, validation_half=half, shuffle_tokens=0))
+    batches = data.make_iterator(c, split="validation", batch_size=64, seed=0)
+    halves.append({int(i) for b in batches for i in b["index"].flat} - {-1})
+  assert not halves[0] & halves[1] and abs(len(halves[0]) - len(halves[1])) <= 1
+  assert halves[0] | halves[1] == halves[2]
+  from experiments.head_to_head import cells
+
+  text = next(c for c in cells("cpu") if c.axes["task"] == "text").config.data
+  assert {"validation_half": text.validation_half} != worker.TEST_DATA["text"]
+
+
+def test_seeds_and_rates_share_programs():
+  from attnlab.train import _Like
+
+  def like(**keys):
+    c = resolve(tiny().config)
+    with c.unlocked():
+      c.update_from_flattened_dict(keys)
+    return _Like(c, sharding.make_mesh(c.mesh))
+
+  same = {"seed": 3, "optim.learning_rate": 0.5, "data.validation_seed": 7}
+  assert like() == like(**same) and hash(like()) == hash(like(**same))
+  assert like() != like(**{"train.steps": 5}) and like() != like(**{"model.d_model": 32})
+
+
+def test_every_parameter_can_be_saved():
+  """Mamba-3 without rotation has no projection to angles: orbax refuses arrays of no size."""
+  from experiments.mamba3_table import SIZES, mechanisms
+
+  for pattern in mechanisms(SIZES["cpu"]).values():
+    c = tiny().config
+    c.model.pattern = pattern
+    c = resolve(c)
+    mesh = sharding.make_mesh(c.mesh)
+    with jax.set_mesh(mesh):
+      _, _, abstract = make_init(c, optim.optimizer(c.optim, 4), mesh)
+    assert all(x.size for x in jax.tree.leaves(abstract["model"])), pattern
