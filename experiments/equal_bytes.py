@@ -43,7 +43,7 @@ class Size:
 
 
 SIZES = {
-  "cpu": Size(64, 4, (16, 32), (16, 32, 64, 256), (8, 16), 32, 800, 64, (5e-3, 1e-2)),
+  "cpu": Size(64, 4, (16, 32), (16, 32, 64, 256), (8, 16), 64, 800, 32, (5e-3, 1e-2)),
   "gpu": Size(1024, 16, (64, 256), (64, 128, 256, 512, 1024), (16, 32, 64), 256, 5000, 64, (1e-3, 3e-3)),
   # Not a paper's: what nobody has published. States are of the size that shipped models have.
   "paper": Size(

@@ -48,7 +48,7 @@ SIZES = {
   # The sparse layers see 8 to 16 of 64 tokens: the block of the query and one chosen for it.
   "cpu": Size(
     64, 128, 8, 4, 2, 8, "block_size=8, top_k=2, initial=0, local=1, pool_size=4, pool_stride=2",
-    32, 64, 400, 64, (5e-3, 1e-2),
+    64, 64, 400, 32, (5e-3, 1e-2),
   ),
   "gpu": Size(
     512, 1024, 64, 32, 2, 32, "block_size=32, top_k=4, initial=1, local=1, pool_size=16, pool_stride=8",
