@@ -1,4 +1,4 @@
-"""Three Lightning layers to one of InfLLM-V2, no full attention, after MiniCPM-SALA; no RoPE.
+"""Three Lightning layers to one of InfLLM-V2, no full attention, after MiniCPM-SALA: RoPE in the linear layers alone.
 
 python -m attnlab.train --config=configs/sala.py
   3.44 bits per byte on held-out files after 100 updates of the tiny size, under a minute on two CPU cores
@@ -10,14 +10,15 @@ from configs.base import hybrid
 
 
 def get_config(arg: str = ""):
+  linear = dict(rope_fraction=1.0, qk_norm=True)
   sparse = dict(rope_fraction=0.0, qk_norm=True, output_gate="element")
   blocks = dict(block_size=16, top_k=6, pool_size=8, pool_stride=4, local=2)
   tiny = dict(
-    lightning=dict(num_heads=4, head_dim=16),
+    lightning=dict(num_heads=4, head_dim=16, **linear),
     infllm2=dict(num_heads=4, num_kv_heads=2, head_dim=16, **blocks, **sparse),
   )
   large = dict(
-    lightning=dict(head_dim=128),
+    lightning=dict(head_dim=128, **linear),
     infllm2=dict(head_dim=128, num_kv_heads=2, **sparse),
   )
   return hybrid("3*lightning + 1*infllm2", arg, tiny=tiny, large=large)

@@ -17,7 +17,7 @@ from quick import jit
 
 import pallas_kernels as pk
 from attnlab import sharding
-from attnlab.mixers import Context, Layer, configure, mixers
+from attnlab.mixers import Context, Layer, Mixer, configure, mixers
 from attnlab.mixers.linear import LinearMixer, Recent
 
 D, B, T = 32, 4, 7
@@ -249,6 +249,51 @@ def correlate(x, rho):
   return y * length / np.linalg.norm(y, axis=-1, keepdims=True)
 
 
+def has_reference(cls):
+  """Whether a mixer has a reference of its own, not that of another one that it is derived from."""
+  owner = next(c for c in cls.__mro__ if "reference" in vars(c))
+  return owner is cls or (owner is not Mixer and "name" not in vars(owner))
+
+
+def hold_to_reference(case):
+  """The whole layer against its reference: outputs, and the derivative by every parameter, along its gradient and
+  across. float32 against float64, whose central differences are good to 1e-7: 1e-4.
+  """
+  assert has_reference(case.cls), (
+    f"{case.cls.__name__} is no LinearMixer with an equation, so it needs a reference: a method"
+    " reference(self, x, dense=False) of its own, with the paper's equations for one document's tokens x [T, D] in"
+    " numpy's float64 that gives (y [T, D], {}); attnlab/mixers/references.py has examples, and parts to write it with"
+  )
+  rest = jax.tree.map(np.asarray, case.rest)
+  params, cotangent = case.params, np.float64(case.cotangent[0])
+
+  def reference(params):
+    return case.layer(params, rest).reference(np.float64(case.x[0]))[0]
+
+  y, grads = case.gradients(case.x, case.cotangent * (np.arange(B) == 0)[:, None, None], WHOLE)
+  np.testing.assert_allclose(y[0], reference(params), rtol=2e-5, atol=2e-5)
+  leaves, tree = jax.tree.flatten(jax.tree.map(np.float64, params))
+  names = [f"[0]{k}" for k in by_name(params)]
+  bad = {}
+  for i, (name, value) in enumerate(zip(names, leaves, strict=True)):
+    if name not in grads:
+      continue
+    g, across = np.float64(grads[name]), random(40 + i, *value.shape)
+    g = g / np.linalg.norm(g)
+    direction = g + across / np.linalg.norm(across)
+    ends = [
+      tree.unflatten([*leaves[:i], value + e * direction, *leaves[i + 1 :]]) for e in (EPS, -EPS)
+    ]
+    up, down = (np.vdot(cotangent, reference(params)) for params in ends)
+    want, got = (up - down) / (2 * EPS), np.vdot(direction, np.float64(grads[name]))
+    if not abs(got - want) <= 1e-4 * np.linalg.norm(grads[name]):
+      bad[name] = f"{got:.6g} for {want:.6g}"
+  assert not bad, bad
+
+
+EPS = 1e-5
+
+
 def test_equation(case):
   """``core``, in chunks, against the equation: outputs, final state, and the gradient of every signal and the state.
 
@@ -256,7 +301,7 @@ def test_equation(case):
   by 0.9 with beta up to 2) amplifies 1e-16 by less than 1e4.
   """
   if not issubclass(case.cls, LinearMixer):
-    pytest.skip("only linear mixers have an equation")
+    return hold_to_reference(case)
 
   x = random(6, 2, 13, D)
 

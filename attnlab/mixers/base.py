@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -112,6 +113,14 @@ class Mixer(nnx.Module):
     self, x: Float[Array, "B T D"], ctx: Context, cache: Cache | None = None
   ) -> MixerOutput:
     """Mixes tokens. Without a cache: training. With one: the tokens continue it (prefill, or T == 1: decode)."""
+    raise NotImplementedError
+
+  def reference(self, x: np.ndarray, dense: bool = False) -> tuple[np.ndarray, dict[str, float]]:
+    """The layer's output [T, D] for the tokens [T, D] of one document, and its scalars (``MixerOutput.aux``).
+
+    The paper's equations in numpy's float64, token by token, without the layer's own code: the contract tests hold the
+    layer to it, in outputs and in every gradient. A LinearMixer has ``equation`` in its place.
+    """
     raise NotImplementedError
 
   def core_flops(self, length: int, decode: bool) -> float:

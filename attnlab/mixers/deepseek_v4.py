@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from attnlab import sharding
 from attnlab.errors import UserError
+from attnlab.mixers import sparse_references
 from attnlab.mixers.attention import append_to_ring, axes_of, new_cache, together
 from attnlab.mixers.base import Mixer, MixerOutput, register
 from attnlab.mixers.compressor import Compressor, rope_last
@@ -31,6 +32,8 @@ class CompressedAttention(SparseCore, Mixer):
   """One head is key and value of all query heads. A query sees a window of tokens, and entries that each stand for
   several tokens, once the last of these is visible, in one softmax, with a sink for each head. Values carry RoPE, which
   is taken off the output; the output's heads are projected in groups."""
+
+  reference = sparse_references.deepseek_v4
 
   @dataclasses.dataclass(frozen=True, kw_only=True)
   class Config(Mixer.Config):

@@ -9,6 +9,7 @@ from flax import nnx
 
 from attnlab import sharding
 from attnlab.errors import UserError
+from attnlab.mixers import sparse_references
 from attnlab.mixers.attention import new_cache
 from attnlab.mixers.base import MixerOutput, register
 from attnlab.mixers.indexer import all_weights, chosen_weights, kl, recall, sampled
@@ -105,6 +106,8 @@ class DeepSeekSparseAttention(SparseCore, MultiHeadLatentAttention):
   softmax from the mean weights of the attention heads: over everything where ``Context.dense`` is set (equation 3, the
   warm-up, where everything else is frozen), over the chosen tokens otherwise (equation 4).
   """
+
+  reference = sparse_references.dsa
 
   @dataclasses.dataclass(frozen=True, kw_only=True)
   class Config(MultiHeadLatentAttention.Config):

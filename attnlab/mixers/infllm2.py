@@ -5,6 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from attnlab.errors import UserError
+from attnlab.mixers import sparse_references
 from attnlab.mixers.base import register
 from attnlab.mixers.sparse import (
   SparseMixer,
@@ -30,6 +31,8 @@ class InfLLMV2(SparseMixer):
   """Selection without parameters (section 3): each head's softmax over the means of overlapping pools of keys, summed
   over the heads of a group; a block's score is the largest of the pools that reach into it. The first and the last
   blocks are always chosen. ``Context.dense`` switches to full attention, with the same keys and values."""
+
+  reference = sparse_references.infllm2
 
   @dataclasses.dataclass(frozen=True, kw_only=True)
   class Config(SparseMixer.Config):

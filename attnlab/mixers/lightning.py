@@ -10,8 +10,8 @@ from jaxtyping import Array, Float
 from attnlab import sharding
 from attnlab.mixers.base import Layer, register
 from attnlab.mixers.linear import LinearMixer
-from attnlab.nn import Constant, HeadNorm
-from attnlab.settings import Natural
+from attnlab.nn import Constant, HeadNorm, rope
+from attnlab.settings import Fraction, Natural
 from pallas_kernels import lightning_attention
 
 
@@ -20,21 +20,30 @@ from pallas_kernels import lightning_attention
   family="linear",
   paper="arXiv:2501.08313",
   title="constant decay a head and layer",
-  variants={"heads3": dict(num_heads=3)},
+  variants={"heads3_rope": dict(num_heads=3, rope_fraction=0.5, qk_norm=True)},
 )
 class Lightning(LinearMixer):
   """SiLU on q, k and v, a constant decay a head, weaker in later layers, one norm over all heads, a sigmoid gate."""
 
   core = staticmethod(functools.partial(lightning_attention, scale=1.0))
-  qk_norm = False
   gate_activation = staticmethod(jax.nn.sigmoid)
 
   @dataclasses.dataclass(frozen=True, kw_only=True)
   class Config(LinearMixer.Config):
+    """Attributes:
+    rope_fraction: how much of each head of q and k RoPE rotates; 0: no positions but the decay.
+    rope_theta: its base.
+    qk_norm: q and k of unit length. (The output's norm takes their scale away.)
+    """
+
     conv_size: Natural = 0
+    rope_fraction: Fraction = 0.0
+    rope_theta: float = 10000.0
+    qk_norm: bool = False
 
   def __init__(self, config: Config, layer: Layer, key):
     super().__init__(config, layer, key)
+    self.qk_norm = config.qk_norm
     self.slope = Constant(self.slopes(layer))
 
   def slopes(self, layer: Layer) -> Float[Array, " Hv"]:
@@ -46,7 +55,8 @@ class Lightning(LinearMixer):
     return HeadNorm(self.Hv, self.V, groups=1, eps=layer.norm_eps)
 
   def signals(self, x, recent, ctx):
-    q, k, v = self.qkv(x, recent)
+    c, (q, k, v) = self.config, self.qkv(x, recent)
+    q, k = (rope(y, ctx.positions, c.rope_theta, c.rope_fraction) for y in (q, k))
     return dict(q=q, k=k, v=v, g=-sharding.put(self.slope[...], "heads"))
 
   @staticmethod

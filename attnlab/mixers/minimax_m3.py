@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab import sharding
+from attnlab.mixers import sparse_references
 from attnlab.mixers.base import register
 from attnlab.mixers.indexer import (
   all_weights,
@@ -37,6 +38,8 @@ class MiniMaxM3(SparseMixer):
   weights that attention gives them, over the chosen blocks, or over everything where ``Context.dense`` is set: the
   first stage of its training. The loss's form is DSA's (arXiv:2512.02556, equations 3 and 4).
   """
+
+  reference = sparse_references.minimax_m3
 
   @dataclasses.dataclass(frozen=True, kw_only=True)
   class Config(SparseMixer.Config):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from attnlab import sharding
+from attnlab.mixers import references
 from attnlab.mixers.attention import Where, append, axes_of, new_cache, together
 from attnlab.mixers.base import Cache, Context, Layer, Mixer, MixerOutput, register
 from attnlab.nn import Linear, RMSNorm, rope
@@ -27,6 +28,8 @@ class MultiHeadLatentAttention(Mixer):
   A head's key has two parts, ``W_uk c`` of the latent ``c = RMSNorm(W_dkv x)``, without position, and ``RoPE(W_kr x)``,
   shared by all heads. The second is left out where ``rope_dim`` is 0.
   """
+
+  reference = references.latent_attention
 
   @dataclasses.dataclass(frozen=True, kw_only=True)
   class Config(Mixer.Config):

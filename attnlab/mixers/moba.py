@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from attnlab.mixers import sparse_references
 from attnlab.mixers.base import register
 from attnlab.mixers.sparse import SparseMixer, at_a_time, grouped, products
 from pallas_kernels.block_sparse import over_queries, select_blocks
@@ -17,6 +18,8 @@ from pallas_kernels.block_sparse import over_queries, select_blocks
 class MoBA(SparseMixer):
   """A head's query attends to the block it is in, and to the earlier blocks whose mean key has the largest product with
   it (equations 5 and 6). No parameters beyond full attention's."""
+
+  reference = sparse_references.moba
 
   @dataclasses.dataclass(frozen=True, kw_only=True)
   class Config(SparseMixer.Config):

@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 
 from attnlab import sharding
+from attnlab.mixers import sparse_references
 from attnlab.mixers.attention import append_to_ring, attend, new_cache, together
 from attnlab.mixers.base import MixerOutput, register
 from attnlab.mixers.infllm2 import check_sizes, overlapping
@@ -128,6 +129,8 @@ class NativeSparseAttention(NSABase):
   Selected and window keys have RoPE; pools are summarised, and compared with the query, without it, as their places
   are learned: the paper does not say.
   """
+
+  reference = sparse_references.nsa
 
   @dataclasses.dataclass(frozen=True, kw_only=True)
   class Config(NSABase.Config):

@@ -1,5 +1,6 @@
 """Native sparse attention as flash-linear-attention has it (github.com/fla-org/native-sparse-attention)."""
 
+from attnlab.mixers import sparse_references
 from attnlab.mixers.base import register
 from attnlab.mixers.nsa import NSABase
 
@@ -14,6 +15,8 @@ from attnlab.mixers.nsa import NSABase
 class NativeSparseAttentionFLA(NSABase):
   """Differs from the paper: one set of keys and values for the three branches, with RoPE, and a pool is a block,
   summarised by its mean. It takes the mean of a group's weights for their sum, which chooses the same blocks."""
+
+  reference = sparse_references.nsa_fla
 
   @classmethod
   def pool_sizes(cls, config):

@@ -8,7 +8,7 @@ from attnlab import sharding
 from attnlab.mixers.base import register
 from attnlab.mixers.linear import LinearMixer
 from attnlab.nn import rope
-from attnlab.settings import Natural
+from attnlab.settings import Fraction, Natural
 from pallas_kernels import retention
 
 
@@ -24,6 +24,7 @@ class RetNet(LinearMixer):
   @dataclasses.dataclass(frozen=True, kw_only=True)
   class Config(LinearMixer.Config):
     """Attributes:
+    rope_fraction: how much of each head of q and k is rotated; 0: no positions but the decay.
     rope_theta: base of the rotary frequencies.
     """
 
@@ -31,11 +32,13 @@ class RetNet(LinearMixer):
     head_dim: int | None = None
     expand_v: float = 2.0
     conv_size: Natural = 0
+    rope_fraction: Fraction = 1.0
     rope_theta: float = 10000.0
 
   def signals(self, x, recent, ctx):
     q, k, v = self.qkv(x, recent)
-    q, k = (rope(y, ctx.positions, self.config.rope_theta) for y in (q, k))
+    c = self.config
+    q, k = (rope(y, ctx.positions, c.rope_theta, c.rope_fraction) for y in (q, k))
     g = jnp.log1p(-(2.0 ** (-5.0 - jnp.arange(self.Hv))))
     return dict(q=q, k=k, v=v, g=sharding.put(g, "heads"))
 

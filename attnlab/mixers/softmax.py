@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from attnlab import sharding
 from attnlab.errors import UserError
+from attnlab.mixers import references
 from attnlab.mixers.attention import Where, append, attend, new_cache, together
 from attnlab.mixers.base import Cache, Context, Layer, Mixer, MixerOutput, register
 from attnlab.nn import Linear, RMSNorm, param, rope
@@ -30,6 +31,8 @@ from attnlab.settings import Fraction
 )
 class SoftmaxAttention(Mixer):
   """Multi-head, grouped-query (arXiv:2305.13245) or multi-query attention (arXiv:1911.02150)."""
+
+  reference = references.softmax_attention
 
   @dataclasses.dataclass(frozen=True, kw_only=True)
   class Config(Mixer.Config):

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from attnlab import sharding
+from attnlab.mixers import sparse_references
 from attnlab.mixers.base import register
 from attnlab.mixers.softmax import SoftmaxAttention
 from attnlab.mixers.sparse import SparseMixer, at_a_time
@@ -24,6 +25,8 @@ from pallas_kernels.block_sparse import over_queries, select_blocks
 class Longformer(SparseMixer):
   """A query sees ``window`` tokens, itself and those one, two, ... dilations before it, and the first tokens of its
   document, which are global (section 3.1); that those see all that is before them is no more than causal attention."""
+
+  reference = sparse_references.longformer
 
   @dataclasses.dataclass(frozen=True, kw_only=True)
   class Config(SoftmaxAttention.Config):
@@ -71,6 +74,8 @@ class Longformer(SparseMixer):
 class BigBird(SparseMixer):
   """A query sees its block and the last ones before it, its document's first blocks, and random blocks (section 2): for
   each block of a document others, in each layer others, in all heads and calls the same."""
+
+  reference = sparse_references.bigbird
 
   @dataclasses.dataclass(frozen=True, kw_only=True)
   class Config(SoftmaxAttention.Config):

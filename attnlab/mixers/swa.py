@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from attnlab.mixers import references
 from attnlab.mixers.attention import append_to_ring
 from attnlab.mixers.base import Cache, register
 from attnlab.mixers.softmax import SoftmaxAttention
@@ -19,6 +20,8 @@ from attnlab.mixers.softmax import SoftmaxAttention
 )
 class SlidingWindowAttention(SoftmaxAttention):
   """Softmax attention in which a token sees the last ``window`` tokens, itself included; the cache is their ring."""
+
+  reference = references.sliding_window
 
   @dataclasses.dataclass(frozen=True, kw_only=True)
   class Config(SoftmaxAttention.Config):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from attnlab import sharding
 from attnlab.errors import UserError
+from attnlab.mixers import references
 from attnlab.mixers.attention import axes_of, together
 from attnlab.mixers.base import MixerOutput, register
 from attnlab.mixers.softmax import SoftmaxAttention
@@ -27,6 +28,8 @@ class WindowLinear(SoftmaxAttention):
 
   The cache is the window's tokens, and the sum of ``phi(k) [v; 1]`` over those that have left it.
   """
+
+  reference = references.window_linear
 
   @dataclasses.dataclass(frozen=True, kw_only=True)
   class Config(SoftmaxAttention.Config):

@@ -1,0 +1,152 @@
+"""What mixers that are no recurrence are held to: their papers' equations for one document, token by token in numpy.
+
+A reference takes a layer, for its sizes and parameters, and float64 tokens [T, D]. It gives the layer's output [T, D]
+and the scalars of ``MixerOutput.aux``, and shares no code with the layer: what it needs besides is here. A mixer names
+its own as ``reference``, which may as well be a method in its file.
+"""
+
+import numpy as np
+
+
+def array(parameter) -> np.ndarray:
+  return np.asarray(parameter[...], np.float64)
+
+
+def linear(layer, x):
+  return x @ array(layer.kernel)
+
+
+def project(layer, name, x, heads):
+  """[T, heads, channels]."""
+  return linear(getattr(layer, name), x).reshape(len(x), heads, -1)
+
+
+def rms(x, norm):
+  return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + norm.eps) * array(norm.scale)
+
+
+def rotate(x, position, theta, fraction=1.0):
+  """RoPE (arXiv:2104.09864) of the first channels of [..., K] at a position; halves are paired."""
+  size = int(x.shape[-1] * fraction) // 2 * 2
+  angle = position * theta ** (-np.arange(size // 2) / max(size // 2, 1))
+  a, b, rest = np.split(x, [size // 2, size], axis=-1)
+  cos, sin = np.cos(angle), np.sin(angle)
+  return np.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
+
+
+def rotated(x, theta, fraction=1.0):
+  """Of [T, ...], each token at its position."""
+  return np.stack([rotate(y, t, theta, fraction) for t, y in enumerate(x)])
+
+
+def sigmoid(x):
+  return 1 / (1 + np.exp(-x))
+
+
+def softmax(logits):
+  p = np.exp(np.asarray(logits) - np.max(logits))
+  return p / p.sum()
+
+
+def attention(q, keys, values, sink=None):
+  """Of one query; nothing gives zero. A sink is one more logit, whose value is zero."""
+  if not len(keys):
+    return np.zeros(len(q))
+  logits = [q @ k / np.sqrt(len(q)) for k in keys]
+  p = softmax(logits if sink is None else [*logits, sink])[: len(keys)]
+  return p @ np.asarray(values)
+
+
+def heads(layer, name, x, count, norm=None, rope=True):
+  """A projection with what softmax attention's settings add: the norm of heads, then RoPE."""
+  c, y = layer.config, project(layer, name, x, count)
+  if c.qk_norm and norm is not None:
+    y = rms(y, getattr(layer, norm))
+  return rotated(y, c.rope_theta, c.rope_fraction) if rope else y
+
+
+def qkv(layer, x):
+  """q [T, H, K], and k and v [T, Hkv, K]."""
+  return (
+    heads(layer, "q_proj", x, layer.H, "q_norm"),
+    heads(layer, "k_proj", x, layer.Hkv, "k_norm"),
+    project(layer, "v_proj", x, layer.Hkv),
+  )
+
+
+def sinks(layer):
+  """A logit for each head, or none."""
+  return [None] * layer.H if layer.sinks is None else array(layer.sinks)
+
+
+def leave(layer, o, x):
+  """The output gate of softmax attention (arXiv:2505.06708), and the last projection."""
+  if getattr(layer, "gate_proj", None) is not None:
+    o = o * sigmoid(project(layer, "gate_proj", x, layer.H))
+  return linear(layer.out_proj, o.reshape(len(x), -1))
+
+
+def attend(layer, x, seen):
+  """Each head over what ``seen(t, head)`` says, with the keys of its group."""
+  (q, k, v), sink, groups = qkv(layer, x), sinks(layer), layer.H // layer.Hkv
+  o = np.zeros_like(q)
+  for t, h in np.ndindex(*q.shape[:2]):
+    tokens = list(seen(t, h))
+    o[t, h] = attention(q[t, h], k[tokens, h // groups], v[tokens, h // groups], sink[h])
+  return leave(layer, o, x)
+
+
+def softmax_attention(layer, x, dense=False):
+  """arXiv:1706.03762, section 3.2: softmax(q k^T / sqrt(K)) v over the tokens up to the query's own."""
+  return attend(layer, x, lambda t, h: range(t + 1)), {}
+
+
+def sliding_window(layer, x, dense=False):
+  """arXiv:2004.05150, section 3.1: over the last ``window`` tokens."""
+  return attend(layer, x, lambda t, h: range(max(0, t - layer.config.window + 1), t + 1)), {}
+
+
+def latent_heads(layer, x):
+  """arXiv:2405.04434, equations 9 to 19: each head's q, k and v, from the latents."""
+  c, T, H = layer.config, len(x), layer.H
+  content = rms(linear(layer.kv_down, x), layer.kv_norm)
+  latent = rms(linear(layer.q_down, x), layer.q_norm) if c.q_lora_rank else x
+  q = linear(layer.q_up, latent).reshape(T, H, -1)
+  k = linear(layer.k_up, content).reshape(T, H, -1)
+  v = linear(layer.v_up, content).reshape(T, H, -1)
+  if c.rope_dim:
+    turn = (lambda y: rotated(y, c.rope_theta)) if c.rope else lambda y: y
+    q = np.concatenate([q[..., : c.nope_dim], turn(q[..., c.nope_dim :])], axis=-1)
+    k_rope = turn(linear(layer.k_rope, x))[:, None]
+    k = np.concatenate([k, np.repeat(k_rope, H, axis=1)], axis=-1)
+  return q, k, v, latent
+
+
+def latent_attention(layer, x, dense=False):
+  """The same paper: attention of these heads."""
+  q, k, v, _ = latent_heads(layer, x)
+  o = np.zeros((len(x), layer.H, v.shape[-1]))
+  for t, h in np.ndindex(*o.shape[:2]):
+    o[t, h] = attention(q[t, h], k[: t + 1, h], v[: t + 1, h])
+  return linear(layer.out_proj, o.reshape(len(x), -1)), {}
+
+
+def window_linear(layer, x, dense=False):
+  """arXiv:2410.10254, section 3.3: the window's weights and the features' products over one sum."""
+  q, k, v = qkv(layer, x)
+  gamma = np.exp(array(layer.log_gamma))
+  w_q, w_k = array(layer.q_features), array(layer.k_features)
+
+  def phi(y, w):
+    return softmax(np.concatenate([y @ w, -(y @ w)]))
+
+  o = np.zeros_like(q)
+  for t, h in np.ndindex(*q.shape[:2]):
+    weight = np.zeros(t + 1)
+    for s in range(t + 1):
+      if t - s < layer.config.window:
+        weight[s] = gamma[h] * np.exp(q[t, h] @ k[s, h] / np.sqrt(layer.K))
+      else:
+        weight[s] = phi(q[t, h], w_q[h]) @ phi(k[s, h], w_k[h])
+    o[t, h] = weight @ v[: t + 1, h] / weight.sum()
+  return leave(layer, o, x), {}
