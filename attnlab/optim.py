@@ -140,16 +140,16 @@ def matrix_dimensions(params: nnx.State) -> nnx.State:
   """Which parameters Muon orthogonalises, and along which dimensions: `MuonDimensionNumbers` or
   None for each `nnx.Param`.
 
-  A matrix is a weight that decays, has at least two logical axes, and is neither an embedding or
-  head (a "vocab" axis: their rows are looked up, not multiplied through) nor a short convolution (a
-  "conv" axis). Its last two dimensions are [in, out]; those before them (experts, layers stacked by
-  the scan) are a batch, each its own matrix.
+  A matrix is a weight that decays, has at least two logical axes, and is no embedding or head (a
+  "vocab" axis: their rows are looked up, not multiplied through). Its last two dimensions are
+  [in, out]; those before them (experts, layers stacked by the scan) are a batch, each its own
+  matrix.
   """
 
   def dimensions(p: nnx.Param) -> MuonDimensionNumbers | None:
     axes = p.get_metadata("axes")
     matrix = p.get_metadata("weight_decay") and len(axes) >= 2
-    if not matrix or {"vocab", "conv"} & set(axes):
+    if not matrix or "vocab" in axes:
       return None
     return MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
 

@@ -1,4 +1,5 @@
-"""Every key of a config with its default, the sizes, and the recipes. Model configs build on it:
+"""Every key of a config with its default (those of `data` are in attnlab/data/sources.py), the sizes, and
+the recipes. Model configs build on it:
 
     from attnlab.config import parse_arg
     from configs.base import base, recipe, size
@@ -19,8 +20,6 @@ from ml_collections import ConfigDict
 from attnlab.config import parse_arg
 from attnlab.data import data_config
 from attnlab.errors import unknown
-
-_SEQ_LEN = 256
 
 
 def base() -> ConfigDict:
@@ -51,8 +50,7 @@ def base() -> ConfigDict:
   c.model.norm_eps = 1e-6
   c.model.z_loss = 0.0  # weight of log(Z)^2, in nats
 
-  c.data = data_config()
-  c.data.seq_len = _SEQ_LEN  # tokens in a row
+  c.data = data_config()  # attnlab/data/sources.py says what each key is
 
   c.optim = ConfigDict()
   c.optim.name = "adamw"  # adamw, lion or muon (matrices; AdamW for the rest)

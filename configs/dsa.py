@@ -3,7 +3,7 @@
 python -m attnlab.train --config=configs/dsa.py
   3.45 bits per byte on held-out files after 100 updates of the tiny size, under a minute on two CPU cores
 python -m attnlab.train --config=configs/dsa.py:size=1.3b,recipe=pretrain
-  the paper's scale: 10 billion tokens, for accelerators; not run here
+  the 1.3b size: 10 billion tokens, for accelerators; not run here
 """
 
 from configs.base import single

@@ -3,7 +3,7 @@
 python -m attnlab.train --config=configs/gdn_mqar.py
   95 % of the values recalled after 600 updates of 64 examples, three to five minutes on two CPU cores
 python -m attnlab.train --config=configs/gdn_mqar.py:mixer=softmax
-  the same with another mixer
+  7 % after as many, in a little less time: without a convolution it has not begun to learn. Any mixer's name will do
 """
 
 from attnlab.config import parse_arg

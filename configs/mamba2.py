@@ -3,7 +3,7 @@
 python -m attnlab.train --config=configs/mamba2.py
   2.76 bits per byte on held-out files after 100 updates of the tiny size, about a minute on two CPU cores
 python -m attnlab.train --config=configs/mamba2.py:size=2.7b,recipe=pretrain
-  the paper's scale: 10 billion tokens, for accelerators; not run here
+  the 2.7b size: 10 billion tokens, for accelerators; not run here
 """
 
 from configs.base import single

@@ -24,7 +24,7 @@ VALIDATION_SEED = 0
 
 
 def data_config() -> ml_collections.ConfigDict:
-  """Every key of `config.data`, with its default: rows of 512 bytes of Python's own library."""
+  """Every key of `config.data`, with its default: rows of 256 bytes of Python's own library."""
   return ml_collections.ConfigDict(
     {
       # "text": files of text, JSON lines (.jsonl) or Parquet (.parquet). "tokens": flat token
@@ -32,7 +32,7 @@ def data_config() -> ml_collections.ConfigDict:
       # "task": a synthetic task.
       "name": "text",
       # Positions a row.
-      "seq_len": 512,
+      "seq_len": 256,
       # "bytes", the path of a tokenizer.json, or for token shards "ids": none, ids are shown as
       # numbers.
       "tokenizer": "bytes",

@@ -36,6 +36,10 @@ _MIXED = ("r", "w", "k", "v", "a", "g")
 class RWKV7(LinearMixer):
   """Erases under one key, at a rate for each channel, and writes under another; values lean on the first layer's.
 
+  Along the removal key the transition's eigenvalue is ``w - a``, at least ``exp(-0.6065) - 1 = -0.45``. There is no
+  option of a rate ``a`` up to 2, as delta rules have for eigenvalues down to -1: what is erased is read from the state
+  before its decay, so that a rate beyond ``1 + w`` makes the state grow without bound.
+
   Initial values of the mixing amounts and low-rank maps are those of the authors' code, by channel and layer.
   """
 

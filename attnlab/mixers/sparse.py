@@ -85,7 +85,8 @@ class Place:
       options.pop("window", None)
       if not isinstance(v, int):
         return self.full(q, k, v, **options)
-      o, lse = self.full(q, k, k, **options)  # keys are values as they are, without a copy of some channels
+      # Keys are values as they are, without a copy of some channels.
+      o, lse = self.full(q, k, k, **options)
       return o[..., :v], lse
     options = dict(self.options) | options
     return block_sparse_attention(q, k, v, indices, block_size=block_size, **options)
