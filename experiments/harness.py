@@ -270,7 +270,7 @@ def run_all(plan: Plan, results: Results, devices: Sequence[str]) -> list[Run]:
           live.console.print(progress.show([], results.directory, broken))
           return list(broken.values())
         live.update(progress.show(running, results.directory, broken), refresh=True)
-        time.sleep(0.5)
+        time.sleep(1.0)  # The table of many cells takes a while itself.
     finally:
       for worker in workers.values():
         worker.stop()

@@ -396,3 +396,26 @@ def test_every_parameter_can_be_saved():
     with jax.set_mesh(mesh):
       _, _, abstract = make_init(c, optim.optimizer(c.optim, 4), mesh)
     assert all(x.size for x in jax.tree.leaves(abstract["model"])), pattern
+
+
+def test_what_decay_granularity_takes_away_is_gone():
+  """Without its output gate a mixer has no projection for it; a mixer whose output is the gate's refuses."""
+  from experiments.decay_granularity import SIZES, pattern
+
+  def names(pattern):
+    c = tiny().config
+    c.model.pattern = pattern
+    c = resolve(c)
+    mesh = sharding.make_mesh(c.mesh)
+    with jax.set_mesh(mesh):
+      _, _, abstract = make_init(c, optim.optimizer(c.optim, 4), mesh)
+    flat = jax.tree_util.tree_leaves_with_path(abstract["model"]["params"])
+    return {jax.tree_util.keystr(path) for path, _ in flat}
+
+  s = SIZES["cpu"]
+  for mixer in ("gated_deltanet", "kda"):
+    gone = names(pattern(s, mixer, "convolution")) - names(pattern(s, mixer, "no output gate"))
+    assert gone and all("gate_proj" in name for name in gone)
+    assert names(pattern(s, mixer, "convolution")) == names(pattern(s, mixer, "no norm of q and k"))
+  with pytest.raises(UserError, match="output_gate"):
+    names("mamba2(num_heads=2, head_dim=8, output_gate=False)")

@@ -165,3 +165,20 @@ def test_mqar_fills_with_the_whole_vocabulary():
 def test_mqar_bad_parameters(args, seq_len, message):
   with pytest.raises(UserError, match=message):
     source("mqar", args, seq_len)
+
+
+def test_mqar_rows_of_several_lengths():
+  args = dict(vocab_size=64, num_kv_pairs=4, min_length=16, random_non_queries=False)
+  one = source("mqar", args, 32)
+  lengths = {int((one[i]["segment_ids"] > 0).sum()) for i in range(60)}
+  assert lengths == set(range(16, 33, 2))
+  with pytest.raises(UserError, match="min_length=12 must lie between 4 \\* num_kv_pairs = 16"):
+    tasks.make("mqar", args | {"min_length": 12}).check(32)
+
+
+def test_label_slots_are_places_without_labels():
+  """Two tasks with equally many have batches of one shape; labels and weights are what they were."""
+  few, many = (source("mqar", SMALL["mqar"][0] | {"label_slots": n}, 32)[3] for n in (0, 20))
+  assert few["labels"].size == 4 and many["labels"].size == len(set(many["labels"])) == 20
+  np.testing.assert_array_equal(few["labels"], many["labels"][:4])
+  np.testing.assert_array_equal(few["weights"], many["weights"])
