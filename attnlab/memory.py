@@ -1,0 +1,140 @@
+"""Temporary memory of a compiled train step, by the length of a row: linear, whatever the mechanism.
+
+  python -m attnlab.memory                                       all sparse mechanisms on a v6e, which need not be here
+  python -m attnlab.memory --mixers=nsa,dsa --chip=cpu --lengths=8192,16384
+  python -m attnlab.memory --dense --out=benchmarks/records/train_memory.json
+
+Each is a model of one layer, configs/NAME.py at its tiny size in bfloat16, through attnlab's own train step: loss, gradients
+and update of one packed row. Nothing is run, only compiled, by a process for each mechanism. TPUs need libtpu, but none of
+them.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from rich.console import Console
+from rich.table import Table
+
+from attnlab import cli, metrics, optim, sharding
+from attnlab.config import load, resolve
+from attnlab.errors import UserError, unknown
+from attnlab.mixers import mixer, mixers
+from attnlab.state import make_init
+from attnlab.train import make_update
+
+# Nothing is run: on a CPU most of the time would be LLVM's, which comes after memory is planned.
+_UNOPTIMISED = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+LENGTHS = (8192, 16384, 32768, 65536)
+
+
+def temporary(name: str, length: int, *, chip: str = "cpu", dense: bool = False) -> int:
+  """Bytes of temporary memory of one train step of a model of one layer.
+
+  Args:
+    name: of the mixer, and of its config.
+    length: tokens of the row.
+    chip: "cpu", or a name of ``pallas_kernels.cost.CHIPS``: then in a process with that package's environment.
+    dense: with everything seen, as in the first stage of some recipes.
+  """
+  config = load(f"configs/{mixer(name).name}.py")
+  config.model.update(dict(num_layers=1, dtype="bfloat16", dense=dense))
+  config.train.batch_size, config.data.seq_len, config.mesh.data = 1, length, 1
+  config = resolve(config)
+  mesh = sharding.make_mesh(config.mesh, [_device(chip)])
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    tx = optim.optimizer(config.optim, config.train.steps)
+    graphdef, _, state = make_init(config, tx, mesh)
+    spec = sharding.batch_sharding(mesh).spec
+    where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, *spec))
+    kinds = dict.fromkeys(("inputs", "targets", "positions", "segment_ids"), jnp.int32)
+    kinds |= dict.fromkeys(("weights", "bytes"), jnp.float32)
+    batch = {k: jax.ShapeDtypeStruct((1, 1, length), t, sharding=where) for k, t in kinds.items()}
+    lowered = make_update(graphdef, tx, state).lower(state, batch)
+  options = _UNOPTIMISED if chip == "cpu" else None
+  return lowered.compile(compiler_options=options).memory_analysis().temp_size_in_bytes
+
+
+def _device(chip: str) -> jax.Device:
+  if chip == "cpu":
+    return jax.devices("cpu")[0]
+  from jax.experimental import topologies
+
+  from pallas_kernels.cost import CHIPS
+
+  topology = CHIPS[chip].topology
+  return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+
+
+def table(
+  names: Sequence[str], lengths: Sequence[int] = LENGTHS, *, chip: str, dense: bool = False
+) -> dict[str, dict[int, int]]:
+  """Bytes by mixer and length, each mixer's compiled in a process of its own."""
+  from pallas_kernels.cost import environment
+
+  out = {}
+  for name in names:
+    what = [name, chip, str(int(dense)), *map(str, lengths)]
+    command = [sys.executable, "-m", "attnlab.memory", "--child", ",".join(what)]
+    child = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    if child.returncode:
+      last = child.stderr.strip().splitlines()[-1:] or [f"exit {child.returncode}"]
+      raise RuntimeError(f"{name} on {chip}: {last[0]}")
+    out[name] = {int(k): v for k, v in json.loads(child.stdout.splitlines()[-1]).items()}
+  return out
+
+
+def growth(row: dict[int, int]) -> float:
+  """The most that memory grows by from a length to twice that."""
+  return max(row[2 * length] / row[length] for length in row if 2 * length in row)
+
+
+def _print(result: dict[str, dict[int, int]]) -> None:
+  shown = Table()
+  shown.add_column("MiB")
+  for length in next(iter(result.values())):
+    shown.add_column(str(length), justify="right")
+  shown.add_column("most a doubling", justify="right")
+  for name, row in result.items():
+    cells = (f"{size / 2**20:.0f}" for size in row.values())
+    shown.add_row(name, *cells, f"{growth(row):.2f}" if len(row) > 1 else "-")
+  Console(highlight=False).print(shown)
+
+
+def main(_) -> None:
+  f = flags.FLAGS
+  if f.child:
+    name, chip, dense, *lengths = f.child.split(",")
+    options = dict(chip=chip, dense=bool(int(dense)))
+    print(json.dumps({n: temporary(name, int(n), **options) for n in lengths}))
+    return
+  from pallas_kernels.cost import CHIPS
+
+  if f.chip not in ("cpu", *CHIPS):
+    raise unknown("--chip", f.chip, ["cpu", *CHIPS])
+  try:
+    lengths = [int(n) for n in f.lengths]
+  except ValueError as error:
+    raise UserError(f"--lengths={','.join(f.lengths)} must be numbers of tokens") from error
+  names = f.mixers or [name for name, cls in mixers().items() if cls.family == "sparse"]
+  result = table(names, lengths, chip=f.chip, dense=f.dense)
+  _print(result)
+  if f.out:
+    record = {"chip": f.chip, "dense": f.dense, "jax": jax.__version__, "bytes": result}
+    metrics.write_atomically(Path(f.out), json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+  flags.DEFINE_list("mixers", [], "Mechanisms. Default: all sparse ones.")
+  flags.DEFINE_list("lengths", [str(n) for n in LENGTHS], "Tokens of a row.")
+  flags.DEFINE_string("chip", "v6e", "What to compile for: cpu, or a TPU of pallas_kernels.cost.")
+  flags.DEFINE_bool("dense", False, "With everything seen.")
+  flags.DEFINE_string("out", None, "Where to record the bytes as JSON.")
+  flags.DEFINE_string("child", None, "For the processes that this program starts.")
+  cli.run(main)
