@@ -8,6 +8,7 @@ from attnlab.errors import UserError
 from attnlab.mixers import sparse_references
 from attnlab.mixers.base import register
 from attnlab.mixers.sparse import (
+  Pools,
   SparseMixer,
   at_a_time,
   by_document,
@@ -44,6 +45,8 @@ class InfLLMV2(SparseMixer):
       pool_size: tokens of a pool of keys, a multiple of pool_stride.
       pool_stride: tokens from one pool to the next; block_size is a multiple of it too.
       initial, local: blocks always chosen at the document's start, and up to the query's own.
+      coarse_size: tokens of coarser pools, one each half of that, whose sum of exponentials is taken for the pools' own
+        (the paper's LSE approximation: 128); None: no approximation. A query that sees no such pool does without.
     """
 
     block_size: int = 64
@@ -52,9 +55,16 @@ class InfLLMV2(SparseMixer):
     pool_stride: int = 16
     initial: Natural = 1
     local: int = 32
+    coarse_size: int | None = None
 
   def __init__(self, config, layer, key):
     check_sizes(self.name, config, config.pool_size, config.pool_stride)
+    coarse, size, stride = config.coarse_size, config.pool_size, config.pool_stride
+    if coarse and (coarse % size or coarse % (2 * stride)):
+      raise UserError(
+        f"mixer {self.name!r}: coarse_size={coarse} must be a multiple of pool_size={size} and of"
+        f" twice pool_stride={stride}"
+      )
     super().__init__(config, layer, key)
 
   def pool_shapes(self, max_len):
@@ -71,11 +81,21 @@ class InfLLMV2(SparseMixer):
   def select(self, place, q, signals, tokens, pools):
     c, keys = self.config, pools.values["k"]
     B, N, Hkv = keys.shape[:3]
+    coarse = self.coarse(place, tokens, pools) if c.coarse_size else None
 
-    def some(q, first, complete, within):
-      p = softmax_over(
-        products(grouped(q, Hkv), keys, self.K**-0.5), pools.visible(first, complete)
-      )
+    def weights(q, first, complete, *coarse_places):
+      logits = products(grouped(q, Hkv), keys, self.K**-0.5)
+      visible = pools.visible(first, complete)
+      if coarse is None:
+        return softmax_over(logits, visible)
+      of_coarse = products(grouped(q, Hkv), coarse.values["k"], self.K**-0.5)
+      norm = log_of_sum(of_coarse, coarse.visible(*coarse_places))
+      norm = jnp.where(norm > -jnp.inf, norm, log_of_sum(logits, visible))
+      visible = visible[:, None, None]
+      return jnp.where(visible, jnp.exp(jnp.where(visible, logits - norm, 0)), 0)
+
+    def some(q, first, complete, within, *coarse_places):
+      p = weights(q, first, complete, *coarse_places)
       scores = by_document(p.sum(axis=2), first)
       current = within // c.block_size
       best = largest_overlapping(scores, c.pool_size, c.pool_stride, c.block_size)
@@ -85,7 +105,30 @@ class InfLLMV2(SparseMixer):
 
     rows = at_a_time(4 * B * q.shape[2] * N)
     args = q, pools.first, pools.complete, place.layout.within
+    args += () if coarse is None else (coarse.first, coarse.complete)
     return over_queries(some, rows, *args, checkpoint=False).swapaxes(1, 2)
+
+  def coarse(self, place, tokens, pools):
+    """The coarser pools; behind a cache they are means of those that it has, of a document that begins with it."""
+    c, size, stride = self.config, self.config.coarse_size, self.config.coarse_size // 2
+    if place.new is None:
+      mean = lambda pools: {"k": pools["k"].mean(axis=2)}  # noqa: E731
+      return place.pools(mean, {"k": tokens["k"]}, size, stride)
+    fine = pools.values["k"]
+    first = jnp.arange(max(fine.shape[1] * c.pool_stride // stride, 1)) * (stride // c.pool_stride)
+    parts = jnp.arange(size // c.pool_size) * (c.pool_size // c.pool_stride)
+    keys = fine.at[:, first[:, None] + parts].get(mode="clip").mean(axis=2)
+    complete = place.layout.complete(size, stride)
+    return Pools({"k": keys}, jnp.zeros_like(complete), complete)
+
+
+def log_of_sum(logits, visible):
+  """The logarithm of the sum of exponentials over what is visible [B, t, N], [..., 1]; of none, -inf."""
+  visible = visible[:, None, None]
+  top = jnp.max(jnp.where(visible, logits, -jnp.inf), axis=-1, keepdims=True)
+  top = jnp.where(top == -jnp.inf, 0, top)
+  total = jnp.sum(jnp.where(visible, jnp.exp(logits - top), 0), axis=-1, keepdims=True)
+  return jnp.where(total > 0, top + jnp.log(total), -jnp.inf)
 
 
 def check_sizes(name: str, config, size: int, stride: int) -> None:
