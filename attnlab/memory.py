@@ -4,9 +4,9 @@
   python -m attnlab.memory --mixers=nsa,dsa --chip=cpu --lengths=8192,16384
   python -m attnlab.memory --dense --out=benchmarks/records/train_memory.json
 
-Each is a model of one layer, configs/NAME.py at its tiny size in bfloat16, through attnlab's own train step: loss, gradients
-and update of one packed row. Nothing is run, only compiled, by a process for each mechanism. TPUs need libtpu, but none of
-them.
+Each is a model of one layer, configs/NAME.py at its tiny size in bfloat16, through attnlab's own train step: loss,
+gradients and update of one packed row. Nothing is run, only compiled, by a process for each mechanism. For TPUs this
+needs libtpu, and no TPU.
 """
 
 import json

@@ -21,6 +21,7 @@ from attnlab.nn import Linear, RMSNorm, fan_in, param
 from attnlab.settings import Natural, Weight
 from pallas_kernels.block_sparse import (
   block_sparse_attention,
+  index_scores,
   merge_attention,
   over_queries,
   select_blocks,
@@ -277,10 +278,10 @@ class CompressedSparseAttention(CompressedAttention):
 
     def some(index, places):
       first, complete = places
-      scores = LightningIndexer.scores(*index, keys)[:, None]
+      scores = index_scores(*index, keys, jnp.max(first + complete))[:, None]
       return select_blocks(scores, first, complete, complete - 1, top_k=c.top_k)[:, 0]
 
-    rows = at_a_time(4 * B * c.index_heads * N)
+    rows = at_a_time(4 * B * N)
     chosen = over_queries(some, rows, index, places, checkpoint=False)
     # Entries have no place in time here: all that is chosen is seen.
     numbers = jnp.where(chosen >= 0, pools.first[..., None] + chosen, -1)[:, None]
@@ -296,7 +297,7 @@ class CompressedSparseAttention(CompressedAttention):
       p, _ = chosen_weights(q, frozen, total, *choice, self.K**-0.5)
       p = sharding.mean_over("heads", p[:, :, 0, :, 0])
       own = jax.vmap(lambda keys, i: keys.at[i].get(mode="clip"))
-      scores = LightningIndexer.scores(*index, own(keys, first[..., None] + chosen))
+      scores = LightningIndexer.scores_of_own(*index, own(keys, first[..., None] + chosen))
       return kl(p, scores, chosen >= 0)
 
     q, frozen, total = (jax.lax.stop_gradient(y) for y in (q, k, total))
@@ -318,7 +319,7 @@ class CompressedSparseAttention(CompressedAttention):
     def teach(p, lse, first, complete, near_lse, index):
       share = jnp.exp(lse - jnp.logaddexp(lse, jnp.moveaxis(near_lse, 2, 1)[:, None]))
       target = sharding.mean_over("heads", jnp.mean(share[..., None] * p, axis=(1, 2)))
-      scores = LightningIndexer.scores(*index, keys)
+      scores = index_scores(*index, keys, jnp.max(first + complete))
 
       def best(scores):
         return select_blocks(scores[:, None], first, complete, complete - 1, top_k=c.top_k)

@@ -17,7 +17,7 @@ from attnlab.mixers.mla import MultiHeadLatentAttention
 from attnlab.mixers.sparse import SparseCore, at_a_time, extend_tails
 from attnlab.nn import Linear, param, rope
 from attnlab.settings import Natural, Weight
-from pallas_kernels.block_sparse import over_queries, select_blocks
+from pallas_kernels.block_sparse import index_scores, over_queries, select_blocks
 
 
 class LayerNorm(nnx.Module):
@@ -81,11 +81,9 @@ class LightningIndexer(nnx.Module):
     return {"k": jnp.sum(gate * tokens["index_k"], axis=2)}
 
   @staticmethod
-  def scores(q, w, k):
-    """[B, t, N] of queries [B, t, heads, dim] and their weights with keys [B, N, dim] or, each with its own,
-    [B, t, N, dim]."""
-    keys = "bnd" if k.ndim == 3 else "btnd"
-    dot = jnp.einsum(f"bthd,{keys}->bthn", q, k, precision="highest")
+  def scores_of_own(q, w, k):
+    """[B, t, n] of queries [B, t, heads, dim] and their weights with keys that each has for itself, [B, t, n, dim]."""
+    dot = jnp.einsum("bthd,btnd->bthn", q, k, precision="highest")
     return jnp.einsum("bthn,bth->btn", jax.nn.relu(dot).astype(w.dtype), w)
 
 
@@ -218,7 +216,8 @@ class DeepSeekSparseAttention(SparseCore, MultiHeadLatentAttention):
     B, N = keys.shape[:2]
 
     def some(q, w, first, complete, within):
-      scores = LightningIndexer.scores(q[:, :, 0], w[:, :, 0], keys)[:, None]
+      end = jnp.max(first + complete)
+      scores = index_scores(q[:, :, 0], w[:, :, 0], keys, end)[:, None]
       current = within // c.pool
       chosen = select_blocks(scores, first, complete, current, top_k=c.top_k // c.pool)[:, 0]
       if c.pool > 1:
@@ -227,7 +226,7 @@ class DeepSeekSparseAttention(SparseCore, MultiHeadLatentAttention):
       return chosen[:, :, None]
 
     args = signals["index_q"], signals["index_w"], pools.first, pools.complete, place.layout.within
-    rows = at_a_time(4 * B * c.index_heads * N)
+    rows = at_a_time(4 * B * N)
     chosen = over_queries(some, rows, *args, checkpoint=False)
     if c.share == "give":
       missing = self.shared(c, 0)["dsa_chosen_ids"][0] - chosen.shape[-1]
@@ -258,7 +257,7 @@ class DeepSeekSparseAttention(SparseCore, MultiHeadLatentAttention):
       p = sharding.mean_over("heads", p.sum(axis=-1)[:, :, 0])
       chosen = chosen[:, :, 0]
       own = jax.vmap(lambda keys, i: keys.at[i].get(mode="clip"))
-      scores = LightningIndexer.scores(*index, own(keys, first[..., None] + chosen))
+      scores = LightningIndexer.scores_of_own(*index, own(keys, first[..., None] + chosen))
       return kl(p, scores, (chosen >= 0) & (chosen < complete[..., None]))
 
     def of_all(q, index, places):
@@ -267,7 +266,7 @@ class DeepSeekSparseAttention(SparseCore, MultiHeadLatentAttention):
       rows = pools.columns[..., None] + jnp.arange(c.pool)
       p = jax.vmap(lambda p, rows: p.at[:, rows].get(mode="clip"))(p[:, 0], rows).sum(axis=-1)
       p = sharding.mean_over("heads", p)
-      scores = LightningIndexer.scores(*index, keys)
+      scores = index_scores(*index, keys, jnp.max(first + complete))
 
       def best(scores):
         options = dict(top_k=c.top_k // c.pool)

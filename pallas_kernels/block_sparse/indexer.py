@@ -1,0 +1,109 @@
+"""A lightning indexer's scores, ``I_{t,s} = sum_j w_{t,j} ReLU(q_{t,j} . k_s)`` (arXiv:2512.02556, equation 1).
+
+Heads are summed within a tile of keys, so that an array of queries by heads by keys is only as large as a tile's; what
+no query sees is not computed.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import dispatch
+
+# Bytes of a tile's products: on a CPU they should stay near its cache.
+_CPU, _ELSEWHERE = 1 << 23, 1 << 27
+_LANES = 128
+
+_einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
+
+def index_scores(
+  q: Float[Array, "B t h d"],
+  w: Float[Array, "B t h"],
+  k: Float[Array, "B N d"],
+  end: Int[Array, ""] | int | None = None,
+) -> Float[Array, "B t N"]:
+  """Scores of some queries for all keys, in float32 (float64 for float64 inputs). Differentiable in q, w and k.
+
+  Args:
+    q: queries of the indexer's heads.
+    w: the heads' weights.
+    k: keys, which all heads share.
+    end: no query sees keys from here on: their scores, and the gradients of these, are zero. None: all are seen.
+  """
+  return _scores(q, w, k, jnp.asarray(k.shape[1] if end is None else end, jnp.int32))
+
+
+class _Tiles:
+  """Keys, some at a time; the last tile reaches back over the one before it."""
+
+  def __init__(self, q, k):
+    budget = _CPU if dispatch.platform() == "cpu" else _ELSEWHERE
+    B, t, h = q.shape[:3]
+    self.dtype, self.N = jnp.promote_types(q.dtype, jnp.float32), k.shape[1]
+    self.size = min(max(budget // (4 * B * t * h) // _LANES * _LANES, _LANES), self.N)
+
+  def count(self, end):
+    return -(-jnp.minimum(end, self.N) // self.size)
+
+  def start(self, i):
+    return jnp.minimum(i * self.size, self.N - self.size)
+
+  def take(self, x, i, axis):
+    return jax.lax.dynamic_slice_in_dim(x, self.start(i), self.size, axis)
+
+  def put(self, x, tile, i, axis):
+    return jax.lax.dynamic_update_slice_in_dim(x, tile, self.start(i), axis)
+
+  def seen(self, i, end):
+    """Which keys of tile i belong to it and are before the end."""
+    key = self.start(i) + jnp.arange(self.size)
+    return (key >= i * self.size) & (key < end)
+
+  def products(self, q, k):
+    return _einsum("bthd,bnd->bthn", q, k, preferred_element_type=self.dtype)
+
+
+@jax.custom_vjp
+def _scores(q, w, k, end):
+  tiles = _Tiles(q, k)
+
+  def body(i, out):
+    products = tiles.products(q, tiles.take(k, i, 1))
+    # A sum of products, not a matrix product over heads: the compiler takes it into the loop that makes them.
+    tile = jnp.sum(jax.nn.relu(products) * w[..., None].astype(tiles.dtype), axis=2)
+    # A last tile computes again what the one before it had.
+    return tiles.put(out, jnp.where(tiles.start(i) + jnp.arange(tiles.size) < end, tile, 0), i, 2)
+
+  zeros = jnp.zeros((*w.shape[:2], tiles.N), tiles.dtype)
+  return jax.lax.fori_loop(0, tiles.count(end), body, zeros)
+
+
+def _forward(q, w, k, end):
+  return _scores(q, w, k, end), (q, w, k, end)
+
+
+def _backward(residuals, dout):
+  q, w, k, end = residuals
+  tiles = _Tiles(q, k)
+  wide = w.astype(tiles.dtype)
+
+  def body(i, sums):
+    dq, dw, dk = sums
+    keys = tiles.take(k, i, 1)
+    d = jnp.where(tiles.seen(i, end), tiles.take(dout, i, 2), 0)[:, :, None]
+    products = tiles.products(q, keys)
+    dw += jnp.sum(d * jax.nn.relu(products), axis=3)
+    d = jnp.where(products > 0, d * wide[..., None], 0).astype(q.dtype)
+    dq += _einsum("bthn,bnd->bthd", d, keys, preferred_element_type=tiles.dtype)
+    tile = _einsum("bthn,bthd->bnd", d, q, preferred_element_type=tiles.dtype)
+    return dq, dw, tiles.put(dk, tiles.take(dk, i, 1) + tile, i, 1)
+
+  zeros = tuple(jnp.zeros(x.shape, tiles.dtype) for x in (q, w, k))
+  grads = jax.lax.fori_loop(0, tiles.count(end), body, zeros)
+  return *(g.astype(x.dtype) for g, x in zip(grads, (q, w, k), strict=True)), None
+
+
+_scores.defvjp(_forward, _backward)
