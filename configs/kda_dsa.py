@@ -1,5 +1,6 @@
 """Three KDA layers to one of sparse latent attention, without position encoding and without full attention, after
-GLM-5-Next.
+GLM-5-Next: pools of tokens have one key, the last one that is not full is always seen, and every second sparse layer
+attends to what the one before it chose.
 
 python -m attnlab.train --config=configs/kda_dsa.py
   3.09 bits per byte on held-out files after 100 updates of the tiny size, about a minute on two CPU cores
@@ -38,4 +39,5 @@ def get_config(arg: str = ""):
       index_rope_dim=0,
     ),
   )
-  return hybrid("3*kda + 1*dsa", arg, tiny=tiny, large=large)
+  pattern = "3*kda + dsa(share=give) + 3*kda + dsa(share=take)"
+  return hybrid(pattern, arg, tiny=tiny, large=large)

@@ -47,7 +47,7 @@ def equation(layer, x, coarse_size):
     fine = np.array([k[i : i + 4, g].mean(axis=0) for i in starts]).reshape(-1, K)
     ends = range(coarse_size, t + 2, half) if half else ()
     coarse = np.array([k[e - coarse_size : e, g].mean(axis=0) for e in ends]).reshape(-1, K)
-    exp = lambda keys, h: np.exp(keys @ q[t, h] / np.sqrt(K))  # noqa: E731
+    exp = lambda keys, h, t=t: np.exp(keys @ q[t, h] / np.sqrt(K))  # noqa: E731
     weight = sum(exp(fine, h) / exp(coarse if len(coarse) else fine, h).sum() for h in group)
     score = {}
     for j in range(1, now):
