@@ -13,7 +13,7 @@ def parity(tests: tuple[int, ...]) -> Task:
 
 
 # On two cores: short words and a target at every prefix, which stand in for the paper's words that grow from short to
-# long. With a target at the end of words of 3 to 40 alone, Mamba-3 learnt nothing in 300 updates; on these it needs 500:
+# long. With a target at the end of words of 3 to 40 alone, Mamba-3 learnt nothing in 300 updates; here it needs 500:
 # its step has to grow from 0.01 to 1 before the state can be turned half-way round.
 SHORT = Task("parity", "parity", {}, 1 / 2, 1, (3, 16), (16, 64, 256), 64, prefixes=True)
 
