@@ -327,6 +327,12 @@ def test_kernel_without_races_or_unwritten_memory():
         np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5)
 
 
+def test_there_is_no_gpu_kernel_and_it_says_why():
+  x = jnp.ones((1, 4096, 128), jnp.bfloat16)  # 1 MiB
+  with pytest.raises(NotImplementedError, match="XLA.* 2 MiB forward.* 5 MiB of at least 3"):
+    short_conv(x, jnp.ones((4, 128)), backend="gpu")
+
+
 def test_kernel_refuses_float64():
   x, weight, bias, before = inputs(5)
   with pytest.raises(NotImplementedError, match="float64"):

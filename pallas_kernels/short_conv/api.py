@@ -38,7 +38,8 @@ def short_conv(
     initial_state: the inputs before the first token, oldest first; zero where ``None``. They belong
       to the first segment of each row.
     segment_ids: no tap reaches across a change of id from one token to the next.
-    backend: "auto", "xla", "tpu" (a Pallas kernel) or "interpret" (the same, on any machine, slowly).
+    backend: "auto", "xla", "tpu" (a Pallas kernel) or "interpret" (the same, on any machine, slowly). "gpu" has none,
+      and says why.
 
   Returns:
     The outputs, in x's dtype, and the state after the last token, in x's dtype: the last W - 1
@@ -62,9 +63,20 @@ def short_conv(
     "xla": lambda: None,
     "tpu": serves,
     "interpret": serves,
+    "gpu": functools.partial(_no_gpu_kernel, x),
   }
   name = dispatch.choose(backend, backends, _ORDER)
   return _conv(name, x, weight, bias, initial_state.astype(x.dtype), runs)
+
+
+def _no_gpu_kernel(x: Array) -> None:
+  """On GPUs XLA's passes are what a kernel would do: ``xla.py`` tells what was compiled."""
+  size = x.size * x.dtype.itemsize / 2**20
+  raise NotImplementedError(
+    "the short convolution has no GPU kernel: XLA's own, backend 'xla', reads x and writes y once, the least there is "
+    f"(here {2 * size:.0f} MiB forward); backward it reads x and dy twice and writes dx, {5 * size:.0f} MiB of at least "
+    f"{3 * size:.0f}"
+  )
 
 
 def short_conv_step(
