@@ -66,11 +66,15 @@ def run(directory: Path) -> dict[str, Any]:
 @functools.cache
 def commit() -> str | None:
   """Of the sources that run, "-dirty" where they differ from it; None: not known."""
-  command = ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]
-  where = Path(__file__).resolve().parent
+
+  def git(*args: str) -> subprocess.CompletedProcess[str]:
+    where = Path(__file__).resolve().parent.parent
+    return subprocess.run(["git", *args], cwd=where, capture_output=True, text=True)
+
   with contextlib.suppress(OSError):
-    told = subprocess.run(command, cwd=where, capture_output=True, text=True)
-    return told.stdout.strip() or None
+    if name := git("rev-parse", "--short=12", "HEAD").stdout.strip():
+      sources = ("attnlab", "configs", "experiments", "pallas_kernels")
+      return name + ("-dirty" if git("diff", "--quiet", "HEAD", "--", *sources).returncode else "")
   return None
 
 
