@@ -92,10 +92,61 @@ def over_queries(fn: Callable[..., Any], rows: int, *args: Any, checkpoint: bool
     x = jnp.moveaxis(x, 0, 1)
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :T]
 
-  run = functools.partial(_apply, fn)
-  run = jax.checkpoint(run) if checkpoint else run
-  return jax.tree.map(join, jax.lax.map(run, jax.tree.map(cut, args)))
+  chunks = jax.tree.map(cut, args)
+  if not checkpoint:
+    return jax.tree.map(join, jax.lax.map(lambda xs: fn(*xs), chunks))
+  leaves, tree = jax.tree.flatten(chunks)
+  one = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in leaves]
+  traced = jax.make_jaxpr(lambda *xs: fn(*jax.tree.unflatten(tree, xs)), return_shape=True)
+  program, shapes = traced(*one)
+  outs = _recomputed(program.jaxpr, *_split(program.consts), *_split(leaves))
+  return jax.tree.map(join, jax.tree.unflatten(jax.tree.structure(shapes), outs))
 
 
-def _apply(fn, args):
-  return fn(*args)
+# jax.checkpoint in a loop in a loop (of layers) keeps, of every chunk, what does not depend on what is differentiated,
+# such as masks over all keys (jax 0.11.2). Here the backward pass has inputs and cotangents, and nothing else.
+
+
+def _split(xs):
+  """Those that have a gradient, and the others, with None in their places."""
+  has = [jnp.issubdtype(x.dtype, jnp.inexact) for x in xs]
+  return tuple([x if h == kind else None for x, h in zip(xs, has, strict=True)] for kind in (1, 0))
+
+
+def _joined(xs, others):
+  return [y if x is None else x for x, y in zip(xs, others, strict=True)]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _recomputed(jaxpr, consts, other_consts, xs, others):
+  consts = _joined(consts, other_consts)
+  run = lambda chunk: jax.core.eval_jaxpr(jaxpr, consts, *_joined(*chunk))  # noqa: E731
+  return jax.lax.map(run, (xs, others))
+
+
+def _recomputed_forward(jaxpr, *args):
+  return _recomputed(jaxpr, *args), args
+
+
+def _recomputed_backward(jaxpr, args, cotangents):
+  consts, other_consts, xs, others = args
+  has = [jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in jaxpr.outvars]
+  cotangents = [c for c, h in zip(cotangents, has, strict=True) if h]
+
+  def one(sums, chunk):
+    xs, others, cotangents = chunk
+
+    def run(consts, xs):
+      out = jax.core.eval_jaxpr(jaxpr, _joined(consts, other_consts), *_joined(xs, others))
+      return [y for y, h in zip(out, has, strict=True) if h]
+
+    dconsts, dxs = jax.vjp(run, consts, xs)[1](cotangents)
+    return jax.tree.map(lambda s, d: s + d.astype(s.dtype), sums, dconsts), dxs
+
+  # Sums of many chunks: of bfloat16 in float32.
+  wide = lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))  # noqa: E731
+  sums, dxs = jax.lax.scan(one, jax.tree.map(wide, consts), (xs, others, cotangents))
+  return jax.tree.map(lambda d, x: d.astype(x.dtype), sums, consts), None, dxs, None
+
+
+_recomputed.defvjp(_recomputed_forward, _recomputed_backward)
