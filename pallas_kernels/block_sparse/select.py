@@ -73,7 +73,7 @@ def over_queries(fn: Callable[..., Any], rows: int, *args: Any, checkpoint: bool
     fn: a function of arrays [B, rows, ...] to a tree of such arrays.
     rows: how many queries at a time.
     args: trees of arrays [B, T, ...]. The last part is padded with zeros.
-    checkpoint: compute ``fn`` again in the backward pass.
+    checkpoint: compute ``fn`` again in the backward pass. False: it has no gradient.
 
   Returns:
     The results for all T queries.
@@ -93,18 +93,20 @@ def over_queries(fn: Callable[..., Any], rows: int, *args: Any, checkpoint: bool
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :T]
 
   chunks = jax.tree.map(cut, args)
-  if not checkpoint:
-    return jax.tree.map(join, jax.lax.map(lambda xs: fn(*xs), chunks))
   leaves, tree = jax.tree.flatten(chunks)
   one = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in leaves]
   traced = jax.make_jaxpr(lambda *xs: fn(*jax.tree.unflatten(tree, xs)), return_shape=True)
   program, shapes = traced(*one)
-  outs = _recomputed(program.jaxpr, *_split(program.consts), *_split(leaves))
+  inputs = program.consts, leaves
+  if not checkpoint:
+    inputs = jax.tree.map(jax.lax.stop_gradient, inputs)
+  outs = _recomputed(program.jaxpr, *(x for xs in inputs for x in _split(xs)))
   return jax.tree.map(join, jax.tree.unflatten(jax.tree.structure(shapes), outs))
 
 
 # jax.checkpoint in a loop in a loop (of layers) keeps, of every chunk, what does not depend on what is differentiated,
-# such as masks over all keys (jax 0.11.2). Here the backward pass has inputs and cotangents, and nothing else.
+# such as masks over all keys (jax 0.11.2); so does a loop whose results alone have no gradient. Here the backward pass
+# has inputs and cotangents, and nothing else.
 
 
 def _split(xs):
