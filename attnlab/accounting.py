@@ -22,6 +22,7 @@ from attnlab import cli
 from attnlab.config import resolve
 from attnlab.mixers import Mixer
 from attnlab.model import Model
+from attnlab.nn import is_matrix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,8 +134,7 @@ def _matmul_flops(model: ConfigDict) -> float:
   """Two a value of every matrix that a token is multiplied by; the head is one, the embedding is looked up."""
   total = 2.0 * model.vocab_size * model.d_model
   for p in _params(model):
-    axes = p.get_metadata()["axes"]
-    if len(axes) >= 2 and "vocab" not in axes:
+    if is_matrix(p):
       total += 2.0 * math.prod(p.get_value().shape) * _share(model, p)
   return total
 

@@ -43,6 +43,12 @@ def param(
   return nnx.Param(init(key, tuple(shape), jnp.float32), axes=tuple(axes), weight_decay=decay)
 
 
+def is_matrix(p: nnx.Param) -> bool:
+  """Whether tokens are multiplied by it, unlike taps, biases of channels and mixing amounts, and tables of rows."""
+  meta = p.get_metadata()
+  return meta["weight_decay"] and len(meta["axes"]) >= 2 and "vocab" not in meta["axes"]
+
+
 def fan_in(scale: float = 1.0) -> Init:
   """Truncated normal of variance ``scale^2 / inputs``."""
   return jax.nn.initializers.variance_scaling(scale**2, "fan_in", "truncated_normal")
@@ -222,9 +228,9 @@ class ShortConv(nnx.Module):
   def __call__(
     self,
     x: Float[Array, "B T D"],
-    state: Float[Array, "B W-1 D"] | None = None,
+    state: Float[Array, "B past D"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
-  ) -> tuple[Float[Array, "B T D"], Float[Array, "B W-1 D"]]:
+  ) -> tuple[Float[Array, "B T D"], Float[Array, "B past D"]]:
     """The convolved tokens, and the last inputs: the state with which the next tokens continue."""
     rows = ("batch", None, self.axis)
     run = sharding.local(

@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 from optax.contrib import MuonDimensionNumbers
 
 from attnlab.errors import UserError, unknown
+from attnlab.nn import is_matrix
 from attnlab.settings import Range, check_ranges
 
 OPTIMIZERS = ("adamw", "lion", "muon")
@@ -140,16 +141,12 @@ def matrix_dimensions(params: nnx.State) -> nnx.State:
   """Which parameters Muon orthogonalises, and along which dimensions: `MuonDimensionNumbers` or
   None for each `nnx.Param`.
 
-  A matrix is a weight that decays, has at least two logical axes, and is no embedding or head (a
-  "vocab" axis: their rows are looked up, not multiplied through). Its last two dimensions are
-  [in, out]; those before them (experts, layers stacked by the scan) are a batch, each its own
-  matrix.
+  A matrix (`attnlab.nn.is_matrix`) has [in, out] as its last two dimensions; those before them
+  (experts, layers stacked by the scan) are a batch, each its own matrix.
   """
 
   def dimensions(p: nnx.Param) -> MuonDimensionNumbers | None:
-    axes = p.get_metadata("axes")
-    matrix = p.get_metadata("weight_decay") and len(axes) >= 2
-    if not matrix or "vocab" in axes:
+    if not is_matrix(p):
       return None
     return MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
 

@@ -154,6 +154,11 @@ class NativeSparseAttention(NSABase):
     self.k_mlp = PoolMLP(keys[4], self.pool_size, self.K)
     self.v_mlp = PoolMLP(keys[5], self.pool_size, self.K)
 
+  def core_flops(self, length, decode):
+    # The MLPs' matrices are parameters, counted once a token; a pool of each key head ends every stride.
+    matrices = 2 * (self.pool_size + 1) * self.K**2
+    return super().core_flops(length, decode) + 2.0 * matrices * (self.Hkv / self.pool_stride - 1)
+
   def weights(self):
     return {"k_mlp": self.k_mlp.weights(), "v_mlp": self.v_mlp.weights()}
 

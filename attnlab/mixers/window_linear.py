@@ -53,10 +53,10 @@ class WindowLinear(SoftmaxAttention):
     self.log_gamma = param(b, jax.nn.initializers.zeros, (self.H,), ("heads",))
 
   def core_flops(self, length, decode):
-    """Of the window; the features, the state's reading and writing."""
+    """Of the window; the state's reading and writing. The features' matrices are parameters."""
     w = min(self.config.window, length)
     seen = w if decode else w - w * (w - 1) / 2 / length
-    return self.H * (4.0 * self.K * seen + 4.0 * self.K**2 + 8.0 * self.K * (self.K + 1))
+    return self.H * (4.0 * self.K * seen + 8.0 * self.K * (self.K + 1))
 
   def init_cache(self, batch, max_len, dtype=jnp.float32):
     w, shape = self.config.window, (self.H, self.K)

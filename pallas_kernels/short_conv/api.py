@@ -22,11 +22,11 @@ def short_conv(
   x: Float[Array, "B T D"],
   weight: Float[Array, "W D"],
   bias: Float[Array, " D"] | None = None,
-  initial_state: Float[Array, "B W-1 D"] | None = None,
+  initial_state: Float[Array, "B past D"] | None = None,
   *,
   segment_ids: Int[Array, "B T"] | None = None,
   backend: str = "auto",
-) -> tuple[Float[Array, "B T D"], Float[Array, "B W-1 D"]]:
+) -> tuple[Float[Array, "B T D"], Float[Array, "B past D"]]:
   """Convolves each channel causally: ``y_t = bias + sum_w weight_w x_{t - (W - 1) + w}``.
 
   Arithmetic is float32 (float64 for float64 inputs). Differentiable in all but ``segment_ids``.
@@ -82,9 +82,9 @@ def _no_gpu_kernel(x: Array) -> None:
 def short_conv_step(
   x: Float[Array, "B 1 D"],
   weight: Float[Array, "W D"],
-  state: Float[Array, "B W-1 D"],
+  state: Float[Array, "B past D"],
   bias: Float[Array, " D"] | None = None,
-) -> tuple[Float[Array, "B 1 D"], Float[Array, "B W-1 D"]]:
+) -> tuple[Float[Array, "B 1 D"], Float[Array, "B past D"]]:
   """One token from a state, as ``short_conv`` returns it: the decode step.
 
   Returns:

@@ -204,10 +204,10 @@ def forward(
   x: Float[Array, "B T D"],
   weight: Float[Array, "W D"],
   bias: Float[Array, " D"] | None,
-  before: Float[Array, "B W-1 D"],
+  before: Float[Array, "B past D"],
   runs: Int[Array, "B T"] | None,
   interpret: bool | pltpu.InterpretParams = False,
-) -> tuple[Float[Array, "B T D"], Float[Array, "B W-1 D"]]:
+) -> tuple[Float[Array, "B T D"], Float[Array, "B past D"]]:
   """As ``xla.forward``; ``interpret`` runs the kernel on any machine."""
   B, T, D = x.shape
   W, H, (C, Dc) = weight.shape[0], _halo(weight), _blocks(x)
@@ -252,10 +252,10 @@ def backward(
   x: Float[Array, "B T D"],
   weight: Float[Array, "W D"],
   bias: Float[Array, " D"] | None,
-  before: Float[Array, "B W-1 D"],
+  before: Float[Array, "B past D"],
   runs: Int[Array, "B T"] | None,
   dy: Float[Array, "B T D"],
-  dafter: Float[Array, "B W-1 D"],
+  dafter: Float[Array, "B past D"],
   interpret: bool | pltpu.InterpretParams = False,
 ) -> tuple[Array, Array, Array | None, Array]:
   """As ``xla.backward``; ``interpret`` runs the kernel on any machine."""

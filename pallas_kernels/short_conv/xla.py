@@ -30,9 +30,9 @@ def forward(
   x: Float[Array, "B T D"],
   weight: Float[Array, "W D"],
   bias: Float[Array, " D"] | None,
-  before: Float[Array, "B W-1 D"],
+  before: Float[Array, "B past D"],
   runs: Int[Array, "B T"] | None,
-) -> tuple[Float[Array, "B T D"], Float[Array, "B W-1 D"]]:
+) -> tuple[Float[Array, "B T D"], Float[Array, "B past D"]]:
   """Outputs and the state after the last token, of x's dtype; ``runs`` as ``segments.runs`` counts them."""
   T, W = x.shape[1], weight.shape[0]
   window = jnp.concatenate([before, x], axis=1)
@@ -50,10 +50,10 @@ def backward(
   x: Float[Array, "B T D"],
   weight: Float[Array, "W D"],
   bias: Float[Array, " D"] | None,
-  before: Float[Array, "B W-1 D"],
+  before: Float[Array, "B past D"],
   runs: Int[Array, "B T"] | None,
   dy: Float[Array, "B T D"],
-  dafter: Float[Array, "B W-1 D"],
+  dafter: Float[Array, "B past D"],
 ) -> tuple[Array, Array, Array | None, Array]:
   """Gradients of x, weight, bias and before, in their dtypes."""
   T, W = x.shape[1], weight.shape[0]
