@@ -26,6 +26,43 @@ def with_gradients(backend, shape, dtype, T, packed):
   return run, (r, state, ids, r.v, state)
 
 
+def flat(tree):
+  """[B, T, heads, D] as [B, T, heads D], which projections write."""
+  return jax.tree.map(lambda x: x.reshape(*x.shape[:2], -1) if x.ndim == 4 else x, tree)
+
+
+def gradients(argument: str):
+  """ "backend:shape:T:dtype:layout:packed" of a real shape, of every gradient; layout "flat", or "heads": four axes."""
+  backend, name, T, dtype, layout, packed = argument.split(":")
+  r = jax.eval_shape(lambda: inputs(SHAPES[name], length=int(T), dtype=jnp.dtype(dtype)))
+  ids = jax.ShapeDtypeStruct(r.v.shape[:2], jnp.int32) if packed == "packed" else None
+  laid = flat if layout == "flat" else lambda tree: tree
+
+  def run(args, ids, do):
+    def forward(args):
+      own = jax.tree.map(lambda x, of: x.reshape(of.shape), args, r)
+      return laid(linear_recurrence(own, segment_ids=ids, backend=backend)[0])
+
+    _, vjp = jax.vjp(forward, args)
+    return vjp(do)
+
+  args = jax.eval_shape(laid, r)
+  return run, (args, ids, args.v)
+
+
+def temporary_bound(argument: str, chunk: int) -> float:
+  """Bytes that such a program may take: states at chunk boundaries and 1.2 times the gradients.
+
+  Of four axes it copies inputs as well, and so has those beside.
+  """
+  _, name, T, dtype, layout, _ = argument.split(":")
+  shape = SHAPES[name]
+  r = jax.eval_shape(lambda: inputs(shape, length=int(T), dtype=jnp.dtype(dtype)))
+  like_inputs = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(r))
+  states = 4 * shape.batch * shape.value_heads * shape.key_dim * shape.value_dim * int(T) / chunk
+  return states + (1.2 if layout == "flat" else 2.2) * like_inputs
+
+
 def real(argument: str):
   """ "backend:shape:T:dtype[:devices]" of a real shape, or of one device's heads of it."""
   backend, name, T, dtype, devices = (argument + ":1").split(":")[:5]

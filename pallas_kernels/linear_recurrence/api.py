@@ -56,6 +56,12 @@ def linear_recurrence(
   Differentiable in everything but ``segment_ids``. The backward pass keeps the inputs and the states at chunk
   boundaries, and computes the rest again.
 
+  On TPUs q, k, v and all else of [B, T, heads, dim] should be reshaped from [B, T, heads * dim], as projections write
+  them, and the outputs and gradients be used like that: then nothing is copied. Where XLA holds such an array with four
+  axes, as it does an argument or a result of a jit, it has tiles of heads and channels, where the kernels take tokens
+  and channels, and so inputs and gradients are copied. Kimi Linear's 8192 tokens (bfloat16, v6e) take 131 MiB of
+  temporary memory forward and backward, 128 of them states; with four axes everywhere 771 MiB.
+
   Args:
     r: the inputs.
     initial_state: what the first token starts from, zero where ``None``.

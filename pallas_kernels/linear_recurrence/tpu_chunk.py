@@ -22,7 +22,9 @@ from jaxtyping import Array, Bool, Float
 
 NN, NT, TN = ((1,), (0,)), ((1,), (1,)), ((0,), (0,))
 
-# Rows of the blocks on the diagonal that the inverse substitutes row by row.
+# Rows of the blocks on the diagonal that the inverse substitutes row by row. With 32, and a product less in the chain,
+# Qwen3-Next takes 644 bundles forward and 1210 backward per 128 tokens and head on v6e, with 16 it takes 526 and 958: a
+# row is a broadcast and a gather that wait for the row before.
 _BASE = 16
 
 
@@ -46,7 +48,13 @@ def _parts(x: Array, count: int) -> list[Array]:
 
 
 def dot3(a: Array, b: Array) -> Array:
-  """``a b`` in three passes: 16 bits of each operand. One product three times as deep: sums stay in the matrix unit."""
+  """``a b`` in three passes: 16 bits of each operand. One product three times as deep: sums stay in the matrix unit.
+
+  What the triangular inverse needs and nothing else does. Its relative error, of 128 rows, in one pass, three and
+  six: 8e-3, 1e-5 and 2e-7 with keys of correlation 0.5 and beta 1; 4e-2, 1e-4 and 1e-6 with 0.9 and 1.9. Rounding the
+  exact inverse to bfloat16 costs 1e-3. One pass would save a quarter of Qwen3-Next's forward bundles on v6e (395
+  against 526) and a tenth of the backward's (873 against 958).
+  """
   (ah, al), (bh, bl) = _parts(a, 2), _parts(b, 2)
   return _product(jnp.concatenate([ah, ah, al], axis=1), jnp.concatenate([bh, bl, bh]), NN)
 
