@@ -3,15 +3,17 @@
 import collections
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from gpu_races import watch
 from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams
 from quick import jit
 
+from pallas_kernels import dispatch
 from pallas_kernels.block_sparse import (
   Layout,
   api,
@@ -20,9 +22,10 @@ from pallas_kernels.block_sparse import (
   merge_attention,
   over_queries,
   select_blocks,
-  tpu_backward,
-  tpu_forward,
+  tpu,
+  tpu_by_query,
   tpu_tables,
+  tpu_tiles,
   xla,
 )
 from pallas_kernels.block_sparse.reference import Blocks
@@ -179,23 +182,25 @@ PALLAS = {
 @pytest.fixture
 def small_pallas(monkeypatch):
   """Kernels with several steps, several matrices a query, and several items a block."""
-  for name, value in dict(_KEYS=128, _QUERIES=2, _TOGETHER=2).items():
-    monkeypatch.setattr(tpu_forward, name, value)
+  for name, value in dict(_KEYS=128, _QUERIES=2, TOGETHER=2).items():
+    monkeypatch.setattr(tpu_by_query, name, value)
   for name, value in dict(_QUERIES=16, _WIDTH=128).items():
-    monkeypatch.setattr(tpu_backward, name, value)
+    monkeypatch.setattr(tpu_tiles, name, value)
 
 
+@pytest.mark.parametrize("heads", [1, 100])
 @pytest.mark.parametrize(
   "name, ranges", [*((name, 1) for name in PALLAS), ("documents, a window, sinks", 2)]
 )
-def test_pallas_kernel(monkeypatch, small_pallas, name, ranges):
+def test_pallas_kernel(monkeypatch, small_pallas, name, ranges, heads):
   """In Pallas's interpreter against the dense form: float32 sums of some dozens of terms in another order."""
+  monkeypatch.setattr(tpu, "_HEADS", heads)  # query by query, or block by block
   case, length = dict(PALLAS[name]), 23 * ranges
   if ranges > 1:  # keys of a range are a multiple of 128 otherwise
     case["segment_ids"] = np.repeat(case["segment_ids"], 2, axis=1)
-    for module in (tpu_forward, tpu_backward):
+    for module in (tpu_by_query, tpu_tiles):
       of = module.Plan.of
-      shorter = lambda *a, of=of: dataclasses.replace(of(*a), keys=32, ranges=2)  # noqa: E731
+      shorter = lambda *a, of=of, **b: dataclasses.replace(of(*a, **b), keys=32, ranges=2)  # noqa: E731
       monkeypatch.setattr(module.Plan, "of", shorter)
   args = inputs(length, heads=case.pop("heads", (H, HKV)))[: 4 if case.pop("sinks", 0) else 3]
   args = [x.astype(np.float32) for x in args]
@@ -262,24 +267,33 @@ def test_items(unit, documents):
 LONG_SEGMENTS = np.stack([np.repeat([1, 2, 3], [37, 50, 13]), np.repeat([3, 1, 2], [64, 1, 35])])
 GPU = {
   "aligned": dict(),
-  "documents, a window, sinks": dict(segment_ids=LONG_SEGMENTS, window=5, sinks=True),
+  "documents, a window, sinks": dict(
+    segment_ids=LONG_SEGMENTS, window=5, sinks=True, correlated=True
+  ),
   "a group a query head": dict(block_size=128, groups=4, query_block=5, slots=1, dims=(64, 128)),
 }
 
 
 @pytest.mark.parametrize("name", GPU)
 def test_gpu_kernels(monkeypatch, name):
-  """In Pallas's interpreter, which finds no races, with walks in several parts; as ``test_bfloat16``."""
+  """In Pallas's interpreter, which finds no races, with walks in several parts; as ``test_bfloat16``.
+
+  Neighbouring keys are nearly the same in one case: many weights of nearly one size.
+  """
   monkeypatch.setattr(gpu, "_PART", 64 if "segment_ids" in GPU[name] else 2)
   detecting = functools.partial(gpu.forward, interpret=InterpretGPUParams(detect_races=True))
   monkeypatch.setitem(api._FORWARD, "interpret_gpu", detecting)
   case = dict(block_size=64, slots=2) | GPU[name]
   args = inputs(100, dims=case.pop("dims", (64, 64)))[: 4 if case.pop("sinks", 0) else 3]
+  if case.pop("correlated", False):
+    args[1] = np.sqrt(0.9) * args[1][:, :1] + np.sqrt(0.1) * args[1]
   args = [*(jnp.asarray(x, jnp.bfloat16) for x in args[:3]), *map(jnp.float32, args[3:])]
   rows = -(-100 // case.get("query_block", 1))
   indices = choices(case.pop("groups", HKV), rows, 2, case.pop("slots"))
-  got = with_gradients(args, indices, **case, backend="interpret_gpu")
-  assert not gpu_callbacks.get_races().races_found
+  with watch() as watched:
+    got = with_gradients(args, indices, **case, backend="interpret_gpu")
+  # Outputs; gradients of queries; of keys and values.
+  assert watched.kernels == 3 and not watched.racy
   with jax.enable_x64(True):
     args = [x.astype(jnp.float64) for x in args]
     want = with_gradients(args, indices, **case, backend="reference")
@@ -291,6 +305,24 @@ def test_gpu_kernels(monkeypatch, name):
     # o and lse, then gradients.
     assert np.linalg.norm(g - w) < [2**-7, 1e-5, 1e-2][min(i, 2)] * np.linalg.norm(w)
     assert np.vdot(g, w) > (1 - 1e-4) * np.linalg.norm(g) * np.linalg.norm(w)
+
+
+@pytest.mark.parametrize(
+  "capability, words", [("8.0", "here it is 8.0"), ("9.0", "multiples of 64")]
+)
+def test_auto_becomes_xla_on_a_gpu_that_the_kernels_do_not_serve(monkeypatch, capability, words):
+  """Another GPU, and a Hopper that is asked for blocks of 16; named, the backend says why."""
+  monkeypatch.setattr(dispatch, "platform", lambda: "gpu")
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  card = types.SimpleNamespace(compute_capability=capability)
+  monkeypatch.setattr(jax, "local_devices", lambda: [card])
+  args = [jnp.asarray(x, jnp.bfloat16) for x in inputs(16)[:3]]
+  indices = choices(HKV, 16, 1, 1)
+  with pytest.raises(NotImplementedError, match=words):
+    attend(*args, indices, block_size=16, backend="gpu")
+  got, want = (attend(*args, indices, block_size=16, backend=name) for name in ("auto", "xla"))
+  for g, w in zip(got, want, strict=True):
+    np.testing.assert_array_equal(g, w)
 
 
 def test_gpu_kernels_meet_a_cache():

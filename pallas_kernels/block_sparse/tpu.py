@@ -7,8 +7,12 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dispatch
-from pallas_kernels.block_sparse import tpu_backward, tpu_forward
+from pallas_kernels.block_sparse import tpu_backward, tpu_by_block, tpu_by_query
+from pallas_kernels.block_sparse import tpu_tiles as tiles
 from pallas_kernels.block_sparse.reference import Blocks
+
+# Heads of a group that a query takes the matrix unit for; of fewer, several queries share a block.
+_HEADS = 8
 
 
 def check(q, k, v, blocks: Blocks) -> None:
@@ -22,15 +26,21 @@ def limitations(q, k, v, blocks: Blocks) -> None:
   """The part of ``check`` that does not ask where it runs."""
   if jnp.result_type(q, k, v).itemsize > 4:
     raise NotImplementedError("the Pallas kernel computes in float32; float64 needs 'xla'")
-  if blocks.size % tpu_forward.TILE:
-    raise NotImplementedError(
-      f"the Pallas kernel has blocks of multiples of {tpu_forward.TILE} tokens"
-    )
-  tpu_forward.Plan.of(q, k, v, blocks, _vmem())
-  tpu_backward.Plan.of(q, k, v, blocks, _vmem())
+  if blocks.size % tiles.TILE:
+    raise NotImplementedError(f"the Pallas kernel has blocks of multiples of {tiles.TILE} tokens")
+  if by_query(q, blocks):
+    tpu_by_query.Plan.of(q, k, v, blocks, vmem())
+  else:
+    tiles.Plan.of(q, k, v, blocks, vmem(), backward=False)
+  tiles.Plan.of(q, k, v, blocks, vmem(), backward=True)
 
 
-def _vmem() -> int:
+def by_query(q, blocks: Blocks) -> bool:
+  """Whether the forward kernel goes query by query, or block by block."""
+  return q.shape[2] // blocks.indices.shape[1] >= _HEADS
+
+
+def vmem() -> int:
   """Bytes of VMEM of the chip that is traced for; the smallest of any where that is not known."""
   try:
     return pltpu.get_tpu_info().vmem_capacity_bytes
@@ -50,7 +60,8 @@ def forward(q, k, v, sinks, blocks: Blocks, scale: float, interpret=False):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _attend(q, k, v, blocks, scale, interpret):
-  return tpu_forward.forward(q, k, v, blocks, scale, _vmem(), interpret)
+  forward = (tpu_by_query if by_query(q, blocks) else tpu_by_block).forward
+  return forward(q, k, v, blocks, scale, vmem(), interpret)
 
 
 def _attend_forward(q, k, v, blocks, scale, interpret):
@@ -64,7 +75,7 @@ def _attend_backward(scale, interpret, residuals, cotangents):
   # The softmax's derivative: dlogits = p (do . v - delta).
   delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1) - dlse
   finite = jnp.where(lse == -jnp.inf, 0, lse)
-  grads = tpu_backward.gradients(q, k, v, do, finite, delta, blocks, scale, _vmem(), interpret)
+  grads = tpu_backward.gradients(q, k, v, do, finite, delta, blocks, scale, vmem(), interpret)
   return *(g.astype(x.dtype) for g, x in zip(grads, (q, k, v), strict=True)), None
 
 

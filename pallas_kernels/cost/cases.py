@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.block_sparse import block_sparse_attention
 from pallas_kernels.block_sparse.shapes import SHAPES as BLOCK_SPARSE
+from pallas_kernels.cost import loops
 from pallas_kernels.linear_recurrence import linear_recurrence, linear_recurrence_step
 from pallas_kernels.linear_recurrence.shapes import SHAPES, inputs
 from pallas_kernels.short_conv import short_conv
@@ -27,6 +28,8 @@ class Case:
     units: how many of them the program does.
     build: returns the function and its arguments, which may be ShapeDtypeStructs.
     donate: positions of the arguments that the results may overwrite.
+    trips: of a kernel's name, how often a loop of it runs in a grid step where its program does not say, on the chip
+      that is traced for.
   """
 
   kernel: str
@@ -36,6 +39,7 @@ class Case:
   units: float
   build: Callable[[], tuple[Callable, tuple]]
   donate: tuple[int, ...] = ()
+  trips: Callable[[], dict[str, float]] = dict
 
   @property
   def name(self) -> str:
@@ -123,19 +127,18 @@ def _short_conv_cases(backend: str) -> Iterator[Case]:
 
 
 def _block_sparse_cases(backend: str) -> Iterator[Case]:
-  T = 8192
+  # A GPU's record is of short rows, whose cost a token is the same.
+  T = 65536 if backend == "tpu" else 8192
 
-  def build(s, phase):
+  def arguments(s):
     def array(heads, dim):
       return jax.ShapeDtypeStruct((1, T, heads, dim), jnp.bfloat16)
 
-    q, k, v = (
-      array(s.heads, s.key_dim),
-      array(s.kv_heads, s.key_dim),
-      array(s.kv_heads, s.value_dim),
-    )
-    indices = jax.ShapeDtypeStruct((1, s.groups, T, s.top_k), jnp.int32)
+    q, k = array(s.heads, s.key_dim), array(s.kv_heads, s.key_dim)
+    v, do = array(s.kv_heads, s.value_dim), array(s.heads, s.value_dim)
+    return q, k, v, jax.ShapeDtypeStruct((1, s.groups, T, s.top_k), jnp.int32), do
 
+  def build(s, phase):
     def forward(q, k, v, indices):
       return block_sparse_attention(q, k, v, indices, block_size=s.block_size, backend=backend)[0]
 
@@ -143,15 +146,18 @@ def _block_sparse_cases(backend: str) -> Iterator[Case]:
       o, vjp = jax.vjp(lambda *a: forward(*a, indices), q, k, v)
       return o, vjp(do)
 
-    do = array(s.heads, s.value_dim)
-    return (forward, (q, k, v, indices)) if phase == "forward" else (both, (q, k, v, indices, do))
+    *args, do = arguments(s)
+    return (forward, tuple(args)) if phase == "forward" else (both, (*args, do))
 
-  for name in ("nsa", "minimax_m3", "infllm_v2"):
+  for name in ("nsa", "minimax_m3", "infllm_v2", "moba"):
     for phase in ("forward", "forward_backward"):
       s = BLOCK_SPARSE[name]
       run = functools.partial(build, s, phase)
-      units = s.groups * T
-      yield Case("block_sparse", phase, name, "1 token x group of heads", units, run)
+      units, unit = s.groups * T, "1 token x group of heads"
+      trips = (
+        functools.partial(loops.block_sparse, s, *arguments(s)[:4]) if backend == "tpu" else dict
+      )
+      yield Case("block_sparse", phase, name, unit, units, run, trips=trips)
 
 
 _MAKERS = {

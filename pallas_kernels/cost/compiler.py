@@ -2,6 +2,7 @@
 
 import glob
 import json
+import math
 import os
 import pathlib
 import re
@@ -15,7 +16,7 @@ from pallas_kernels.cost import child
 from pallas_kernels.cost import dump as dumps
 from pallas_kernels.cost.cases import Case, case_of
 from pallas_kernels.cost.chips import CHIPS
-from pallas_kernels.cost.kernels import describe, pallas_calls
+from pallas_kernels.cost.kernels import describe, pallas_calls, repeats
 
 # For the processes that compile, and for them alone: do not ask for a TPU's metadata, let several processes load
 # libtpu and leave no lock behind, and run what runs on the CPU.
@@ -44,7 +45,11 @@ def compile_case(case: Case, topology: str, dump: str | None = None) -> list[dic
   # Kernels that ask what chip they are for are told by the mesh.
   with use_abstract_mesh(Mesh(np.array(devices[:1]), ("x",)).abstract_mesh):
     traced = jax.jit(fn, donate_argnums=case.donate).trace(*args)
-    calls = [describe(eqn) for eqn in pallas_calls(traced.jaxpr.jaxpr)]
+    eqns, trips = pallas_calls(traced.jaxpr.jaxpr), case.trips()
+    calls = [
+      describe(eqn, times, trips.get(eqn.params["name"]))
+      for eqn, times in zip(eqns, repeats(traced.jaxpr.jaxpr), strict=True)
+    ]
     if dump:
       # What the parent needs should the compiler end this process.
       pathlib.Path(dump, "calls.json").write_text(json.dumps(calls))
@@ -53,7 +58,11 @@ def compile_case(case: Case, topology: str, dump: str | None = None) -> list[dic
   kernels = re.findall(r"%([\w.\-]+) = [^\n]*tpu_custom_call", hlo)
   rows = dumps.read_dump(dump, calls, kernels) if dump else calls
   memory = compiled.memory_analysis()
+  ideal = sum(
+    math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves((args, traced.out_info))
+  )
   for row in rows:
+    row["ideal"] = ideal
     row["temp"] = memory.temp_size_in_bytes
     row["around"] = dumps.around(hlo)
   return rows

@@ -17,16 +17,24 @@ def _subjaxprs(value) -> Iterator[Any]:
 
 def pallas_calls(jaxpr) -> list:
   """The equations of a jaxpr that are Pallas kernels, in order, whatever they are nested in."""
-  found = []
+  return [eqn for eqn, _ in _kernels(jaxpr, 1)]
+
+
+def repeats(jaxpr) -> list[int]:
+  """How often each of ``pallas_calls`` runs: as often as the scans around it."""
+  return [times for _, times in _kernels(jaxpr, 1)]
+
+
+def _kernels(jaxpr, times: int) -> Iterator[tuple[Any, int]]:
   for eqn in jaxpr.eqns:
     # plgpu.kernel, of GPUs, makes the second.
     if eqn.primitive.name in ("pallas_call", "mpmd_map"):
-      found.append(eqn)
+      yield eqn, times
     else:
+      inner = times * (eqn.params["length"] if eqn.primitive.name == "scan" else 1)
       for value in eqn.params.values():
         for sub in _subjaxprs(value):
-          found += pallas_calls(sub)
-  return found
+          yield from _kernels(sub, inner)
 
 
 def _passes(eqn) -> int:
@@ -43,8 +51,12 @@ def _passes(eqn) -> int:
   )
 
 
-def matmul_flops(jaxpr) -> int:
-  """FLOPs of the matmuls of a kernel's body, times the passes; loops as often as they run, the dearer branch."""
+def matmul_flops(jaxpr, trips: float = 1) -> float:
+  """FLOPs of the matmuls of a kernel's body, times the passes; loops as often as they run, the dearer branch.
+
+  Args:
+    trips: of loops of which that is not known.
+  """
   total = 0
   for eqn in jaxpr.eqns:
     if eqn.primitive.name == "dot_general":
@@ -52,10 +64,11 @@ def matmul_flops(jaxpr) -> int:
       k = math.prod(eqn.invars[0].aval.shape[i] for i in contract)
       total += 2 * k * math.prod(eqn.outvars[0].aval.shape) * _passes(eqn)
       continue
-    inner = [matmul_flops(j) for value in eqn.params.values() for j in _subjaxprs(value)]
+    inner = [matmul_flops(j, trips) for value in eqn.params.values() for j in _subjaxprs(value)]
     if inner:
       branches = eqn.primitive.name == "cond"
-      total += eqn.params.get("length", 1) * (max(inner) if branches else sum(inner))
+      runs = trips if eqn.primitive.name == "while" else eqn.params.get("length", 1)
+      total += runs * (max(inner) if branches else sum(inner))
   return total
 
 
@@ -93,12 +106,18 @@ def _nbytes(atom) -> int:
   return math.prod(aval.shape) * aval.dtype.itemsize if hasattr(aval, "shape") else 0
 
 
-def describe(eqn) -> dict:
-  """Grid steps, HBM bytes and FLOPs of a pallas_call equation, all of the whole call."""
-  steps = math.prod(int(n) for n in eqn.params["grid_mapping"].grid) or 1
-  body = eqn.params["jaxpr"]
-  return moved(eqn) | {
+def describe(eqn, times: int = 1, trips: float | None = None) -> dict:
+  """Grid steps, HBM bytes and FLOPs of a pallas_call equation, all of the whole call.
+
+  Args:
+    times: how often it runs.
+    trips: of its loops of which that is not known, in a grid step.
+  """
+  steps = times * math.prod(int(n) for n in eqn.params["grid_mapping"].grid) or 1
+  body, call = eqn.params["jaxpr"], moved(eqn)
+  return call | {
+    "bytes": times * call["bytes"],
     "grid_steps": steps,
-    "flops": steps * matmul_flops(body),
-    "trips": trip_counts(body),
+    "flops": steps * matmul_flops(body, trips or 1),
+    "trips": [(depth, n or trips) for depth, n in trip_counts(body)],
   }
