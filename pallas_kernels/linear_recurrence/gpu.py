@@ -1,16 +1,21 @@
 """The recurrence on Hopper GPUs.
 
 Pallas Mosaic GPU kernels are: what is local to a chunk, for all chunks at once (``gpu_chunk.py``: decays applied,
-triangular systems inverted), and what walks chunks one after the other, the state forward and its gradient backward
-(``gpu_scan.py``). XLA compiles what is plain jax.numpy: cumulative decays and other numbers a token, and, backward, the
-gradients of all inputs, which are local to a chunk again once the states at its ends and their gradients are there.
+triangular systems inverted), what walks chunks one after the other, the state forward and its gradient backward
+(``gpu_scan.py``), and, once the states at a chunk's ends and their gradients are there, the gradients of what it is
+computed from (``gpu_gradients.py``). XLA compiles what is elementwise: cumulative decays and other numbers a token, and
+their derivatives; and the gradients of a low-rank erase under a decay a channel in float32, whose sums and operands in
+parts are more than a Hopper GPU's shared memory.
 """
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.linear_recurrence import gpu_chunk, gpu_scan, xla
+from pallas_kernels.linear_recurrence import gpu_chunk, gpu_gradients, gpu_scan, xla
 from pallas_kernels.linear_recurrence.gpu_scan import CHUNK, Plan
 from pallas_kernels.linear_recurrence.recurrence import KeyErase, LowRankErase, Recurrence
 
@@ -57,8 +62,8 @@ def _plan(r: Recurrence) -> Plan | None:
 # --- what is local to a chunk ---
 
 
-def _operands(p: Plan, bonus, tokens: Recurrence, runs, interpret):
-  """Operands of ``gpu_scan`` by name, and what is kept of the state, [heads, N, K] or None for all of it."""
+def _arrays(p: Plan, bonus, tokens: Recurrence, runs):
+  """What ``gpu_chunk`` reads, by name, and what is kept of the state, [heads, N, K] or None for all of it."""
   B, N, Hv, K = p.B, p.chunks, p.Hv, p.K
   f32 = jnp.float32
 
@@ -120,8 +125,7 @@ def _operands(p: Plan, bonus, tokens: Recurrence, runs, interpret):
   # Twice, as a column and as a row: loads of one array that differ in layout alone would be merged.
   columns = {"G_row": "G_column", "runs": "runs_column", "beta": "beta_column"}
   arrays |= {columns[name]: x for name, x in arrays.items() if name in columns}
-  ops = gpu_chunk.operands(p, arrays, tokens.k.shape[2], undecayed, interpret)
-  return ops, keep
+  return arrays, keep
 
 
 def _values(p: Plan, x: Array) -> list[Array]:
@@ -140,7 +144,9 @@ def forward(
   """Outputs [B, T, Hv, V], the final state, and the states that ``backward`` starts from (if to ``keep``)."""
   p = _plan(r)
   tokens, bonus, runs, _ = xla.prepare(r, runs, CHUNK)
-  operands, kept = _operands(p, bonus, tokens, runs, interpret)
+  arrays, kept = _arrays(p, bonus, tokens, runs)
+  undecayed = tokens.reads == "undecayed"
+  operands = gpu_chunk.operands(p, arrays, tokens.k.shape[2], undecayed, interpret)
   initial_state = initial_state.reshape(p.heads, p.K, p.V)
   o, final, boundaries = gpu_scan.forward(
     p, operands, kept, _values(p, tokens.v), initial_state, r.v.dtype, boundaries=keep, interpret=interpret
@@ -162,16 +168,55 @@ def backward(
   """Gradients of inputs and initial state."""
   p = _plan(r)
   tokens, bonus, padded, _ = xla.prepare(r, runs, CHUNK)
-  operands, kept = _operands(p, bonus, tokens, padded, interpret)
-  do_padded = jnp.pad(do, ((0, 0), (0, p.chunks * CHUNK - do.shape[1]), (0, 0), (0, 0)))
-  dfinal = dfinal.reshape(p.heads, p.K, p.V)
-  dboundaries, dinitial = gpu_scan.backward(
-    p, operands, kept, _values(p, do_padded), dfinal, interpret=interpret
+  (arrays, kept), of_inputs = jax.vjp(
+    lambda bonus, tokens: _arrays(p, bonus, tokens, padded), bonus, tokens
   )
+  H, undecayed = tokens.k.shape[2], tokens.reads == "undecayed"
+  operands = gpu_chunk.operands(p, arrays, H, undecayed, interpret, gradients=True)
+  of_outputs = jnp.pad(do, ((0, 0), (0, p.chunks * CHUNK - do.shape[1]), (0, 0), (0, 0)))
+  of_outputs = _values(p, of_outputs)
+  dfinal = dfinal.reshape(p.heads, p.K, p.V)
+  dboundaries, dinitial, dy = gpu_scan.backward(
+    p, operands, kept, of_outputs, dfinal, interpret=interpret
+  )
+  dinitial = dinitial.reshape(p.B, p.Hv, p.K, p.V)
+  if not gpu_gradients.serves(p, r.decay):
+    states = _states(p, boundaries), do, _states(p, dboundaries)
+    return xla.between_states(r, runs, CHUNK, _GROUP, *states), dinitial
 
-  def states(parts):  # [heads * N, K, V] in parts -> [N, B, Hv, K, V]
-    x = sum(part.astype(jnp.float32) for part in parts)
-    return jnp.moveaxis(x.reshape(p.B, p.Hv, p.chunks, p.K, p.V), 2, 0)
+  # By name, in parts: what is laid out like v, and the states before and after chunks.
+  parts = {"v": _values(p, tokens.v), "do": of_outputs, "dy": dy, "S": boundaries, "D": dboundaries}
+  # What tokens are to tokens has names of its own; what reads and writes states, in places those of inputs.
+  squares = {n: operands[n] for n in (*gpu_scan.square(p.erase), "erasing") if n in operands}
+  own = {"beta": arrays["beta"]} if p.erase == "key" else {}
+  written = gpu_gradients.values(p, operands | parts | own, r.v.dtype, interpret)
+  dv = written.pop("v", None)
+  darrays = gpu_gradients.gradients(
+    p,
+    arrays | squares | parts | written,
+    H,
+    undecayed,
+    kept is not None,
+    r.q.dtype if H == p.Hv else jnp.float32,
+    interpret,
+  )
+  dkept = darrays.pop("keep", None)
+  for name in ("q", "k"):  # a key head's: the sum of its value heads'
+    x = darrays[name].reshape(p.B * p.chunks, CHUNK, H, p.Hv // H, p.K)
+    darrays[name] = jnp.sum(x, axis=3, dtype=jnp.float32).reshape(arrays[name].shape)
+  darrays = {
+    n: darrays[n].astype(x.dtype) if n in darrays else jnp.zeros_like(x) for n, x in arrays.items()
+  }
+  dbonus, dtokens = of_inputs((darrays, dkept))
+  if p.erase == "key":  # values are written times beta
+    dy = sum(x.astype(jnp.float32) for x in dy).reshape(tokens.v.shape)
+    dv = dy * tokens.erase.beta[..., None]
+    dbeta = dtokens.erase.beta + jnp.sum(dy * tokens.v, axis=-1).astype(dtokens.erase.beta.dtype)
+    dtokens = dataclasses.replace(dtokens, erase=KeyErase(dbeta))
+  dv = dv.reshape(tokens.v.shape).astype(tokens.v.dtype)
+  return xla.gradients(r, dbonus, dataclasses.replace(dtokens, v=dv)), dinitial
 
-  dr = xla.between_states(r, runs, CHUNK, _GROUP, states(boundaries), do, states(dboundaries))
-  return dr, dinitial.reshape(p.B, p.Hv, p.K, p.V)
+
+def _states(p: Plan, parts: list[Array]) -> Float[Array, "N B Hv K V"]:
+  x = sum(part.astype(jnp.float32) for part in parts)
+  return jnp.moveaxis(x.reshape(p.B, p.Hv, p.chunks, p.K, p.V), 2, 0)

@@ -68,9 +68,10 @@ def _of_columns(ref) -> Array:
 class _Chunk:
   """One program: what it reads and writes, by name, in tiles."""
 
-  def __init__(self, p: Plan, refs: dict, outs: dict, heads: int):
+  def __init__(self, p: Plan, refs: dict, outs: dict, heads: int, head: Array | None = None):
     self.p, self.refs, self.outs = p, refs, outs
-    batch, n, self.head = (lax.axis_index(name) for name in ("batch", "chunk", "head"))
+    batch, n = (lax.axis_index(name) for name in ("batch", "chunk"))
+    self.head = lax.axis_index("head") if head is None else head
     self.chunk = batch * p.chunks + n
     self.here = (batch * p.Hv + self.head) * p.chunks + n
     self.ratio = p.Hv // heads
@@ -170,7 +171,7 @@ def _inverse(L: Array, x_refs, l_refs, z_refs) -> Array:
   return X
 
 
-def _kernel(p: Plan, tree, heads, undecayed, *refs, row_refs, col_refs, inverse=()):
+def _kernel(p: Plan, tree, heads, undecayed, gradients, *refs, row_refs, col_refs, inverse=()):
   c = _Chunk(p, *jax.tree.unflatten(tree, refs), heads)
   bonus = "own" in c.refs
   channel, scalar = "G" in c.refs, "G_row" in c.refs
@@ -201,10 +202,11 @@ def _kernel(p: Plan, tree, heads, undecayed, *refs, row_refs, col_refs, inverse=
   if erases:
     size = len(inverse) // 3
     refs = [inverse[i * size : (i + 1) * size] for i in range(3)]
-    if corrects:
-      X = _inverse(-z, *refs)
-    else:
-      X = _inverse(z * c.rows("beta"), *refs) * c.columns("beta_column")
+    if gradients:
+      c.store("erasing", z)
+    X = _inverse(-z if corrects else z * c.rows("beta"), *refs)
+    if p.erase == "key" and not gradients:
+      X = X * c.columns("beta_column")
     c.store("inverse", X)
 
   def outputs(i):
@@ -222,7 +224,9 @@ def _kernel(p: Plan, tree, heads, undecayed, *refs, row_refs, col_refs, inverse=
     c.store("q", from_state("q", reads, "start"), i)
     if erases:
       erased = from_state(erases, erase_reads, "erase_start")
-      c.store("erased", -erased if p.erase == "key" else erased, i)
+      if p.erase == "key":
+        erased = -erased * c.rows("beta") if gradients else -erased
+      c.store("erased", erased, i)
 
   if channel:
     pl.loop(0, p.K // 64)(outputs)
@@ -232,9 +236,18 @@ def _kernel(p: Plan, tree, heads, undecayed, *refs, row_refs, col_refs, inverse=
 
 
 def operands(
-  p: Plan, arrays: dict[str, Array], heads: int, undecayed: bool, interpret
+  p: Plan,
+  arrays: dict[str, Array],
+  heads: int,
+  undecayed: bool,
+  interpret,
+  *,
+  gradients: bool = False,
 ) -> dict[str, list[Array]]:
   """Operands of ``gpu_scan`` by name.
+
+  For ``gradients`` a key erase's beta is no part of ``inverse`` but of ``erased``, and there is ``erasing``: erase keys
+  with what an erase writes along.
 
   Args:
     arrays: ``q``, ``k``, ``a``, ``b`` [B * N, C, heads * K]; with a decay a channel ``G``, and ``before`` where it is
@@ -244,8 +257,8 @@ def operands(
     heads: of q and k.
     undecayed: whether an erase reads the state before a token's decay.
   """
-  outs = {}
-  for name in (*wide(p.erase), *square(p.erase)):
+  outs, erases = {}, p.erase != "none"
+  for name in (*wide(p.erase), *square(p.erase), *(["erasing"] if gradients and erases else [])):
     shape = p.heads * p.chunks, CHUNK, p.K if name in wide(p.erase) else CHUNK
     outs[name] = [jax.ShapeDtypeStruct(shape, jnp.bfloat16)] * p.parts
   tree = jax.tree.structure((arrays, outs))
@@ -259,10 +272,10 @@ def operands(
     "row_refs": [tile(count) for _ in range(p.parts)],
     "col_refs": [tile(count) for _ in range(p.parts)],
   }
-  if p.erase != "none":
+  if erases:
     scratch["inverse"] = [tile() for _ in range(3 * _INVERSE_PARTS[p.parts])]
   flat = plgpu.kernel(
-    functools.partial(_kernel, p, tree, heads, undecayed),
+    functools.partial(_kernel, p, tree, heads, undecayed, gradients),
     out_type=jax.tree.leaves(outs),
     grid=(p.B, p.chunks, p.Hv),
     grid_names=("batch", "chunk", "head"),

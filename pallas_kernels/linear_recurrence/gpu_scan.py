@@ -362,14 +362,17 @@ def backward(
   dfinal: Float[Array, "heads K V"],
   *,
   interpret,
-) -> tuple[list[Array], Array]:
-  """The gradient of the state after each chunk [heads * N, K, V] in parts, and of the initial state."""
+) -> tuple[list[Array], Array, list[Array]]:
+  """The gradient of the state after each chunk [heads * N, K, V] in parts, and of the initial state.
+
+  And that of a triangular system's right side, beta for a key erase being part of it, like v in parts.
+  """
   names = _backward_names(p)
   arrays = operands | {"do": do}
   flat = [arrays[name] for name in names]
   rows = (CHUNK, p.columns)
 
-  def kernel(flat, keep, dfinal, dinitial, kept, scratch):
+  def kernel(flat, keep, dfinal, dinitial, kept, solved, scratch):
     batch, head, block = indices = _indices()
     here, columns = batch * p.Hv + head, pl.ds(block * p.columns, p.columns)
 
@@ -388,6 +391,9 @@ def backward(
         put(residual, products(rows, (_t(x["inverse"]), update)))
         plgpu.commit_smem()
         pairs.append((x["erased"], residual))
+        for ref, to in zip(residual, solved, strict=True):
+          column = pl.ds(head * p.V + block * p.columns, p.columns)
+          plgpu.copy_smem_to_gmem(ref, to.at[batch * p.chunks + n, :, column])
       dS = _next_state(p, dS, keep, *pairs)
       plgpu.commit_smem()  # all warps are done with this chunk's operands
       return dS
@@ -408,13 +414,15 @@ def backward(
     jax.ShapeDtypeStruct((p.heads, p.K, p.V), jnp.float32),
     *[jax.ShapeDtypeStruct((p.heads * p.chunks, p.K, p.V), jnp.bfloat16)] * p.parts,
   ]
+  if p.erase != "none":
+    outputs += [jax.ShapeDtypeStruct(do[0].shape, jnp.bfloat16)] * p.parts
 
   def entry(*refs, **scratch):
     flat, keep, dfinal = jax.tree.unflatten(tree, refs[: len(inputs)])
-    dinitial, *kept = refs[len(inputs) :]
-    kernel(flat, keep, dfinal, dinitial, kept, scratch)
+    dinitial, *rest = refs[len(inputs) :]
+    kernel(flat, keep, dfinal, dinitial, rest[: p.parts], rest[p.parts :], scratch)
 
-  dinitial, *kept = _call(
+  dinitial, *rest = _call(
     p, entry, "linear_recurrence_backward_scan", inputs, outputs, _scratch(p), interpret
   )
-  return kept, dinitial
+  return rest[: p.parts], dinitial, rest[p.parts :]
