@@ -40,4 +40,6 @@ def get_config(arg: str = ""):
     ),
   )
   pattern = "3*kda + dsa(share=give) + 3*kda + dsa(share=take)"
-  return hybrid(pattern, arg, tiny=tiny, large=large)
+  config = hybrid(pattern, arg, tiny=tiny, large=large)
+  config.model.num_layers = max(config.model.num_layers, 8)  # the whole pattern
+  return config

@@ -50,9 +50,13 @@ class NSABase(SparseMixer):
     super().__init__(config, layer, key)
     self.branch_proj = Linear(jax.random.fold_in(key, 1), layer.d_model, self.H * 3)
 
+  def gate_input(self, x):
+    """What the gates are projected from."""
+    return x
+
   def gates(self, x):
     """Of the three branches: [B, T, H, 3], float32."""
-    gates = sharding.split(self.branch_proj(x), self.H, 3)
+    gates = sharding.split(self.branch_proj(self.gate_input(x)), self.H, 3)
     return jax.nn.sigmoid(gates.astype(jnp.float32))
 
   def pool_shapes(self, max_len):
@@ -124,7 +128,7 @@ _MLP = ("places", "up", "down")
 )
 class NativeSparseAttention(NSABase):
   """As in the paper: each branch has keys and values of its own, a pool's summary is an MLP of its tokens and their
-  places in it, and the gates are sigmoids of the input.
+  places in it, and the gates are sigmoids of an MLP of the input (its width the paper does not say: as many as gates).
 
   Selected and window keys have RoPE; pools are summarised, and compared with the query, without it, as their places
   are learned: the paper does not say.
@@ -153,6 +157,12 @@ class NativeSparseAttention(NSABase):
       setattr(self, f"{name}_proj", Linear(keys[i], layer.d_model, self.Hkv * self.K))
     self.k_mlp = PoolMLP(keys[4], self.pool_size, self.K)
     self.v_mlp = PoolMLP(keys[5], self.pool_size, self.K)
+    up, proj = jax.random.split(jax.random.fold_in(key, 3))
+    self.branch_up = Linear(up, layer.d_model, self.H * 3, ("embed", None))
+    self.branch_proj = Linear(proj, self.H * 3, self.H * 3, (None, "heads"))
+
+  def gate_input(self, x):
+    return jax.nn.silu(self.branch_up(x))
 
   def core_flops(self, length, decode):
     # The MLPs' matrices are parameters, counted once a token; a pool of each key head ends every stride.

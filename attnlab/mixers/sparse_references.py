@@ -102,7 +102,10 @@ def infllm2(layer, x, dense=False):
 def three_branches(layer, x, q_pool, pools, q, selected, near, size, stride):
   """arXiv:2502.11089, equations 5 to 12. ``pools``: i -> the summary's key and value, of all key heads."""
   c, T, K = layer.config, len(x), layer.K
-  gates = sigmoid(project(layer, "branch_proj", x, layer.H))
+  up = (
+    linear(layer.branch_up, x) if hasattr(layer, "branch_up") else None
+  )  # the paper's MLP; fla has none
+  gates = sigmoid(project(layer, "branch_proj", x if up is None else up * sigmoid(up), layer.H))
   o = np.zeros_like(q)
   for t, g in np.ndindex(T, layer.Hkv):
     now = t // c.block_size
