@@ -12,7 +12,7 @@ SPARSE = [name for name, cls in mixers().items() if cls.family == "sparse"]
 
 @pytest.mark.parametrize("name", ["infllm2", "moba"])
 def test_two_lengths(name):
-  """One with scores of each query and pool, and one whose choice has no gradient: both have been kept for all chunks."""
+  """One with scores of queries and pools, and one whose choice has no gradient: once both were kept for all chunks."""
   lengths = {"infllm2": (8192, 16384), "moba": (16384, 32768)}[name]
   row = {n: memory.temporary(name, n) for n in lengths}
   assert memory.growth(row) <= 2.1, row
