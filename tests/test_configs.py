@@ -28,10 +28,10 @@ def batch_of(config, rows=1, length=16):
               segment_ids=same, positions=positions)  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [*CONFIGS, "kda_dsa.py:shared"])
 def test_config_traces(name):
   """The default size: the whole training loss and its gradient trace, with one gradient a parameter."""
-  config = resolve(load(str(ROOT / f"configs/{name}.py")))
+  config = resolve(load(str(ROOT / f"configs/{name if '.py' in name else name + '.py'}")))
   check(config)
   model = jax.eval_shape(lambda: Model(config.model, jax.random.key(0)))
   graphdef, params, rest = nnx.split(model, nnx.Param, ...)
