@@ -101,7 +101,7 @@ def models(s: Size) -> dict[str, str]:
     "gated_deltanet": delta,
     "kda": kda,
     "mamba2": f"mamba2({heads}, state_dim={d})",
-    "deltanet [-1, 1]": linear("deltanet", ", negative_eigenvalues=True"),
+    "deltanet negative": linear("deltanet", ", negative_eigenvalues=True"),
     "infllm_v2": infllm,
     "3 kda : 1 softmax": (3, kda, nope),
     "3 kda : 1 infllm_v2": (3, kda, infllm),
@@ -119,7 +119,7 @@ def models(s: Size) -> dict[str, str]:
     "1 gated_deltanet : 1 softmax": (1, delta, nope),
     "7 gated_deltanet : 1 softmax": (7, delta, nope),
     "3 lightning : 1 infllm_v2": (3, linear("lightning"), infllm),
-    "swa, sinks": f"swa({heads}, window={window}, sinks=True)",
+    "swa with sinks": f"swa({heads}, window={window}, sinks=True)",
     "comba": linear("comba"),
     "gated_delta_product": linear("gated_delta_product"),
     "linear_attention": linear("linear_attention"),
@@ -239,7 +239,7 @@ def parity(value) -> bool | None:
   """Of all models that have been run; mamba3's rotation is an eigenvalue too."""
   far = {name: value(measure="parity, to 4 x longer", model=name) for name in models(SIZES["cpu"])}
   got = {name: x for name, x in far.items() if x is not None}
-  solved, _ = got.pop("deltanet [-1, 1]", None), got.pop("mamba3", None)
+  solved, _ = got.pop("deltanet negative", None), got.pop("mamba3", None)
   if solved is None or not got:
     return None
   return solved > 95 and all(x < 25 for x in got.values())
