@@ -449,8 +449,9 @@ def main(experiment: Experiment) -> None:
   flags.DEFINE_list(
     "devices", [], "Numbers of the accelerators, or without any of CPU cores, to use. Default: all."
   )
-  # As it is told: where things lie, and that it was only a report, changes no figure.
-  told = [a for a in sys.argv[1:] if a.split("=")[0] not in ("--workdir", "--out", "--report")]
+  # As it is told: where things lie and run, and that it was only a report, changes no figure.
+  apart = ("--workdir", "--out", "--report", "--devices")
+  told = [a for a in sys.argv[1:] if a.split("=")[0] not in apart]
   command = shlex.join(["python", "-m", f"experiments.{experiment.name}", *told])
   cli.run(lambda _: _main(experiment, command))
 
