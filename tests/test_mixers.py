@@ -7,12 +7,14 @@ no gradient vanishes because something starts at zero.
 import dataclasses
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.ad_checkpoint import print_saved_residuals
 from quick import jit
 
 import pallas_kernels as pk
@@ -527,6 +529,39 @@ def test_key_heads_fewer_than_devices():
   z, split = sharded_gradients(case, data=2, model=4)
   np.testing.assert_allclose(z, y, rtol=1e-4, atol=1e-4)
   assert_close(split, grads, 1e-4, 1 - 1e-8)
+
+
+def residuals(capsys, f, *args):
+  """Shape and origin of every array that the backward pass of f keeps."""
+  print_saved_residuals(f, *args)
+  found = re.findall(r"^\w+\[([\d,]*)\] (.*)$", capsys.readouterr().out, re.MULTILINE)
+  return [(tuple(map(int, filter(None, shape.split(",")))), origin) for shape, origin in found]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_what_the_backward_pass_keeps(capsys, recompute):
+  """Of a Gated DeltaNet layer: arguments, activations of each token, and the states at the chunks' boundaries: of the
+  recurrence nothing else. Recomputed in the backward pass, the arguments alone."""
+  cls, T, H, K, V = mixers()["gated_deltanet"], 512, 2, 16, 24
+  config = configure(cls, dict(num_heads=H, head_dim=K, value_dim=V))
+  layer = jax.eval_shape(lambda: cls(config, Layer(D), jax.random.key(0)))
+  layer = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), layer)
+
+  def f(layer, x):
+    return layer(x, Context(jnp.arange(T)[None])).y
+
+  kept = residuals(capsys, jax.checkpoint(f) if recompute else f, layer, random(0, 1, T, D))
+  made = [(shape, origin) for shape, origin in kept if "argument" not in origin]
+  if recompute:
+    assert all(math.prod(shape) <= 1 for shape, _ in made), made
+    return
+  states = [shape for shape, _ in made if shape[-2:] == (K, V)]
+  assert len(states) == 1 and states[0][1:] == (1, H, K, V)
+  assert states[0][0] <= T // 16
+  for shape, origin in made:  # a number or a vector of each token, or of none
+    if shape not in states:
+      size = math.prod(shape) / (T if T in shape else 1)
+      assert shape.count(T) <= 1 and size <= 4 * H * V, (shape, origin)
 
 
 # Identities between mechanisms.

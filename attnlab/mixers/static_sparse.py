@@ -3,7 +3,7 @@
 import dataclasses
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
 from attnlab import sharding
 from attnlab.mixers import sparse_references
@@ -131,7 +131,7 @@ class BigBird(SparseMixer):
 
 
 def noise(
-  block: Int[Array, "B T"], other: Int[Array, " N"], layer: Int[Array, ""]
+  block: Int[Array, "B T"], other: Int[Array, " N"], layer: UInt32[Array, ""]
 ) -> Float[Array, "B T N"]:
   """A number in [0, 1) for each pair of blocks of a layer, the same in every call: a hash (that of MurmurHash3)."""
   x = block.astype(jnp.uint32)[..., None] * jnp.uint32(0x9E3779B1) + other.astype(jnp.uint32)
