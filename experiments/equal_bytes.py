@@ -161,7 +161,8 @@ EXPERIMENT = Experiment(
     "row, the farther back. Trained on rows of several lengths, tested at each.\n\n"
     "The windows are derived by attnlab.accounting: the greatest that needs no more bytes than DeltaNet's state and "
     "convolutions in its two layers, or no more FLOPs a token in training. At the CPU's size that of equal FLOPs sees "
-    "nearly everything. All models begin with the same convolution, so that none has to learn which token came before."
+    "nearly everything. All models begin with the same window of two tokens, so that none has to learn which token "
+    "came before."
   ),
   source="none",
   cells=cells,

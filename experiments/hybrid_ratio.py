@@ -133,8 +133,8 @@ EXPERIMENT = Experiment(
     "very same parameters, which looks at a few blocks. A model of linear and sparse layers has no full attention at "
     "all.\n\n"
     "Recall asks for the value of a key; chained recall for the value of the value: what large linear models were "
-    "found to lose. A convolution comes before every model, so that none has to learn which token came before; all "
-    "have as many parameters, by the width of their MLPs."
+    "found to lose. A window of two tokens comes before every model, so that none has to learn which token "
+    "came before; all have as many parameters, by the width of their MLPs."
   ),
   source="none",
   cells=cells,

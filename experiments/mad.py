@@ -136,7 +136,7 @@ EXPERIMENT = Experiment(
     "learning facts by heart: small tasks that were found to foretell the loss of large models.\n\n"
     "Scores here are of the baseline setting, guessing being 0 %; published ones, brought to that scale, are means "
     "over easier and harder variants. In compression, attention may look back (attnlab.tasks.mad): not the published "
-    "task. At the CPU's size, where training is short, a convolution comes before every model."
+    "task. At the CPU's size, where training is short, a window of two tokens comes before every model."
   ),
   source="arXiv:2406.06484, table of MAD, on our scale",
   cells=cells,

@@ -86,7 +86,8 @@ EXPERIMENT = Experiment(
     "first length, tested on that and longer ones; accuracy is a word's.\n\n"
     "Gated DeltaNet's paper tells of models of 1.3B trained on text; its values have no place beside these. What can "
     "be compared is the order of the mechanisms: there, decay costs retention, a gate helps to filter, and the delta "
-    "rule helps to memorise. A convolution comes before every model: without it softmax attention learnt nothing."
+    "rule helps to memorise. A window of two tokens comes before every model: without it "
+    "softmax attention learnt nothing."
   ),
   source="none: arXiv:2412.06464, Table 2, is of other models",
   cells=cells,

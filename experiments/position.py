@@ -106,8 +106,8 @@ EXPERIMENT = Experiment(
     "Linear layers know the order of tokens by themselves; do the softmax layers of a hybrid need it said again? "
     "Rotary encoding of all channels, of a quarter (Qwen3-Next) or of none (Kimi Linear), in hybrids of three Gated "
     "DeltaNet layers to one and in softmax attention alone. Trained at one length, tested at up to eight times as "
-    "much. A convolution comes before every model, so that none has to learn which token came before; all have as many "
-    "parameters, by the width of their MLPs."
+    "much. A window of two tokens comes before every model, so that none has to learn which token came "
+    "before; all have as many parameters, by the width of their MLPs."
   ),
   source="none",
   cells=cells,

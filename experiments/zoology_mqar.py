@@ -24,7 +24,7 @@ class Size:
     vocab_size: half keys, half values.
     widths: of the model; a mixer has two heads of half of it.
     mixers: linear ones; softmax attention comes with them.
-    shift: whether a convolution comes before all of them, as in the authors' later settings: training is short.
+    shift: whether a window of two tokens comes before them, like the convolutions of the authors' later settings.
     examples, batch_size, epochs: of training, which ends early at 99 % of validation.
     learning_rates: the grid.
   """
@@ -123,7 +123,7 @@ EXPERIMENT = Experiment(
     "The paper's figure shows attention at about 100 % at every width, and the recurrences and convolutions of its "
     "time in need of a width that grows with the row; its values are drawn, not told. One rate's grid, no dropout "
     "and no weight decay is ours; batches are 256 at every length. At the smaller sizes, where training is short, a "
-    "convolution comes before every model."
+    "window of two tokens comes before every model."
   ),
   source="none: arXiv:2312.04927 draws Figure 2 without values",
   cells=cells,
