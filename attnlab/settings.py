@@ -1,7 +1,6 @@
 """Types and ranges of settings: one checker for the config's keys and for the mixers', whose errors are one line."""
 
 import dataclasses
-import functools
 import types
 import typing
 from collections.abc import Mapping
@@ -91,6 +90,8 @@ def checked(
 def check_ranges(section: str, config: Mapping[str, Any], ranges: Mapping[str, Range]) -> None:
   """Raises UserError for the first number of ``config.SECTION`` that is out of its range; keys may have dots."""
   for key, bounds in ranges.items():
-    value = functools.reduce(lambda part, name: part[name], key.split("."), config)
+    value: Any = config
+    for name in key.split("."):
+      value = value[name]
     if value not in bounds:
       raise UserError(f"config.{section}.{key} = {value} must be {bounds}")

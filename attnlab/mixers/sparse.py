@@ -194,7 +194,7 @@ def attend_to_pools(
   pools: Pools,
   scale: float,
   choose: Callable[..., Any] | None = None,
-  *args: Array,
+  *args: Any,
 ) -> tuple[Array, Array, Any]:
   """Attention of each query to all pools that it sees: o, lse, and what is made of the weights.
 
