@@ -218,7 +218,22 @@ def main() -> None:
     _write(a.out, "-linear" if a.linear else "", rows, {})
 
 
-def _write(out: pathlib.Path, suffix: str, rows: list[dict], more: dict) -> None:
+_PACKAGES = (
+  *(
+    "jax",
+    "jaxlib",
+    "jax-cuda13-plugin",
+    "jax-cuda13-pjrt",
+    "jax-cuda12-plugin",
+    "jax-cuda12-pjrt",
+  ),
+  *("nvidia-cudnn-cu13", "nvidia-cudnn-cu12", "numpy", "ejkernel", "torch", "triton", "fla-core"),
+)
+
+
+def _write(
+  out: pathlib.Path, suffix: str, rows: list[dict], more: dict, *, say: bool = True
+) -> None:
   """A dated record of this machine."""
   today = datetime.date.today().isoformat()
   record = {
@@ -226,15 +241,14 @@ def _write(out: pathlib.Path, suffix: str, rows: list[dict], more: dict) -> None
     "command": "python -m pallas_kernels.bench " + " ".join(sys.argv[1:]),
     "device": f"{jax.devices()[0].device_kind}, {len(jax.devices())} x {jax.default_backend()}",
     "processor": platform.processor() or platform.machine(),
-    "versions": {
-      n: _version(n) for n in ("jax", "jaxlib", "ejkernel", "numpy", "torch", "fla-core")
-    },
+    "versions": {n: v for n in _PACKAGES if (v := _version(n))},
     "rows": rows,
   } | more
   out.mkdir(parents=True, exist_ok=True)
   path = out / f"{today}-{jax.default_backend()}{suffix}.json"
   path.write_text(json.dumps(record, indent=1) + "\n")
-  print(f"wrote {path}")
+  if say:
+    print(f"wrote {path}")
 
 
 def on_gpu(out: pathlib.Path | None, seconds: float) -> None:
@@ -246,13 +260,17 @@ def on_gpu(out: pathlib.Path | None, seconds: float) -> None:
   rows, failures = [], []
   for row in bench_gpu.rows():
     print(row.kernel, row.shape, row.phase, file=sys.stderr)
+    name = f"{row.kernel} {row.shape} {row.phase}"
     try:
       rows.append(bench_gpu.time_row(row, bench_gpu.device_clock, seconds))
-    except RuntimeError as error:
-      failures.append(str(error))
-  bench_gpu.print_rows(rows, bench_gpu.ceiling_of(device), copy)
-  if out:
-    _write(out, "", rows, {"copy_bytes_per_second": copy, "failures": failures})
+      if failure := rows[-1].get("failure"):
+        failures.append(f"{name}: {failure}")
+    except Exception as error:  # one row's, of whatever kind: the record of the others is kept
+      failures.append(f"{name}: {bench_gpu.in_words(error)}")
+    if out:  # as far as it has come
+      more = {"copy_bytes_per_second": copy, "failures": failures, "driver": bench_gpu.driver()}
+      _write(out, "", bench_gpu.with_backward(rows), more, say=False)
+  bench_gpu.print_rows(bench_gpu.with_backward(rows), bench_gpu.ceiling_of(device), copy)
   if failures:
     sys.exit("bench: " + "; ".join(failures))
 

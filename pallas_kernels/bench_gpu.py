@@ -1,6 +1,5 @@
-"""What `python -m pallas_kernels.bench --platform=gpu` runs: the rows, and a GPU's clock."""
+"""What `python -m pallas_kernels.bench --platform=gpu` runs: the timed rows, and a GPU's clock."""
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -14,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import bench_checks, bench_peers
 from pallas_kernels.block_sparse import Layout, block_sparse_attention, select_blocks
 from pallas_kernels.block_sparse import shapes as sparse_shapes
 from pallas_kernels.linear_recurrence import linear_recurrence, linear_recurrence_step
@@ -49,7 +49,9 @@ class Row:
     flops: of the recurrence as it is defined, token by token, or of the matmuls over keys that queries see; the
       backward pass has twice as many, of attention 2.5 times.
     calls: how often a contestant does it in a call.
-    peer: a clock of another library's, where it is there.
+    peers: clocks of other libraries', by name; one that is not there says so.
+    timed: or only checked.
+    note: what a reader of its times must know.
   """
 
   kernel: str
@@ -62,7 +64,9 @@ class Row:
   bytes: float
   flops: float
   calls: int = 1
-  peer: Callable[[tuple], Callable[[], float] | None] = lambda args: None
+  peers: dict[str, Callable[[tuple], Callable[[], float]]] = dataclasses.field(default_factory=dict)
+  timed: bool = True
+  note: str = ""
 
 
 # --- clocks ---
@@ -81,39 +85,54 @@ def host_clock(fn: Callable, args: tuple) -> Callable[[], float]:
   return seconds
 
 
-def device_clock(fn: Callable, args: tuple) -> Callable[[], float]:
-  """Seconds of the kernels of a call, by the GPU's own clock (CUPTI's events, summed)."""
+def kernel_seconds(run: Callable[[], object]) -> float:
+  """Seconds of all kernels that run meanwhile, by the GPU's own clock (CUPTI's records, summed), whoever starts them.
+
+  Gaps between kernels are in no contestant's time: torch starts them one by one, an XLA program all at once.
+  """
   from jax.experimental.mosaic.gpu import profiler
 
-  measured = profiler.measure(jax.jit(fn).lower(*args).compile())
-  return lambda: 1e-3 * measured(*args)[1]
+  cupti = profiler.mosaic_gpu_lib._mosaic_gpu_ext
+  cupti._cupti_init()
+  try:
+    run()
+  finally:
+    timings = cupti._cupti_get_timings(True)
+  return 1e-3 * sum(ms for _, ms in timings)
 
 
-def torch_clock(fn: Callable[[], object]) -> Callable[[], float]:
-  """Seconds of a call of torch, by CUDA events."""
-  import torch
-
-  fn()
-
-  def seconds():
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    fn()
-    end.record()
-    end.synchronize()
-    return 1e-3 * start.elapsed_time(end)
-
-  return seconds
+def device_clock(fn: Callable, args: tuple) -> Callable[[], float]:
+  """Seconds of the kernels of a call."""
+  compiled = jax.jit(fn).lower(*args).compile()
+  jax.block_until_ready(compiled(*args))
+  return lambda: kernel_seconds(lambda: jax.block_until_ready(compiled(*args)))
 
 
-def medians(clocks: dict[str, Callable[[], float]], seconds: float) -> dict[str, float]:
-  """The median of each clock, read in turns for about ``seconds`` each, at least three times."""
+def medians(
+  clocks: dict[str, Callable[[], float]], seconds: float, why_not: dict[str, str] | None = None
+) -> dict[str, float]:
+  """The median of each clock, read in turns for about ``seconds`` each, at least three times.
+
+  With ``why_not`` a clock that fails is told there, and the others go on.
+  """
   times: dict[str, list[float]] = {name: [] for name in clocks}
   start = time.perf_counter()
-  while time.perf_counter() - start < seconds * len(clocks) or min(map(len, times.values())) < 3:
-    for name, clock in clocks.items():
-      times[name].append(clock())
+  while times and (
+    time.perf_counter() - start < seconds * len(times) or min(map(len, times.values())) < 3
+  ):
+    for name in list(times):
+      try:
+        times[name].append(clocks[name]())
+      except Exception as error:
+        if why_not is None:
+          raise
+        why_not[name] = in_words(error)
+        del times[name]
   return {name: statistics.median(t) for name, t in times.items()}
+
+
+def in_words(error: Exception) -> str:
+  return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
 
 # --- rows ---
@@ -194,7 +213,7 @@ def recurrence_rows(name: str, s: Shape, kernel: str = "gpu") -> Iterator[Row]:
       bound=2e-2,
       bytes=2 * moved + _size(r.v) if whole else moved,
       flops=flops * (3 if whole else 1),
-      peer=functools.partial(fla_recurrence, s, whole),
+      peers={"fla": functools.partial(bench_peers.recurrence, s, whole)},
     )
 
 
@@ -230,6 +249,7 @@ def step_rows(name: str, s: Shape, kernel: str = "gpu") -> Iterator[Row]:
     bytes=2 * _size(state) + _size(r) + _size(r.v),
     flops=flops,
     calls=_TOKENS,
+    peers={"fla": functools.partial(bench_peers.step, s, _TOKENS)},
   )
 
 
@@ -281,7 +301,18 @@ def sparse_rows(
       bound=2e-2,
       bytes=2 * moved if of is both else moved,
       flops=flops * (3.5 if of is both else 1),
+      peers={"fla": functools.partial(bench_peers.nsa, s, of is both)},
+      note=_padding(s),
     )
+
+
+def _padding(s: sparse_shapes.Shape) -> str:
+  if s.key_dim == s.value_dim:
+    return ""
+  return (
+    f"full: cuDNN's kernel wants as many channels of values as of keys; {s.value_dim} are padded to {s.key_dim}, "
+    f"{2 * s.key_dim / (s.key_dim + s.value_dim):.2f} times the FLOPs that are needed"
+  )
 
 
 def _cudnn(q, k, v):
@@ -297,42 +328,9 @@ def rows() -> Iterator[Row]:
     yield from recurrence_rows(name, s)
   for name, s in STEPS.items():
     yield from step_rows(name, s)
+  yield from bench_checks.rows()
   for alike in (1, 16):
     yield from sparse_rows("nsa_t65536", sparse_shapes.SHAPES["nsa"], alike)
-
-
-# --- fla ---
-
-
-def fla_recurrence(s: Shape, whole: bool, args: tuple) -> Callable[[], float] | None:
-  """A clock of fla's Triton kernels on the same numbers, or None where torch or fla is not there."""
-  try:
-    import torch
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-    from fla.ops.kda import chunk_kda
-    from fla.ops.simple_gla import chunk_simple_gla
-  except ImportError:
-    return None
-  (r,) = args
-  tensors = [torch.from_dlpack(x).clone() for x in (r.q, r.k, r.v)]
-  decay = torch.from_dlpack(r.log_decay if s.decay == "channel" else r.log_decay[..., 0]).clone()
-  tensors.append(decay)
-  if s.erase == "key":
-    tensors.append(torch.from_dlpack(r.erase.beta).clone())
-  own = {"channel": chunk_kda, "scalar": chunk_gated_delta_rule}
-  op = chunk_simple_gla if s.erase == "none" else own[s.decay]
-  for x in tensors:
-    x.requires_grad_(whole)
-  do = torch.randn_like(tensors[2])
-
-  def call():
-    o, _ = op(*tensors, scale=1.0)
-    if whole:
-      torch.autograd.grad(o, tensors, do)
-
-  with contextlib.nullcontext() if whole else torch.no_grad():
-    call()
-  return torch_clock(call if whole else torch.no_grad()(call))
 
 
 # --- results ---
@@ -345,38 +343,54 @@ def copy_bandwidth(clock: Callable, size: int = 1 << 30) -> float:
 
 
 def time_row(row: Row, clock: Callable, seconds: float) -> dict:
-  """Checks a row, and times whatever of it serves here.
-
-  Raises:
-    RuntimeError: the kernel's error is larger than it may be.
-  """
+  """Checks a row, and times whatever of it serves here; what fails is told, and loses nothing else."""
   record: dict = {"kernel": row.kernel, "shape": row.shape, "phase": row.phase, "why_not": {}}
+  record |= {"note": row.note} if row.note else {}
+  why_not = record["why_not"]
   kernel = next(iter(row.contestants))
-  args = row.make()
-  clocks = {}
-  for name, fn in row.contestants.items():
-    try:
-      clocks[name] = clock(fn, args)
-    except (NotImplementedError, ValueError, RuntimeError) as error:
-      record["why_not"][name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-  if kernel in clocks:
+  try:
     record["error"] = row.error()
     if not record["error"] <= row.bound:
-      name = f"{row.kernel} {row.shape} {row.phase}"
-      raise RuntimeError(f"{name}: error {record['error']:.1e} exceeds {row.bound}")
-  try:
-    if peer := row.peer(args):
-      clocks["fla"] = peer
-  except Exception as error:  # another library's, of whatever kind
-    record["why_not"]["fla"] = f"{type(error).__name__}: {error}"
-  times = medians(clocks, seconds) if clocks else {}
+      record["failure"] = f"error {record['error']:.1e} exceeds {row.bound}"
+  except NotImplementedError as error:
+    why_not[kernel] = in_words(error)
+  except Exception as error:  # of compilers and devices, of whatever kind
+    record["failure"] = in_words(error)
+  if not row.timed:
+    return record
+  args, clocks = row.make(), {}
+  makers = {name: functools.partial(clock, fn) for name, fn in row.contestants.items()}
+  makers = {name: lambda args, make=make: make(args) for name, make in makers.items()} | row.peers
+  if kernel in why_not or "failure" in record:
+    why_not.setdefault(kernel, record.get("failure", ""))
+    makers.pop(kernel)
+  for name, make in makers.items():
+    try:
+      clocks[name] = make(args)
+    except Exception as error:  # another library's too
+      why_not[name] = in_words(error)
+  times = medians(clocks, seconds, why_not)
   # The kernel comes first.
   record["seconds"] = {name: t / row.calls for name, t in times.items()}
-  if kernel in clocks:
+  if kernel in times:
     own = record["seconds"][kernel]
     record["bytes_per_second"], record["flops_per_second"] = row.bytes / own, row.flops / own
     record["times_faster_than"] = {n: t / own for n, t in record["seconds"].items() if n != kernel}
   return record
+
+
+def with_backward(records: list[dict]) -> list[dict]:
+  """Records of forward + backward with the backward pass alone: the difference to those of forward."""
+  forward = {(r["kernel"], r["shape"]): r for r in records if r["phase"] == "forward"}
+  for r in records:
+    first = forward.get((r["kernel"], r["shape"]), {}).get("seconds", {})
+    if r["phase"] == "forward_backward" and "times_faster_than" in r:
+      alone = {n: t - first[n] for n, t in r["seconds"].items() if n in first}
+      kernel = next(iter(r["seconds"]))
+      if alone.get(kernel, 0) > 0:
+        own = alone.pop(kernel)
+        r["backward_times_faster_than"] = {n: t / own for n, t in alone.items()}
+  return records
 
 
 def print_rows(records: list[dict], ceiling: tuple[float, float] | None, copy: float) -> None:
@@ -384,16 +398,21 @@ def print_rows(records: list[dict], ceiling: tuple[float, float] | None, copy: f
   print(f"copy: {copy / 1e12:.2f} TB/s")
   for r in records:
     name = f"{r['kernel']:<24}{r['shape']:<32}{r['phase']:<18}"
+    if "seconds" not in r and "error" in r:
+      print(f"{name}error {r['error']:.0e}{'  ' + r['failure'] if 'failure' in r else ''}")
+      continue
     if "bytes_per_second" not in r:
       print(name, "not served:", "; ".join(f"{n}: {why}" for n, why in r["why_not"].items()))
       continue
     own = next(iter(r["seconds"].values()))
     others = "  ".join(f"x {n} {x:.2f}" for n, x in r["times_faster_than"].items())
+    if alone := r.get("backward_times_faster_than"):
+      others += "  backward alone: " + "  ".join(f"x {n} {x:.2f}" for n, x in alone.items())
     moved, done = r["bytes_per_second"], r["flops_per_second"]
     peak = f" ({done / ceiling[1]:.0%} of peak, {moved / ceiling[0]:.0%} of HBM)" if ceiling else ""
     rates = f"{moved / 1e12:.2f} TB/s = {moved / copy:.0%} of a copy, {done / 1e12:.0f} TFLOP/s"
     print(f"{name}{1e3 * own:>9.3f} ms  {others}  {rates}{peak}  error {r['error']:.0e}")
-    for n, why in r["why_not"].items():
+    for n, why in (r["why_not"] | ({"note": r["note"]} if "note" in r else {})).items():
       print(f"  {n}: {why}")
 
 
@@ -422,6 +441,7 @@ def markdown(record: dict | None) -> str:
     cells += ["-" if t is None else f"{t:.2f}" for t in others]
     cells.append(f"{row['bytes_per_second'] / record['copy_bytes_per_second']:.0%}")
     lines.append("| " + " | ".join(cells) + " |")
+  lines += ["", *sorted({row["note"] for row in record["rows"] if "note" in row})]
   return "\n".join(lines)
 
 
@@ -435,6 +455,12 @@ def newest_record(folder: pathlib.Path) -> dict | None:
   """The last record of a GPU, by date."""
   paths = sorted(folder.glob("*-gpu.json"))
   return json.loads(paths[-1].read_text()) if paths else None
+
+
+def driver() -> str | None:
+  """The version of the GPU's driver, in the words of its kernel module."""
+  path = pathlib.Path("/proc/driver/nvidia/version")
+  return path.read_text().splitlines()[0].strip() if path.exists() else None
 
 
 def ceiling_of(device: str) -> tuple[float, float] | None:

@@ -7,9 +7,7 @@ import pathlib
 import subprocess
 import sys
 
-import pytest
-
-from pallas_kernels import bench, bench_gpu
+from pallas_kernels import bench, bench_checks, bench_gpu
 from pallas_kernels.block_sparse.shapes import Shape as SparseShape
 from pallas_kernels.linear_recurrence.shapes import Shape
 
@@ -25,7 +23,7 @@ def rows():
 
 
 def test_every_row_is_checked_and_timed(capsys):
-  """cuDNN is not there, and says so; everything else has a time."""
+  """cuDNN and fla are not there, and say so; everything else has a time."""
   records = [bench_gpu.time_row(row, bench_gpu.host_clock, 0.0) for row in rows()]
   assert [(r["kernel"], r["phase"]) for r in records] == [
     ("linear_recurrence", "forward"),
@@ -36,11 +34,13 @@ def test_every_row_is_checked_and_timed(capsys):
   ]
   for r in records:
     assert 0 <= r["error"] < 2e-2
-    assert set(r["why_not"]) == ({"full"} if r["kernel"] == "block_sparse" else set())
+    assert set(r["why_not"]) == {"fla"} | ({"full"} if r["kernel"] == "block_sparse" else set())
+    assert "ModuleNotFoundError" in r["why_not"]["fla"]
     assert r["bytes_per_second"] > 0 and r["flops_per_second"] > 0
   bench_gpu.print_rows(records, bench_gpu.ceiling_of("NVIDIA H200"), 1e12)
   out = capsys.readouterr().out
   assert out.count("% of HBM") == 5 and "full: " in out
+  assert "8 are padded to 16, 1.33 times the FLOPs" in records[-1]["note"] and "padded" in out
   record = dict(device="an H200", date="today", rows=records, copy_bytes_per_second=1e12)
   text = bench_gpu.with_table(
     f"a{bench_gpu.BEGIN}b{bench_gpu.END}c", json.loads(json.dumps(record))
@@ -60,8 +60,62 @@ def test_the_readme_has_the_newest_record():
 def test_a_wrong_kernel_is_not_timed():
   row = next(rows())
   row.error = lambda: 0.5
-  with pytest.raises(RuntimeError, match="error 5.0e-01 exceeds"):
-    bench_gpu.time_row(row, bench_gpu.host_clock, 0.0)
+  row.contestants["other"] = row.contestants["xla"]
+  record = bench_gpu.time_row(row, bench_gpu.host_clock, 0.0)
+  assert record["failure"] == record["why_not"]["xla"] == "error 5.0e-01 exceeds 0.02"
+  assert set(record["seconds"]) == {"other"}
+  row.error = lambda: 1 / 0
+  assert "ZeroDivisionError" in bench_gpu.time_row(row, bench_gpu.host_clock, 0.0)["failure"]
+
+
+def test_a_contestant_that_fails_loses_nothing_else():
+  """When it is made, and when it runs."""
+
+  def clock(fn, args):
+    if fn == "cannot":
+      raise ValueError("cannot be made")
+    times = iter([1.0] if fn == "breaks" else itertools.repeat(2.0 if fn == "ours" else 6.0))
+    return lambda: next(times)
+
+  row = next(rows())
+  row.error = lambda: 0.0
+  row.contestants = {name: name for name in ("ours", "cannot", "breaks", "slow")}
+  record = bench_gpu.time_row(row, clock, 0.0)
+  assert record["times_faster_than"] == {"slow": 3.0}
+  assert record["why_not"]["cannot"] == "ValueError: cannot be made"
+  assert record["why_not"]["breaks"].startswith("StopIteration")
+  assert json.loads(json.dumps(record)) == record
+
+
+def test_backward_alone_is_a_difference():
+  def record(phase, **seconds):
+    faster = {n: t / seconds["gpu"] for n, t in seconds.items() if n != "gpu"}
+    return dict(kernel="a", shape="b", phase=phase, seconds=seconds, times_faster_than=faster)
+
+  records = [record("forward", gpu=1.0, full=4.0), record("forward_backward", gpu=3.0, full=16.0)]
+  assert bench_gpu.with_backward(records)[1]["backward_times_faster_than"] == {"full": 6.0}
+
+
+def test_checks_are_of_every_specialisation():
+  shapes = bench_checks.RECURRENCES.values()
+  kinds = {(s.decay, s.erase) for s in shapes}
+  decays, erases = ("none", "constant", "scalar", "channel"), ("none", "key", "low_rank")
+  assert kinds == set(itertools.product(decays, erases))
+  assert {s.key_dim for s in shapes} == {64, 128, 256} <= {s.value_dim for s in shapes}
+  assert any(s.bonus for s in shapes) and any(s.reads == "undecayed" for s in shapes)
+  names = {row.shape for row in bench_checks.rows() if row.kernel == "block_sparse"}
+  assert names >= {"nsa", "moba", "infllm_v2", "minimax_m3", "window", "sinks", "segments"}
+
+
+def test_a_check_is_of_gradients_from_a_state_and_of_packed_segments():
+  s = Shape(1, 8, 2, 8, "channel", "key")
+  assert bench_checks.recurrence_error(s, "float32", "xla", packed=True, length=20) < 1e-5
+  s = SparseShape(4, 1, 1, 16, 16, 16, 4, length=40)
+  options = dict(sinks=True, packed=True)
+  assert bench_checks.sparse_error(s, 40, options, "xla") < 2e-2
+  row = next(bench_checks.rows())
+  record = bench_gpu.time_row(row, bench_gpu.host_clock, 0.0)
+  assert "seconds" not in record and "need a Hopper GPU" in record["why_not"]["gpu"]
 
 
 def test_a_kernel_that_does_not_serve_says_why(capsys):
@@ -93,7 +147,8 @@ def test_errors_are_relative_and_infinities_must_agree():
 def test_the_shapes_are_the_issue_s():
   """Those that targets are stated for."""
   names = {(row.kernel, row.shape, row.phase) for row in bench_gpu.rows()}
-  assert len(names) == 6 * 2 + 3 + 2 * 2
+  timed = {name for name in names if name[2] != "check"}
+  assert len(timed) == 6 * 2 + 3 + 2 * 2
   assert ("linear_recurrence", "kda_b1_t8192_h64", "forward_backward") in names
 
 

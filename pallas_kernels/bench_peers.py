@@ -1,0 +1,111 @@
+"""Other libraries' GPU kernels on the same numbers, and clocks of them. What cannot be imported raises and says so."""
+
+import contextlib
+from collections.abc import Callable
+
+
+def clock(fn: Callable[[], object]) -> Callable[[], float]:
+  """Seconds of the kernels of a call of torch, by the clock that times ours."""
+  import torch
+
+  from pallas_kernels import bench_gpu
+
+  fn()  # compiles
+  torch.cuda.synchronize()
+
+  def run():
+    fn()
+    torch.cuda.synchronize()
+
+  return lambda: bench_gpu.kernel_seconds(run)
+
+
+def _tensor(x):
+  import torch
+
+  return torch.from_dlpack(x).clone()
+
+
+def _recurrent(s, r) -> dict:
+  """fla's arguments of a recurrence."""
+  tensors = {"q": _tensor(r.q), "k": _tensor(r.k), "v": _tensor(r.v)}
+  tensors["g"] = _tensor(r.log_decay if s.decay == "channel" else r.log_decay[..., 0])
+  if s.erase == "key":
+    tensors["beta"] = _tensor(r.erase.beta)
+  return tensors
+
+
+def recurrence(s, whole: bool, args: tuple) -> Callable[[], float]:
+  """fla's chunked kernel of a recurrence, with gradients if ``whole``."""
+  import torch
+
+  if s.erase == "none":
+    from fla.ops.simple_gla import chunk_simple_gla as op
+  elif s.decay == "channel":
+    from fla.ops.kda import chunk_kda as op
+  else:
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule as op
+  tensors = _recurrent(s, *args)
+  for x in tensors.values():
+    x.requires_grad_(whole)
+  do = torch.randn_like(tensors["v"])
+
+  def call():
+    with contextlib.nullcontext() if whole else torch.no_grad():
+      o, _ = op(**tensors, scale=1.0)
+      if whole:
+        torch.autograd.grad(o, list(tensors.values()), do)
+
+  return clock(call)
+
+
+def step(s, tokens: int, args: tuple) -> Callable[[], float]:
+  """fla's kernel of one token, so many times, from a float32 state."""
+  import torch
+
+  if s.erase == "none":
+    from fla.ops.simple_gla import fused_recurrent_simple_gla as op
+  elif s.decay == "channel":
+    from fla.ops.kda import fused_recurrent_kda as op
+  else:
+    from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule as op
+  r, state = args
+  tensors, initial = _recurrent(s, r), _tensor(state)
+
+  def call():
+    S = initial
+    with torch.no_grad():
+      for _ in range(tokens):
+        _, S = op(**tensors, scale=1.0, initial_state=S, output_final_state=True)
+
+  return clock(call)
+
+
+def nsa(s, whole: bool, args: tuple) -> Callable[[], float]:
+  """fla's NSA, its selected branch alone."""
+  import torch
+
+  try:
+    from fla.ops.nsa import parallel_nsa as op
+  except ImportError:
+    from native_sparse_attention.ops.parallel import parallel_nsa as op
+  q, k, v = (_tensor(x).requires_grad_(whole) for x in args[:3])
+  indices = _tensor(args[3]).transpose(1, 2).contiguous().long()
+  one = torch.ones(q.shape[:3], dtype=q.dtype, device=q.device)
+  do = torch.randn(*q.shape[:3], v.shape[-1], dtype=q.dtype, device=q.device)
+
+  def call():
+    with contextlib.nullcontext() if whole else torch.no_grad():
+      o = op(
+        q=q,
+        k=k,
+        v=v,
+        g_slc=one,
+        block_indices=indices,
+        block_counts=s.top_k,
+        block_size=s.block_size,
+      )
+      if whole:
+        torch.autograd.grad(o, (q, k, v), do)
+
+  return clock(call)
