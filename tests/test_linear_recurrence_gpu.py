@@ -11,12 +11,13 @@ import dataclasses
 import functools
 import itertools
 import pathlib
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from gpu_races import watch
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from recurrences import (
   CASES,
@@ -26,16 +27,15 @@ from recurrences import (
   cast,
   ids,
   make,
-  named,
   quick_jit,
   rounded,
   run,
   some,
 )  # fmt: skip
 
-from pallas_kernels import segments
+from pallas_kernels import dispatch
 from pallas_kernels.cost import gpu as compilers
-from pallas_kernels.linear_recurrence import gpu, linear_recurrence
+from pallas_kernels.linear_recurrence import api, gpu, gpu_gradients, linear_recurrence
 from pallas_kernels.linear_recurrence.shapes import SHAPES
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -130,27 +130,58 @@ def test_bitwise_causal(case):
   assert not np.array_equal(a[:, at:], b[:, at:])
 
 
-@pytest.mark.parametrize("case", some([SSD, GDN, KDA, RWKV7], [GDN]))
-def test_no_races_and_nothing_unwritten_is_read(case):
-  """Memory starts as NaN; two batch rows, shared key heads, two blocks of columns, a tail."""
-  interpret = plgpu.InterpretGPUParams(uninitialized_memory="nan", detect_races=True)
-  r, S = inputs(case, B=2, V=128, T=135)
-  runs = segments.runs(jnp.asarray(np.repeat(np.pad(SEGMENTS, ((0, 0), (0, 4))), 2, axis=0)))
+def watched(monkeypatch, case, segment_ids, **sizes):
+  """``both`` with races of all kernels looked for, in memory that is NaN where nothing was written."""
+  mode = plgpu.InterpretGPUParams(uninitialized_memory="nan", detect_races=True)
+  passes = (functools.partial(f, interpret=mode) for f in (gpu.forward, gpu.backward))
+  monkeypatch.setitem(api._CHUNKED, "interpret_gpu", tuple(passes))
+  r, S = inputs(case, **sizes)
+  with watch() as kernels:
+    got, want = both(r, S, segment_ids)
+    jax.block_until_ready(got)
+  # A chunk's operands and the walk, twice; then values, comparisons and channels.
+  least = 7 if gpu_gradients.serves(gpu._plan(r), r.decay) else 4
+  assert kernels.kernels >= least and not kernels.racy
+  return got, want
 
-  @jax.jit
-  def forward(r, S):
-    return gpu.forward(r, S, runs, None, keep=True, interpret=interpret)
 
-  @jax.jit
-  def backward(r, boundaries, do, S):
-    return gpu.backward(r, runs, None, boundaries, do, S, interpret=interpret)
+@pytest.mark.parametrize("case", some([SSD, GDN, KDA, ("none", "low", *GDN[2:]), RWKV7], [GDN]))
+def test_no_races_and_the_right_values(monkeypatch, case):
+  """Packed, of an odd length, keys of correlation 0.9 and steps of 1.9: what is hard, in one program."""
+  sizes = dict(T=95, Hv=1, rho=0.9, beta=1.9)
+  assert_close(*watched(monkeypatch, case, SEGMENTS[:, :95], **sizes), 1e-4)
 
-  o, final, boundaries = forward(r, S)
-  assert not gpu_callbacks.get_races().races_found
-  gradients = backward(r, boundaries, jnp.ones_like(r.v), S)
-  assert not gpu_callbacks.get_races().races_found
-  for name, x in named((o, final, boundaries, gradients)).items():
-    assert np.isfinite(x).all(), name
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [GDN, RWKV7], ids=ids)
+def test_no_races_between_programs(monkeypatch, case):
+  """Two batch rows, shared key heads, two blocks of columns, a tail."""
+  packed = np.repeat(np.pad(SEGMENTS, ((0, 0), (0, 4))), 2, axis=0)
+  sizes = dict(dtype=jnp.bfloat16, B=2, V=128, T=135)
+  assert_close(*watched(monkeypatch, case, packed, **sizes), 1.5e-2)
+
+
+def test_what_no_kernel_holds_is_xla_s():
+  """The gradients of a low-rank erase under a decay a channel, in float32."""
+  p = gpu._plan(inputs(RWKV7)[0])
+  assert not gpu_gradients.serves(p, "channel") and gpu_gradients.serves(p, "scalar")
+  assert gpu_gradients.serves(dataclasses.replace(p, parts=1), "channel")
+
+
+@pytest.mark.parametrize(
+  "capability, K, words", [("8.0", 64, "it is 8.0"), ("9.0", 32, "64, 128 or 256")]
+)
+def test_auto_becomes_xla_on_a_gpu_that_the_kernels_do_not_serve(monkeypatch, capability, K, words):
+  """Another GPU, and a Hopper that is asked for other keys; named, the backend says why."""
+  monkeypatch.setattr(dispatch, "platform", lambda: "gpu")
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  card = types.SimpleNamespace(compute_capability=capability)
+  monkeypatch.setattr(jax, "local_devices", lambda: [card])
+  r, S = inputs(GDN, T=3, K=K, Hv=1)
+  with pytest.raises(NotImplementedError, match=words):
+    linear_recurrence(r, S, backend="gpu")
+  got, want = (linear_recurrence(r, S, backend=name)[0] for name in ("auto", "xla"))
+  np.testing.assert_array_equal(got, want)
 
 
 def test_named_backend_says_why_it_cannot():
