@@ -5,8 +5,8 @@ The backward pass gathers again, and adds the gradients of gathered blocks to th
 Values that are channels of the keys are gathered, and their gradients added, with them. For few queries the chosen
 rows alone are read.
 
-Tokens that are chosen one by one are rows, not parts of tiles: for DeepSeek-V3.2's 2048 of 65536 tokens with 128 heads on
-latents of 576 channels, v6e's compiler counts 39 MB and 0.6 GFLOP a query; with tiles of 16 tokens 52 MB if all tokens of
+Tokens that are chosen one by one are rows, not parts of tiles: for DeepSeek-V3.2's 2048 of 65536 tokens with 128 heads
+on latents of 576 channels, v6e's compiler counts 39 MB and 0.6 GFLOP a query; with tiles of 16 tokens 52 MB if all of
 128 tiles are chosen, and 593 MB and 6.9 GFLOP if each of 2048 tiles has one of them.
 """
 
