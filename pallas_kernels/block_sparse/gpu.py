@@ -10,7 +10,7 @@ say) are visited by all queries; the walks are cut in parts of equal length, eac
 in the end.
 
 Not served: blocks of single tokens (DSA). A Hopper GPU's bulk copies take rows that lie together; chosen tokens would
-be copied row by row.
+be copied row by row, the bytes that XLA's gather reads. Nor the window: that is plain attention, merged by ``api.py``.
 """
 
 import dataclasses
