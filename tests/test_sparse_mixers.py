@@ -141,6 +141,14 @@ def test_blocks_across_steps(name):
   np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
 
 
+def test_pools_across_steps():
+  """DSA's pooled keys, without positions: a tail that is no pool yet is seen, and becomes one, wherever pieces end."""
+  layer, x = make("dsa", **POOLED), tokens()
+  want, _ = jax.device_get(layer).reference(x[0].astype(np.float64))
+  got = read(layer, x, [7, 1, 1, 7, 1, 1, 7, 1, 1])
+  np.testing.assert_allclose(got[0], want, rtol=2e-5, atol=2e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_padding_moves_blocks(name):
