@@ -120,6 +120,7 @@ def rows():
   call |= dict(
     once=False, vmem=1 << 20, spilled=0, busiest="VALU 0.5", cycles=9000, temp=0, around=0
   )
+  call |= dict(ideal=1 << 21)
   backward = call | dict(call="short_conv_backward", bundles=700)
   name = "short_conv/forward_backward/mamba2"
   return report.records(name, "v6e", {"rows": [call, backward]})
@@ -133,6 +134,7 @@ def test_records(rows):
   assert whole["bundles_per_unit"] == round(4 * (500 + 700) / units, 1)
   assert rows[0]["times_floor"] == round(4 * 500 / ((1 << 20) / 1640 * 1.75), 2)
   assert whole["cycles_per_unit"] == round(2 * 9000 / units, 1)
+  assert whole["bytes"] == whole["ideal_bytes"] == 1 << 21
 
 
 def test_records_are_kept_and_added_to(rows, tmp_path):

@@ -12,7 +12,7 @@ from pallas_kernels.cost.chips import CHIPS
 COLUMNS = (
   "kernel", "phase", "shape", "chip", "call", "unit", "grid_steps", "bundles_per_step", "bundles_per_unit",
   "cycles_per_unit", "hbm_floor_per_unit", "matmul_floor_per_unit", "times_floor", "busiest", "vmem_bytes",
-  "spilled_bytes", "temp_bytes", "around_bytes", "loops", "libtpu", "error",
+  "spilled_bytes", "temp_bytes", "bytes", "around_bytes", "ideal_bytes", "loops", "libtpu", "error",
 )  # fmt: skip
 _TEXT = (
   "kernel", "phase", "shape", "chip", "call", "unit", "busiest", "loops", "libtpu", "jax", "ptxas", "error",
@@ -57,11 +57,14 @@ def records(name: str, chip: str, answer: dict) -> list[dict]:
     row |= {"busiest": call.get("busiest", "")}
     row |= {"vmem_bytes": call["vmem"], "spilled_bytes": call["spilled"]}
     row |= {"temp_bytes": call["temp"], "around_bytes": call["around"]}
+    row |= {"bytes": call["bytes"], "ideal_bytes": call["ideal"]}
     out.append(finish(row, bundles, call["cycles"], hbm, matmul))
     sums.update(bundles=bundles, cycles=call["cycles"] or 0, hbm=hbm, matmul=matmul)
+    sums.update(bytes=call["bytes"])
   if len(out) > 1 and not any(row["error"] for row in out):
     total = base | {"call": "all", "loops": "once" if any(row["loops"] for row in out) else ""}
-    total |= {k: out[0][k] for k in ("temp_bytes", "around_bytes")}
+    total |= {k: out[0][k] for k in ("temp_bytes", "around_bytes", "ideal_bytes")}
+    total["bytes"] = sums["bytes"]
     cycles = sums["cycles"] if estimated else 0
     out.append(finish(total, sums["bundles"], cycles, sums["hbm"], sums["matmul"]))
   return out
@@ -125,6 +128,15 @@ def _mib(n) -> str:
   return "-" if n == "" else f"{n / 2**20:.1f}"
 
 
+def _moved(row: dict) -> tuple[str, str]:
+  """What a row's kernels and the rest of its program move; where they are all of it, how often the ideal that is."""
+  if not row["bytes"]:
+    return "-", "-"
+  moved = row["bytes"] + row["around_bytes"]
+  whole = row["call"] == "all" or row["phase"] != "forward_backward"
+  return _mib(moved), f"{moved / row['ideal_bytes']:.2f}" if whole else "-"
+
+
 def refused(row: dict) -> bool:
   """Whether the kernel said that it cannot serve the call on this chip, which is no failure."""
   return row["error"].startswith("NotImplementedError")
@@ -150,7 +162,7 @@ def print_table(rows: list[dict]) -> None:
     for name in ("program", "shape", "chip"):
       table.add_column(name, no_wrap=True)
     names = ["a step", "bundles", "cycles", "HBM", "MXU", "x floor", "busiest"]
-    for name in (*names, "VMEM MiB", "spilled MiB", "temp MiB", "around MiB"):
+    for name in (*names, "VMEM MiB", "spilled MiB", "temp MiB", "moved MiB", "x bytes"):
       table.add_column(name, justify="right")
     for row in (r for r in rows if r["kernel"] == kernel):
       head = _program(row)
@@ -160,7 +172,7 @@ def print_table(rows: list[dict]) -> None:
           row["shape"],
           row["chip"],
           "refused" if refused(row) else "[red]error[/]",
-          *[""] * 10,
+          *[""] * 11,
         )
         continue
       figures = [row["bundles_per_step"], row["bundles_per_unit"], row["cycles_per_unit"]]
@@ -169,8 +181,8 @@ def print_table(rows: list[dict]) -> None:
       texts[1] += "*" if row["loops"] else ""
       texts.append(f"{row['times_floor']:.2f}" if row["times_floor"] else "-")
       texts.append(row["busiest"] or "-")
-      sizes = ("vmem_bytes", "spilled_bytes", "temp_bytes", "around_bytes")
-      table.add_row(head, row["shape"], row["chip"], *texts, *(_mib(row[s]) for s in sizes))
+      sizes = [_mib(row[s]) for s in ("vmem_bytes", "spilled_bytes", "temp_bytes")]
+      table.add_row(head, row["shape"], row["chip"], *texts, *sizes, *_moved(row))
     console.print(table)
 
   if any(row["loops"] for row in rows):

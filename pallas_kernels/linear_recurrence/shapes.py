@@ -46,6 +46,7 @@ SHAPES = {
     32, 64, 32, 64, "channel", "low_rank", "undecayed"
   ),  # RWKV-7 1.5B, arXiv:2503.14456
   # At one head size, to be compared with Gated DeltaNet's and KDA's above.
+  "ssd_128": Shape(16, 128, 16, 128, "scalar"),
   "gla_128": Shape(16, 128, 16, 128, "channel"),
   "rwkv7_128": Shape(16, 128, 16, 128, "channel", "low_rank", "undecayed"),
   # For a laptop: one of each kind, at one size.

@@ -2,12 +2,14 @@
 
 A grid step has some heads of one sequence, a head's state with one of its axes along sublanes and the other along
 lanes. What has a number for each lane is a row, which every sublane can read; what has one for each sublane is spread
-over the lanes by turning as many copies of it. Sums over key channels are sums of products in float32, as in the
-reference: they cost less than the state's bytes take to move.
+over the lanes by the matrix unit, which is idle otherwise: three bfloat16 parts of each number, times ones, add up to
+it exactly. (Copies turned by the transpose unit, or a lane broadcast, take half as long again.) Sums over key channels
+are sums of products in float32, as in the reference: they cost less than the state's bytes take to move.
 
 The state lies as XLA stores it, values along lanes; but where values would not fill the lanes and keys do (Mamba-2),
 XLA stores it the other way round, and so does the kernel take it: with a copy of the state each token, three times as
-many bytes would be moved.
+many bytes would be moved. Where neither would, as with RWKV-7's 64 of both, tiles of 128 lanes are half empty: the
+state is twice the bytes that the cost table counts.
 """
 
 import functools
@@ -22,6 +24,8 @@ from pallas_kernels.linear_recurrence.recurrence import Recurrence
 from pallas_kernels.linear_recurrence.step_operands import operands
 
 _LANES, _SUBLANES = 128, 8
+# bfloat16 numbers that make a float32.
+_PARTS = 3
 # Bytes of the float32 state of a grid step, at the most: 4 MiB of VMEM for it, in and out, twice each.
 _BLOCK = 1 << 20
 
@@ -47,6 +51,19 @@ def _stack(parts: dict, heads: int, width: int) -> Float[Array, "B N R L"]:
   return jnp.swapaxes(x, 1, 2).reshape(B, Hv // heads, -1, width)
 
 
+def _spread(parts: dict, heads: int) -> Float[Array, "B N h R L"]:
+  """For each head the rows of all parts, three bfloat16 numbers that add up to each of theirs, and rows of zeros."""
+  rows = jnp.stack(list(parts.values()), axis=2)
+  split = []
+  for _ in range(_PARTS):
+    # not astype alone: XLA may keep what that would round away
+    split.append(jax.lax.reduce_precision(rows, exponent_bits=8, mantissa_bits=7))
+    rows = rows - split[-1]
+  x = jnp.concatenate(split, axis=2).astype(jnp.bfloat16)
+  x = jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % 16), (0, 0)))
+  return x.reshape(x.shape[0], -1, heads, *x.shape[2:])
+
+
 def _turned(K: int, V: int) -> bool:
   """Whether XLA stores states [..., K, V] with keys along lanes."""
   return V % _LANES != 0 and V % _SUBLANES == 0 and K % _LANES == 0
@@ -58,18 +75,23 @@ def _kernel(spread, rows, heads, turned, undecayed, spread_ref, rows_ref, state,
   keys = 1 if turned else 0  # the axis of the key channels
   width = L if turned else min(L, _LANES)
   outs = jnp.zeros((R, _LANES), jnp.float32)
+  # What is spread lies in whole registers side by side.
+  pitch = -(-width // _LANES) * _LANES
+  shape = spread_ref.shape[3], len(spread) * pitch
+  row, lane = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+  members = jnp.zeros(shape, bool)
+  for i in range(len(spread)):
+    for part in range(_PARTS):
+      here = (lane >= i * pitch) & (lane < (i + 1) * pitch)
+      members |= here & (row == part * len(spread) + i)
+  ones = jnp.where(members, 1.0, 0.0).astype(jnp.bfloat16)
 
   for h in range(heads):
-
-    def over_lanes(name, h=h):
-      i = spread.index(name) * heads + h
-      row = spread_ref[0, 0, i : i + 1]
-      # whole registers are turned
-      tall = -(-width // _SUBLANES) * _SUBLANES
-      wide = jnp.pad(row, ((0, 0), (0, -R % _LANES)))
-      return jnp.broadcast_to(wide, (tall, wide.shape[1])).T[:R, :width]
-
-    columns = {name: over_lanes(name) for name in spread}
+    dimensions = (((0,), (0,)), ((), ()))
+    wide = jax.lax.dot_general(
+      spread_ref[0, 0, h], ones, dimensions, preferred_element_type=jnp.float32
+    )
+    columns = {name: wide[:, i * pitch : i * pitch + width] for i, name in enumerate(spread)}
     for start in range(0, L, width):
       lanes = slice(start, min(start + width, L))
 
@@ -123,12 +145,12 @@ def step(
   spread, rows = (values, keys | numbers) if turned else (keys, values | numbers)
   most = min(max(_BLOCK // (4 * K * V), 1), _LANES)
   heads = max(h for h in range(1, min(most, Hv) + 1) if Hv % h == 0)
-  stacked = _stack(spread, heads, V if turned else K), _stack(rows, heads, K if turned else V)
+  stacked = _spread(spread, heads), _stack(rows, heads, K if turned else V)
   if turned:
     state = jnp.swapaxes(state, 2, 3)
 
   def whole(x):
-    return pl.BlockSpec((1, 1, *x.shape[2:]), lambda b, h: (b, h, 0, 0))
+    return pl.BlockSpec((1, 1, *x.shape[2:]), lambda b, h: (b, h, *(0,) * (x.ndim - 2)))
 
   of_heads = pl.BlockSpec((1, heads, *state.shape[2:]), lambda b, h: (b, h, 0, 0))
   o = jax.ShapeDtypeStruct((B, Hv // heads, heads, V), r.v.dtype)
