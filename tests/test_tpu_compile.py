@@ -250,9 +250,9 @@ def test_compiles_in_a_sharded_program():
   cotangent = 2 * T * heads * D
   gradients = recurrence["argument"] - cotangent
   assert recurrence["temp"] <= 4 * heads * T / 128 * D * D + 1.2 * gradients
-  # The state, of which there is nearly all of the bytes, is written where it was.
+  # The state is written where it was; what is made of a token for the kernel is small beside it.
   assert step["kernels"] == 1 and step["collectives"] == []
-  assert step["alias"] >= step["largest"] and step["temp"] < step["largest"] / 16
+  assert step["alias"] >= step["largest"] and step["temp"] < step["largest"] / 8
   # Each device's rows give a part of the weight's gradient.
   assert conv["kernels"] == 1 and conv["collectives"] == ["all-reduce"]
   assert conv["temp"] < conv["largest"] / 4
