@@ -8,7 +8,7 @@ unit. The ids that rounding adds are never produced by `encode` and are dropped 
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32
@@ -29,6 +29,7 @@ _BOS_NAMES = (
 )
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
   """Text to ids and back.
 

@@ -64,7 +64,7 @@ def together(ctx: Context) -> Where:
 
 
 def new_cache(
-  batch: int, slots: int, shapes: Mapping[str, Sequence[int]], dtype: jnp.dtype
+  batch: int, slots: int, shapes: Mapping[str, Sequence[int]], dtype: jax.typing.DTypeLike
 ) -> Cache:
   """An empty cache.
 

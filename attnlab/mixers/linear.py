@@ -77,7 +77,7 @@ class LinearMixer(Mixer):
   qk_norm: bool = True
   gate_activation: ClassVar[Callable[[Array], Array] | None] = staticmethod(jax.nn.silu)
 
-  def __init__(self, config: Config, layer: Layer, key: Array):
+  def __init__(self, config: Mixer.Config, layer: Layer, key: Array):
     self.config = config
     own = type(self)
     # Mixers with a Config of their own, not derived from this one, have neither setting.

@@ -382,7 +382,9 @@ class SparseMixer(SparseCore, SoftmaxAttention):
     """Of k, v and ``kept``, without [B, T]."""
     return {"k": (self.Hkv, self.K), "v": (self.Hkv, self.K)}
 
-  def init_cache(self, batch: int, max_len: int, dtype: jnp.dtype = jnp.float32) -> Cache:
+  def init_cache(
+    self, batch: int, max_len: int, dtype: jax.typing.DTypeLike = jnp.float32
+  ) -> Cache:
     shapes = self.pool_shapes(max_len).items()
     pools = {name: jnp.zeros((batch, *s), dtype) for name, s in shapes}
     return new_cache(batch, max_len, self.kept_shapes(), dtype) | {"pools": pools}

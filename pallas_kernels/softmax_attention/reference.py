@@ -24,7 +24,7 @@ def attend(
   k: Float[Array, "B Tk Hkv D"],
   v: Float[Array, "B Tk Hkv V"],
   sinks: Float[Array, " H"] | None,
-  mask: Bool[Array, "B #H Tq Tk"],
+  mask: Bool[Array, "#B #H Tq Tk"],
   scale: float,
 ) -> tuple[Float[Array, "B Tq H V"], Float[Array, "B Tq H"]]:
   """``o_t = sum_s exp(scale q_t . k_s - lse_t) v_s``, ``lse_t = log(sum_s exp(scale q_t . k_s) + exp(sink))``.
