@@ -202,7 +202,7 @@ def test_named_backend_says_why_it_cannot():
       linear_recurrence(r, S, backend="interpret_gpu")
 
 
-# --- the compilers ---
+# --- the compilers; test_gpu_compile.py has a few shapes for every run ---
 
 needs_compilers = pytest.mark.skipif(
   compilers.missing() is not None, reason=str(compilers.missing())
@@ -232,12 +232,6 @@ SPECIALISATIONS = [
   *itertools.product(("constant", "scalar", "channel"), ("key", "low_rank"), ("undecayed",), ("",)),
   *itertools.product(DECAYS, ("none",), ("decayed",), ("bonus",)),
 ]
-
-
-@needs_compilers
-@pytest.mark.xdist_group("gpu_compiler")
-def test_a_shape_compiles(monkeypatch):
-  compiled([real("kimi_linear", 4096)], monkeypatch)
 
 
 @needs_compilers
