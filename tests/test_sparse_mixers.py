@@ -9,8 +9,9 @@ import pytest
 from flax import nnx
 from quick import jit
 
+from attnlab import sharding
 from attnlab.errors import UserError
-from attnlab.mixers import Context, Layer, configure, mixer, mixers
+from attnlab.mixers import Context, Layer, configure, mixer, mixers, sparse
 
 D, H, HKV, K, T = 32, 4, 2, 8, 27
 SIZES = dict(num_heads=H, num_kv_heads=HKV, head_dim=K, rope_theta=100.0)
@@ -139,6 +140,38 @@ def test_blocks_across_steps(name):
   layer, x, want = alone(name)
   got = read(layer, x, [7, 1, 1, 7, 1, 1, 7, 1, 1])
   np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+  "name, dense, devices",
+  [("dsa", True, 8), pytest.param("nsa", False, 1, marks=pytest.mark.slow)],
+)
+def test_chunks_of_queries(monkeypatch, name, dense, devices):
+  """A few queries at a time, in a loop of layers, on devices that share batch and heads: losses and every gradient are
+  those of all queries at once (float32 sums in another order)."""
+  layer, x = make(name), tokens(4)
+  graph, params, rest = nnx.split(layer, nnx.Param, ...)
+
+  def loss(params, x):
+    def body(x, _):
+      out = nnx.merge(graph, params, rest)(x, Context(positions, dense=dense))
+      return x + out.y, out.aux
+
+    positions = sharding.put(context(0, T, 4).positions, "batch", None)
+    x, aux = jax.lax.scan(body, x, None, length=2)
+    return jnp.sum(x**2) + sum(aux[k].sum() for k in aux if k.endswith("_loss"))
+
+  want = jax.device_get(jit(jax.value_and_grad(loss, (0, 1)))(params, x))
+  monkeypatch.setattr(sparse, "_CPU", 1 << 13)
+  mesh = sharding.make_mesh(
+    dict(replica=1, data=-1, model=min(2, devices)), jax.devices()[:devices]
+  )
+  with jax.set_mesh(mesh):
+    params = jax.device_put(params, sharding.shardings(params, mesh))
+    x = jax.device_put(x, sharding.batch_sharding(mesh))
+    got = jax.device_get(jit(jax.value_and_grad(loss, (0, 1)))(params, x))
+  for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    assert np.linalg.norm(g - w) <= 1e-4 * np.linalg.norm(w)
 
 
 def test_pools_across_steps():
