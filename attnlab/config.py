@@ -209,7 +209,7 @@ def _read(spec: str) -> ConfigDict:
     raise unknown("config file", name, near)
   _import_configs()
   module_spec = importlib.util.spec_from_file_location(f"attnlab_config_{path.stem}", path)
-  if module_spec is None:
+  if module_spec is None or module_spec.loader is None:
     raise UserError(f"{name} is not a Python file")
   module = importlib.util.module_from_spec(module_spec)
   module_spec.loader.exec_module(module)

@@ -40,7 +40,8 @@ def cross_entropy(
     (("tokens",),) * 3,
   )
   out = run(tokens, head.astype(x.dtype), sharding.flatten_tokens(targets))
-  return tuple(sharding.unflatten_tokens(y, B, T) for y in out)
+  nll, lse, correct = (sharding.unflatten_tokens(y, B, T) for y in out)
+  return nll, lse, correct
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -1,8 +1,11 @@
 """What all tests share: eight virtual devices, no accelerator, test groups that stay together."""
 
 import os
+from pathlib import Path
 
 import jax
+import jaxtyping
+import numpy as np
 import pytest
 
 # Before jax starts its backend: flags are read once.
@@ -13,6 +16,37 @@ os.environ["XLA_FLAGS"] = (
 # Pallas's interpreter calls Python from within programs: what that computes must not wait for a
 # thread that the program holds.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+def typed_modules() -> list[str]:
+  """Modules that write shapes in signatures, but for those whose dataclasses are pytrees: jax makes these of anything,
+  not of arrays alone."""
+  root = Path(__file__).parent.parent
+  files = [f for top in ("attnlab", "pallas_kernels") for f in sorted((root / top).rglob("*.py"))]
+  text = {f: f.read_text() for f in files}
+  return [
+    ".".join(f.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+    for f in files
+    if "from jaxtyping import" in text[f] and "@jax.tree_util.register_dataclass" not in text[f]
+  ]
+
+
+# Shapes and dtypes in signatures hold: calls are checked against them while they are traced. Functions take numpy's
+# arrays as jax's own do. ATTNLAB_TYPED=1 checks every module's.
+TYPED = ("losses", "mixers.linear", "model", "moe", "nn")
+jaxtyping.Array = jax.Array | np.ndarray
+jaxtyping.install_import_hook(
+  typed_modules() if "ATTNLAB_TYPED" in os.environ else [f"attnlab.{name}" for name in TYPED],
+  "typed.check",
+)
+
+
+@pytest.fixture(autouse=True)
+def what_is_refused(request):
+  """Tests of errors are of the functions' own checks, which stand behind those of their signatures."""
+  jaxtyping.config.update("jaxtyping_disable", "raises" in request.function.__code__.co_names)
+  yield
+  jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.hookimpl(trylast=True)
