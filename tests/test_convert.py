@@ -75,6 +75,7 @@ def test_latent_attention_becomes_sparse(source, tmp_path):
   assert convert_and_train(workdir, c, tmp_path / "dsa", warmup_steps=2) == rows
 
 
+@pytest.mark.slow
 def test_softmax_attention_becomes_infllm2(tmp_path):
   """Sizes, and what the mixers share, are the source's; nothing is new, and nothing warms up."""
   source = tmp_path / "softmax"
