@@ -74,8 +74,8 @@ def _no_gpu_kernel(x: Array) -> None:
   size = x.size * x.dtype.itemsize / 2**20
   raise NotImplementedError(
     "the short convolution has no GPU kernel: XLA's own, backend 'xla', reads x and writes y once, the least there is "
-    f"(here {2 * size:.0f} MiB forward); backward it reads x and dy twice and writes dx, {5 * size:.0f} MiB of at least "
-    f"{3 * size:.0f}"
+    f"(here {2 * size:.0f} MiB forward); backward it reads x and dy twice and writes dx, {5 * size:.0f} MiB of at "
+    f"least {3 * size:.0f}"
   )
 
 
