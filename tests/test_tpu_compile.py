@@ -128,10 +128,7 @@ FEW = {
 # the newest chip.
 ALSO = {
   "v4": [specialisation("channel", "low_rank", "undecayed", "", "bfloat16")],
-  "v6e": [
-    of_heads("25-64-25-64", "channel-key-decayed", 1024, "bfloat16"),
-    GRADIENTS + "tpu:kimi_linear:8192:bfloat16:flat:packed",
-  ],
+  "v6e": [of_heads("25-64-25-64", "channel-key-decayed", 1024, "bfloat16")],
   "7x": [specialisation("scalar", "none", "decayed", "bonus", "float32")],
 }
 
