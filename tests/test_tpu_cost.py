@@ -188,15 +188,16 @@ def test_a_recurrence_keeps_states_at_chunk_boundaries_and_little_else():
 
 
 def test_a_step_moves_little_but_the_state():
-  """By the record: the state once in and once out, the token, and the token as the kernel takes it, written and read.
+  """By the record: the kernel the state once in and once out, and the token; XLA what the kernel takes of the token.
 
-  That is most beside a small state in bfloat16 whose 80 heads share a key head: Mamba-2's is a fifth on v5p.
+  XLA writes most, beside a small state in bfloat16, where 80 heads share a key head (Mamba-2 on v5p, a fifth).
   """
   rows = [row for row in report.read(ROOT / RECORD) if row["kernel"] == "linear_recurrence_step"]
   assert rows
   for row in rows:
-    moved = row["bytes"] + row["around_bytes"]
-    assert moved <= 1.25 * row["ideal_bytes"], (row["phase"], row["shape"], row["chip"])
+    program = row["phase"], row["shape"], row["chip"]
+    assert row["bytes"] <= 1.15 * row["ideal_bytes"], program
+    assert row["around_bytes"] <= 0.25 * row["ideal_bytes"], program
 
 
 def run(*arguments, **environment):
