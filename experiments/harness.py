@@ -188,6 +188,8 @@ class _Worker:
       [sys.executable, "-m", "experiments.worker", *more], env=env, text=True, start_new_session=True,
       stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).resolve().parent.parent,
     )  # fmt: skip
+    assert self._process.stdin and self._process.stdout
+    self._asked, self._told = self._process.stdin, self._process.stdout
 
   def start(self, run: Run) -> None:
     where = self._directory / run.key
@@ -196,7 +198,7 @@ class _Worker:
     self.active = _Active(run, time.monotonic(), 0)
     self.active.first = self.active.steps(self._directory)
     try:
-      print(where, file=self._process.stdin, flush=True)
+      print(where, file=self._asked, flush=True)
     except BrokenPipeError:
       pass  # It has died, which `ended` tells.
 
@@ -206,12 +208,13 @@ class _Worker:
 
   def ended(self) -> bool:
     """Whether the run has ended, well or badly."""
-    return bool(io.select([self._process.stdout], [], [], 0)[0])
+    return bool(io.select([self._told], [], [], 0)[0])
 
   def take(self) -> tuple[_Active, bool]:
     """The run that has ended, and whether all went well."""
-    answer = self._process.stdout.readline()
+    answer = self._told.readline()
     active, self.active = self.active, None
+    assert active is not None
     if not answer:
       self._process.wait()
     return active, answer.endswith(" 0\n")
@@ -221,8 +224,8 @@ class _Worker:
 
   def wait(self) -> None:
     self._process.wait()
-    self._process.stdin.close()
-    self._process.stdout.close()
+    self._asked.close()
+    self._told.close()
 
 
 def run_all(plan: Plan, results: Results, devices: Sequence[str]) -> list[Run]:

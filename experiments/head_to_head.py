@@ -95,7 +95,7 @@ def models(s: Size) -> dict[str, str]:
   window = equal_window(
     _model(s, alone(delta)), lambda w: _model(s, alone(f"swa({heads}, window={w})"))
   )
-  every = {
+  every: dict[str, str | tuple[int, str, str]] = {
     "softmax": softmax,
     "swa": f"swa({heads}, window={window})",
     "gated_deltanet": delta,

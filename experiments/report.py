@@ -157,13 +157,13 @@ def _summary(experiment: Experiment, table: Sequence[Row]) -> list[list[str]]:
   columns = list(dict.fromkeys(row.axes[across] for row in table))
   fields: dict[tuple[str, ...], dict[Any, list[str]]] = {}
   for row in table:
-    line = fields.setdefault(tuple(str(row.axes[name]) for name in down), {})
+    cells = fields.setdefault(tuple(str(row.axes[name]) for name in down), {})
     spread = f" ± {row.spread:.1f}" if row.spread is not None else ""
     mean = "-" if row.mean is None else f"{row.mean:.{2 if row.is_bits else 1}f}"
-    line.setdefault(row.axes[across], []).append(mean + spread)
+    cells.setdefault(row.axes[across], []).append(mean + spread)
   head = [*down, *(f"{across} {c}" if _is_number(c) else str(c) for c in columns)]
   body = [
-    [*names, *(", ".join(line.get(c, "-")) for c in columns)] for names, line in fields.items()
+    [*names, *(", ".join(cells.get(c, "-")) for c in columns)] for names, cells in fields.items()
   ]
   if across == facet:
     told = [name for name in _numbers(table) if name not in ("learning rate", "updates", "seconds")]
@@ -326,6 +326,7 @@ def _frontier(axes: Any, table: Sequence[Row], place: Callable[[Row], float], na
 
 
 def _quality(row: Row) -> float:
+  assert row.mean is not None
   return -row.mean if row.is_bits else row.mean
 
 
