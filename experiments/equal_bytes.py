@@ -3,6 +3,7 @@
 python -m experiments.equal_bytes [--size=cpu|gpu|paper] [--only=head_dim=16] [--seeds=3]
 """
 
+import bisect
 import dataclasses
 from collections.abc import Callable
 
@@ -80,8 +81,9 @@ def equal_window(
       return accounting.cache_bytes(model, length)
     return accounting.costs(model, length).train_flops
 
-  if equal == "FLOPs" and cost(windowed(length)) <= cost(linear):
-    return length  # In rows so short a window that sees all is cheaper.
+  if equal == "FLOPs":  # A mean over the row: no straight line, and no more than the row is seen.
+    windows = range(1, length + 1)
+    return max(1, bisect.bisect_right(windows, cost(linear), key=lambda w: cost(windowed(w))))
   return greatest(lambda w: cost(windowed(w)), cost(linear))
 
 
