@@ -81,7 +81,7 @@ def random(seed, *shape):
 def positions(segment_ids):
   """Positions that restart in each document."""
   ids = np.asarray(segment_ids)
-  out = np.zeros_like(ids)
+  out = np.zeros_like(ids, dtype=np.int32)
   for t in range(1, ids.shape[1]):
     out[:, t] = np.where(ids[:, t] == ids[:, t - 1], out[:, t - 1] + 1, 0)
   return out
