@@ -142,7 +142,7 @@ def test_costs_are_the_recorded_ones(chip, monkeypatch):
 @pytest.mark.compile
 @pytest.mark.parametrize("chip", CHIPS)
 def test_all_costs_are_the_recorded_ones(chip):
-  same_cost(chip, list(cases()))
+  same_cost(chip, [name for name, case in cases().items() if case.on(chip)])
 
 
 @pytest.mark.compile

@@ -70,14 +70,18 @@ def survey(chips: list[str], names: list[str], cycles: list[str], jobs: int) -> 
   found: dict[tuple[str, str], list[dict]] = {}
   start = time.monotonic()
 
+  known = cases()
+  wanted = {chip: [n for n in names if n not in known or known[n].on(chip)] for chip in chips}
+  count = sum(map(len, wanted.values()))
+
   def work(chip):
-    for name, answer in measure(chip, names, cycles=chip in cycles):
+    for name, answer in measure(chip, wanted[chip], cycles=chip in cycles):
       found[chip, name] = report.records(name, chip, answer)
-      _progress(len(found), len(chips) * len(names), f"{chip} {name}", start)
+      _progress(len(found), count, f"{chip} {name}", start)
 
   with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
     list(pool.map(work, chips))
-  return [row for name in names for chip in chips for row in found[chip, name]]
+  return [row for name in names for chip in chips for row in found.get((chip, name), [])]
 
 
 def _chosen(p, what: str, given: str | None, known: list[str]) -> list[str]:

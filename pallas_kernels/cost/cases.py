@@ -28,6 +28,7 @@ class Case:
     units: how many of them the program does.
     build: returns the function and its arguments, which may be ShapeDtypeStructs.
     donate: positions of the arguments that the results may overwrite.
+    chips: those that it is compiled for; empty: all.
     trips: of a kernel's name, how often a loop of it runs in a grid step where its program does not say, on the chip
       that is traced for.
   """
@@ -39,11 +40,16 @@ class Case:
   units: float
   build: Callable[[], tuple[Callable, tuple]]
   donate: tuple[int, ...] = ()
+  chips: tuple[str, ...] = ()
   trips: Callable[[], dict[str, float]] = dict
 
   @property
   def name(self) -> str:
     return f"{self.kernel}/{self.phase}/{self.shape}"
+
+  def on(self, chip: str) -> bool:
+    """Whether it is compiled for a chip."""
+    return not self.chips or chip in self.chips
 
 
 def _projected(tree):
@@ -157,7 +163,9 @@ def _block_sparse_cases(backend: str) -> Iterator[Case]:
       trips = (
         functools.partial(loops.block_sparse, s, *arguments(s)[:4]) if backend == "tpu" else dict
       )
-      yield Case("block_sparse", phase, name, unit, units, run, trips=trips)
+      # Half a minute each: one chip, and the others in the tests, at a shorter length.
+      chips = ("v6e",) if backend == "tpu" else ()
+      yield Case("block_sparse", phase, name, unit, units, run, chips=chips, trips=trips)
 
 
 _MAKERS = {

@@ -120,8 +120,10 @@ def merged(old: list[dict], new: list[dict], programs: list[tuple[str, ...]]) ->
 
 def programs(platform: str) -> list[tuple[str, ...]]:
   """(kernel, phase, shape) of all cases, on TPUs with each chip."""
-  names = [tuple(name.split("/")) for name in cases(platform)]
-  return names if platform == "gpu" else [(*name, chip) for name in names for chip in CHIPS]
+  found = [((c.kernel, c.phase, c.shape), c) for c in cases(platform).values()]
+  if platform == "gpu":
+    return [name for name, _ in found]
+  return [(*name, chip) for name, case in found for chip in CHIPS if case.on(chip)]
 
 
 def _mib(n) -> str:
