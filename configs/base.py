@@ -77,7 +77,7 @@ def base() -> ConfigDict:
   c.train.stop_accuracy = 0.0  # of the validation split, at which the run ends early; 0: never
   c.train.checkpoint_every = 100  # and at the end
   c.train.keep_checkpoints = 2  # the newest ones
-  c.train.sample_every = 200  # and at the end, for text data
+  c.train.sample_every = 200  # and at the end, for text data; 0: never
   c.train.sample_prompts = ("def ", "import ")
   c.train.sample_tokens = 128  # generated after each prompt
   c.train.sample_temperature = 0.8  # of one of the two samples a prompt; the other is greedy

@@ -23,6 +23,6 @@ def get_config(arg: str = ""):
   config.train.eval_every = 25
   config.train.eval_batches = 2
   config.train.checkpoint_every = 7
-  config.train.sample_every = 0
+  config.train.sample_every = 1000  # only at the end
   config.train.sample_tokens = 8
   return config
