@@ -399,7 +399,7 @@ def _attend(q, k, v, blocks, scale, interpret):
 def _attend_forward(q, k, v, blocks, scale, interpret):
   p = _Plan.of(q, k, v, blocks)
   visits = gpu_tables.visits(blocks, p.tokens, k.shape[1])
-  last = gpu_tables.last_seen(blocks, p.tiles * p.tokens)
+  last = blocks.last_seen(p.tiles * p.tokens)
   queries, rows = p.by_tile(q), p.of_rows(last)
   operands = queries, _padded(p, k), _padded(p, v), rows, visits.first, visits.chosen, visits.count
   outs = (
@@ -429,7 +429,7 @@ def _attend_backward(scale, interpret, residuals, cotangents):
   delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1) - dlse
   finite = jnp.where(lse == -jnp.inf, 0, lse) * _LOG2E
   visits = gpu_tables.visits(blocks, p.tokens, k.shape[1])
-  last = gpu_tables.last_seen(blocks, p.tiles * p.tokens)
+  last = blocks.last_seen(p.tiles * p.tokens)
   rows = p.of_rows(last, p.by_tile(finite), p.by_tile(delta))
   arrays = p.by_tile(q), _padded(p, k), _padded(p, v), p.by_tile(do.astype(q.dtype)), rows
   dq = _queries(p, scale, arrays, visits, interpret)

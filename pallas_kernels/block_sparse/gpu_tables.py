@@ -27,14 +27,6 @@ class Visits:
   count: Int[Array, "B G tiles"]
 
 
-def last_seen(blocks: Blocks, T: int) -> Int[Array, "B T"]:
-  """The last key that each query sees of its blocks, -1 where none; padded to T queries."""
-  layout = blocks.layout
-  last = jnp.where(layout.positions >= 0, layout.positions - blocks.window, -1)
-  last = jnp.where(last >= layout.starts, last, -1)
-  return jnp.pad(last, ((0, 0), (0, T - last.shape[1])), constant_values=-1).astype(jnp.int32)
-
-
 def visits(blocks: Blocks, tokens: int, Tk: int) -> Visits:
   """Of tiles of ``tokens`` neighbouring queries, at most 32."""
   Tq = blocks.layout.positions.shape[0]
@@ -42,7 +34,7 @@ def visits(blocks: Blocks, tokens: int, Tk: int) -> Visits:
   indices = jnp.repeat(blocks.indices, blocks.query_block, axis=2)[:, :, :Tq]
   B, G, _, S = indices.shape
   first = (blocks.layout.starts[:, None, :, None] + indices * blocks.size).astype(jnp.int32)
-  seen = (indices >= 0) & (first <= last_seen(blocks, Tq)[:, None, :, None])
+  seen = (indices >= 0) & (first <= blocks.last_seen(Tq)[:, None, :, None])
   # Blocks first, then queries: the queries of a block become neighbours.
   key = jnp.where(
     seen, first * tokens + (jnp.arange(Tq, dtype=jnp.int32) % tokens)[:, None], _NEVER

@@ -34,6 +34,13 @@ class Blocks:
     near = keys > layout.positions[:, None] - self.window
     return causal[:, None] & (jnp.take_along_axis(chosen, block, axis=3) | near)
 
+  def last_seen(self, T: int) -> Int[Array, "B T"]:
+    """The last key that each query sees of its blocks, -1 where none; padded to T queries."""
+    layout = self.layout
+    last = jnp.where(layout.positions >= 0, layout.positions - self.window, -1)
+    last = jnp.where(last >= layout.starts, last, -1)
+    return jnp.pad(last, ((0, 0), (0, T - last.shape[1])), constant_values=-1).astype(jnp.int32)
+
 
 def check(*args) -> None:
   """Serves every call."""

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.block_sparse import tpu_tables as tables
 from pallas_kernels.block_sparse import tpu_tiles as tiles
 from pallas_kernels.block_sparse.reference import Blocks
 
@@ -30,7 +29,7 @@ def gradients(q, k, v, do, lse, delta, blocks: Blocks, scale: float, vmem: int, 
   dtype, G = jnp.result_type(q, k, v), blocks.indices.shape[1]
   (B, Tk, Hkv), (D, V) = k.shape[:3], (k.shape[3], v.shape[3])
   call = tiles.Call.of(p, blocks, Tk, None if interpret else vmem)
-  last = tables.last_seen(blocks, q.shape[1])[:, :, None]
+  last = blocks.last_seen(q.shape[1])[:, :, None]
   last = jnp.broadcast_to(last, q.shape[:3])
   by_query = [p.units(x.astype(dtype), G) for x in (q, do)]
   by_query += [p.row(x, G) for x in (last, lse, delta)]

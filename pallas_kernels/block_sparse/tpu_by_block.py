@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.block_sparse import tpu_tables as tables
 from pallas_kernels.block_sparse import tpu_tiles as tiles
 from pallas_kernels.block_sparse.reference import Blocks
 
@@ -28,7 +27,7 @@ def forward(q, k, v, blocks: Blocks, scale: float, vmem: int, interpret=False):
   p = tiles.Plan.of(q, k, v, blocks, vmem, backward=False)
   dtype, G = jnp.result_type(q, k, v), blocks.indices.shape[1]
   call = tiles.Call.of(p, blocks, k.shape[1], None if interpret else vmem)
-  last = tables.last_seen(blocks, q.shape[1])[:, :, None]
+  last = blocks.last_seen(q.shape[1])[:, :, None]
   queries = p.units(q.astype(dtype), G)
   last = p.row(jnp.broadcast_to(last, q.shape[:3]), G)
   parts = [p.in_ranges(x.astype(dtype)) for x in (k, v)]

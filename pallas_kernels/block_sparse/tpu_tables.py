@@ -41,14 +41,6 @@ def split(visit):
   return visit & (_UNITS - 1), jax.lax.shift_right_logical(visit, _UNITS.bit_length() - 1)
 
 
-def last_seen(blocks: Blocks, T: int) -> Int[Array, "B T"]:
-  """The last key that each query sees of its blocks, -1 where none; padded to T queries."""
-  layout = blocks.layout
-  last = jnp.where(layout.positions >= 0, layout.positions - blocks.window, -1)
-  last = jnp.where(last >= layout.starts, last, -1)
-  return jnp.pad(last, ((0, 0), (0, T - last.shape[1])), constant_values=-1).astype(jnp.int32)
-
-
 def items(blocks: Blocks, tile: int, unit: int, most: int, Tk: int) -> Items:
   """The items of tiles of so many queries, in units of so many; at most ``most`` visitors each.
 
@@ -60,7 +52,7 @@ def items(blocks: Blocks, tile: int, unit: int, most: int, Tk: int) -> Items:
   B, G, _, S = indices.shape
   N = tile * S
   first = (blocks.layout.starts[:, None, :, None] + indices * blocks.size).astype(jnp.int32)
-  seen = (indices >= 0) & (first <= last_seen(blocks, Tq)[:, None, :, None])
+  seen = (indices >= 0) & (first <= blocks.last_seen(Tq)[:, None, :, None])
   query = (jnp.arange(Tq, dtype=jnp.int32) % tile)[:, None]
   # Blocks before queries: what visits a block, and the queries of a unit, become neighbours.
   key = jnp.where(seen, first * tile + query, _NEVER)
