@@ -242,7 +242,7 @@ def run_all(plan: Plan, results: Results, devices: Sequence[str]) -> list[Run]:
   Raises:
     KeyboardInterrupt, SystemExit: a signal; runs under way have saved their checkpoints.
   """
-  signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+  handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
   workers: dict[str, _Worker] = {}
   broken: dict[str, Run] = {}
   console = Console(highlight=False, soft_wrap=True)
@@ -279,6 +279,7 @@ def run_all(plan: Plan, results: Results, devices: Sequence[str]) -> list[Run]:
         worker.stop()
       for worker in workers.values():
         worker.wait()
+      signal.signal(signal.SIGTERM, handler)
 
 
 def _next(plan: Plan) -> Iterator[Run]:

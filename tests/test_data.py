@@ -312,7 +312,7 @@ def test_default_is_the_standard_library():
   assert not any("/test/" in n or "site-packages" in n or "/idlelib/" in n for n in everything)
   assert size > 4_000_000
   b = next(data.make_iterator(c, split="train", batch_size=8, seed=0))
-  check_batch(b, 8, 512)
+  check_batch(b, 8, c.seq_len)
   assert "self" in data.tokenizer(c).decode(targets_of([b]))
 
 

@@ -173,7 +173,6 @@ def test_runs_once_and_tells(tmp_path, monkeypatch):
   assert run_all(Plan([cell], 2, again), again, [""]) == []
 
 
-@pytest.mark.slow
 def test_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
   """Stopped after a checkpoint, a run has the losses of one that was not."""
   monkeypatch.setenv("XLA_FLAGS", "")

@@ -10,6 +10,7 @@ import pytest
 import pallas_kernels as pk
 from attnlab.mixers import Context, Layer, configure, mixer
 from attnlab.mixers.lightning import alibi_slopes
+from attnlab.mixers.linear import Recent
 from attnlab.mixers.mamba3 import Mamba3
 from pallas_kernels.rotation import cumulative_angle
 
@@ -36,7 +37,7 @@ def test_retnet_gammas():
   """Section 2.1, eq. 8: gamma = 1 - 2^(-5 - arange(h))."""
   layer = build("retnet", num_heads=4)
   ctx = Context(jnp.zeros((1, 1), jnp.int32))
-  g = layer.signals(jnp.ones((1, 1, D)), lambda name, x: x, ctx)["g"]
+  g = layer.signals(jnp.ones((1, 1, D)), Recent(layer, ctx, None), ctx)["g"]
   np.testing.assert_allclose(np.exp(g), [31 / 32, 63 / 64, 127 / 128, 255 / 256], rtol=1e-6)
 
 
