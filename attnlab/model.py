@@ -69,6 +69,7 @@ class Block(nnx.Module):
     self.mixer = cls(mixer_config(config, spec), layer, mix)
     m = config.mlp
     self.mlp_norm = RMSNorm(layer.d_model, layer.norm_eps) if m.hidden else None
+    self.mlp: SwiGLU | MoE | None
     if not m.hidden:
       self.mlp = None  # mixers alone, as in synthetic benchmarks
     elif dense or not m.experts:
@@ -90,11 +91,13 @@ class Block(nnx.Module):
     out = self.mixer(self.mixer_norm(x), ctx, cache)
     x = x + out.y
     aux = dict(out.aux)
-    if self.mlp is not None:
-      y = self.mlp(self.mlp_norm(x))
+    if self.mlp is not None and self.mlp_norm is not None:
+      y = self.mlp_norm(x)
       if isinstance(self.mlp, MoE):
-        y, router = y
+        y, router = self.mlp(y)
         aux |= router
+      else:
+        y = self.mlp(y)
       x = x + y
     return x, out.cache, aux, ctx.shared | out.shared
 

@@ -40,12 +40,12 @@ def make_init(
     return Model(config.model, jax.random.key(seed))
 
   def init(seed: jax.Array) -> State:
-    _, params, rest = nnx.split(make(seed), nnx.Param, ...)
+    params, rest = nnx.state(make(seed), nnx.Param, ...)
     return {"model": {"params": params, "rest": rest}, "optimizer": tx.init(params)}
 
   try:
     model = jax.eval_shape(make, np.uint32(0))
-    graphdef, params, _ = nnx.split(model, nnx.Param, ...)
+    graphdef, params, *_ = nnx.split(model, nnx.Param, ...)
   except UserError:
     raise
   except ValueError as error:

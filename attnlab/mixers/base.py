@@ -82,8 +82,7 @@ class MixerOutput:
 class Mixer(nnx.Module):
   """A layer that moves information between tokens.
 
-  Subclasses have a frozen dataclass ``Config`` whose fields are what a config may set, and a constructor
-  ``(config, layer, key)``.
+  Subclasses have a frozen dataclass ``Config`` whose fields are what a config may set.
   """
 
   # Filled in by @register.
@@ -102,6 +101,10 @@ class Mixer(nnx.Module):
   @dataclasses.dataclass(frozen=True, kw_only=True)
   class Config:
     pass
+
+  def __init__(self, config: Any, layer: Layer, key: Array):
+    """A layer of settings ``config``, whose parameters are drawn from ``key``."""
+    raise NotImplementedError
 
   def init_cache(
     self, batch: int, max_len: int, dtype: jax.typing.DTypeLike = jnp.float32
