@@ -176,7 +176,12 @@ PALLAS = {
   "several groups of slots": dict(block_size=32, groups=4, query_block=5, slots=5),
   "a head a key head": dict(block_size=16, heads=(4, 4), groups=4),
   "several items a block": dict(block_size=16, heads=(16, 1), groups=1, segment_ids=SEGMENTS),
-}
+  "long blocks": dict(block_size=64, groups=4, length=150),
+  "long blocks of documents": dict(
+    block_size=48, groups=4, sinks=True,
+    segment_ids=np.stack([np.repeat([1, 2, 3], [5, 104, 41]), np.repeat([3, 1, 2], [72, 1, 77])]),
+  ),
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -184,28 +189,38 @@ def small_pallas(monkeypatch):
   """Kernels with several steps, several matrices a query, and several items a block."""
   for name, value in dict(_KEYS=128, _QUERIES=2, TOGETHER=2).items():
     monkeypatch.setattr(tpu_by_query, name, value)
-  for name, value in dict(_QUERIES=16, _WIDTH=128).items():
+  for name, value in dict(_QUERIES=16, _WIDTH=128, _LONG=32).items():
     monkeypatch.setattr(tpu_tiles, name, value)
 
 
 @pytest.mark.parametrize("heads", [1, 100])
 @pytest.mark.parametrize(
-  "name, ranges", [*((name, 1) for name in PALLAS), ("documents, a window, sinks", 2)]
+  "name, ranges",
+  [
+    *((name, 1) for name in PALLAS),
+    ("documents, a window, sinks", 2),
+    ("long blocks of documents", 2),
+  ],
 )
 def test_pallas_kernel(monkeypatch, small_pallas, name, ranges, heads):
   """In Pallas's interpreter against the dense form: float32 sums of some dozens of terms in another order."""
   monkeypatch.setattr(tpu, "_HEADS", heads)  # query by query, or block by block
-  case, length = dict(PALLAS[name]), 23 * ranges
+  case = dict(PALLAS[name])
+  ids = case.get("segment_ids")
+  if ranges > 1 and len(ids[0]) < 32:
+    ids = case["segment_ids"] = np.repeat(ids, 2, axis=1)
+  length = case.pop("length", 23 if ids is None else len(ids[0]))
   if ranges > 1:  # keys of a range are a multiple of 128 otherwise
-    case["segment_ids"] = np.repeat(case["segment_ids"], 2, axis=1)
+    keys = 32 * -(-length // 64)
     for module in (tpu_by_query, tpu_tiles):
       of = module.Plan.of
-      shorter = lambda *a, of=of, **b: dataclasses.replace(of(*a, **b), keys=32, ranges=2)  # noqa: E731
+      shorter = lambda *a, of=of, **b: dataclasses.replace(of(*a, **b), keys=keys, ranges=2)  # noqa: E731
       monkeypatch.setattr(module.Plan, "of", shorter)
   args = inputs(length, heads=case.pop("heads", (H, HKV)))[: 4 if case.pop("sinks", 0) else 3]
   args = [x.astype(np.float32) for x in args]
   rows = -(-length // case.get("query_block", 1))
-  indices = choices(case.pop("groups", HKV), rows, 2, case.pop("slots", 2))
+  blocks = max(2, -(-length // case["block_size"]))
+  indices = choices(case.pop("groups", HKV), rows, blocks, case.pop("slots", 2))
   got = with_gradients(args, indices, **case, backend="interpret")
   want = with_gradients(args, indices, **case, backend="reference")
   for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from pallas_kernels.block_sparse import tpu_long
 from pallas_kernels.block_sparse import tpu_tiles as tiles
 from pallas_kernels.block_sparse.reference import Blocks
 
@@ -34,7 +35,7 @@ def gradients(q, k, v, do, lse, delta, blocks: Blocks, scale: float, vmem: int, 
   by_query = [p.units(x.astype(dtype), G) for x in (q, do)]
   by_query += [p.row(x, G) for x in (last, lse, delta)]
   float32 = lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32)  # noqa: E731
-  scratch = [tiles.facts_memory(p)]
+  scratch = [tiles.facts_memory(p), *([tpu_long.sums_memory(p, D)] if p.long else [])]
 
   def run(dq, at):
     low, k, v = at
@@ -66,7 +67,8 @@ def gradients(q, k, v, do, lse, delta, blocks: Blocks, scale: float, vmem: int, 
 
 
 def _kernel(p: tiles.Plan, scale, walk, q_ref, do_ref, last_ref, lse_ref, delta_ref, *refs):
-  *before, k_ref, v_ref, dq_ref, dk_ref, dv_ref, facts_ref = refs
+  sums_ref = refs[-1:] if p.long else ()
+  *before, k_ref, v_ref, dq_ref, dk_ref, dv_ref, facts_ref = refs[: len(refs) - len(sums_ref)]
 
   @pl.when(pl.program_id(1) == 0)
   def _():
@@ -76,11 +78,17 @@ def _kernel(p: tiles.Plan, scale, walk, q_ref, do_ref, last_ref, lse_ref, delta_
   dq_ref[...] = before[0][...] if before else jnp.zeros_like(dq_ref)
   tiles.gather_facts(facts_ref, [last_ref, lse_ref, delta_ref])
 
+  if p.long:
+    tpu_long.add_gradients(
+      p, scale, walk, _LSE, _DELTA, facts_ref, q_ref, do_ref, k_ref, v_ref, dq_ref, dk_ref, dv_ref, *sums_ref
+    )  # fmt: skip
+    return
+
   def add(numbers):
     found = []
     for number in numbers:
-      item, facts = walk.item(number, facts_ref)
-      q, do = item.rows(q_ref), item.rows(do_ref)
+      item = walk.item(number, facts_ref)
+      q, do, facts = item.by.rows(q_ref), item.by.rows(do_ref), item.by.facts
       k, v = k_ref[0, item.keys, :], v_ref[0, item.keys, :]
       lse, delta = facts[_LSE : _LSE + 1], facts[_DELTA : _DELTA + 1]
       logits = scale * tiles.dot(k, q, (1, 1)) - lse
@@ -91,7 +99,7 @@ def _kernel(p: tiles.Plan, scale, walk, q_ref, do_ref, last_ref, lse_ref, delta_
     for item, dq, dk, dv in found:
       dk_ref[0, item.keys, :] += dk
       dv_ref[0, item.keys, :] += dv
-      for i, u in enumerate(item.units):
+      for i, u in enumerate(item.by.units):
         dq_ref[0, u] += dq[i * p.rows : (i + 1) * p.rows]
 
   walk.over(add)

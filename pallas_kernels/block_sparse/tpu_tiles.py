@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from pallas_kernels.block_sparse import tpu_tables as tables
 from pallas_kernels.block_sparse.reference import Blocks
@@ -29,6 +29,8 @@ LANES, SUBLANES, TILE = 128, 8, 16
 NOTHING = -1e30
 # Rows of an item, keys that it takes at once, items that are under way together.
 _WIDTH, _KEYS, TOGETHER = 256, 128, 2
+# Keys of long blocks that an item takes at once: one item is then work enough.
+_LONG = 512
 # Queries and visits of a tile at the most: VMEM and SMEM are shared with keys and tables.
 _QUERIES, _VISITS = 512, 16384
 # What is left for the compiler's own.
@@ -44,7 +46,8 @@ class Plan:
     tile: queries of a step.
     most: visitors of an item.
     size: of a block; span: keys of a slice around it; ``piece``: those of them at once.
-    aligned: every slice is its block.
+    long: whether an item's pieces are taken one after the other (``tpu_long``), or as items of their own.
+    aligned: every slice begins where its block does.
     keys: of a range.
     ranges: how many there are.
   """
@@ -56,6 +59,7 @@ class Plan:
   size: int
   span: int
   piece: int
+  long: bool
   aligned: bool
   keys: int
   ranges: int
@@ -75,9 +79,12 @@ class Plan:
     rows = next((n for n in (16, 32, 64, 128) if n >= unit * heads), None)
     if rows is None:
       raise NotImplementedError(f"the Pallas kernel has up to 128 heads a group; got {heads}")
-    aligned = blocks.layout.aligned
+    long, aligned = blocks.size >= _LONG, blocks.layout.aligned
     span = blocks.size if aligned else blocks.size + TILE
-    piece = span if span <= _KEYS else next(n for n in range(_KEYS, 0, -TILE) if span % n == 0)
+    if long:
+      piece, span = _LONG, -(-span // _LONG) * _LONG
+    else:
+      piece = span if span <= _KEYS else next(n for n in range(_KEYS, 0, -TILE) if span % n == 0)
     tile = _QUERIES
     # A visit's key and query are one number.
     while tile > unit and (tile * S > _VISITS or tile >= 2 * Tq or tile * Tk >= 2**31):
@@ -105,6 +112,7 @@ class Plan:
       blocks.size,
       span,
       piece,
+      long,
       aligned,
       keys,
       -(-Tk // keys),
@@ -149,16 +157,23 @@ class Call:
   Attributes:
     p: the plan.
     items: of the tiles.
+    lasts: the last key that any query of a tile sees.
     limit: bytes of VMEM; None: in the interpreter.
   """
 
   p: Plan
   items: tables.Items
+  lasts: Int[Array, "B G tiles"]
   limit: int | None
 
   @classmethod
   def of(cls, p: Plan, blocks: Blocks, Tk: int, limit: int | None) -> "Call":
-    return cls(p, tables.items(blocks, p.tile, p.unit, p.most, Tk), limit)
+    items = tables.items(blocks, p.tile, p.unit, p.most, Tk)
+    shape = items.first.shape[:3]
+    last = blocks.last_seen(blocks.layout.positions.shape[0])
+    last = jnp.pad(last, ((0, 0), (0, shape[2] * p.tile - last.shape[1])), constant_values=-1)
+    lasts = jnp.max(last.reshape(shape[0], 1, shape[2], p.tile), axis=-1)
+    return cls(p, items, jnp.broadcast_to(lasts, shape).astype(jnp.int32), limit)
 
   def __call__(
     self, kernel, name, by_query, by_key, outs, sums, scratch, products, low, aliases=()
@@ -188,7 +203,7 @@ class Call:
     smem = pltpu.SMEM
     flat = lambda x: x.reshape(tiles, 1, -1)  # noqa: E731
     items = self.items
-    ends = jnp.stack([items.below(low), items.below(low + p.keys)], axis=-1)
+    ends = jnp.stack([items.below(low), items.below(low + p.keys), self.lasts], axis=-1)
     places = [flat(x) for x in (ends, items.first, items.begin, items.count, items.visits)]
     base = jnp.full((1, 1), low, jnp.int32)
     specs = [pl.BlockSpec((1, 1), lambda b, i: (0, 0), memory_space=smem)]
@@ -229,18 +244,53 @@ class Item:
   """Some visitors of some keys.
 
   Attributes:
-    units: their numbers.
+    by: the visitors.
     keys: where the keys are.
     seen: [keys, rows]: which rows see which of them.
   """
 
-  units: Sequence[Array]
+  by: "Visitors"
   keys: pl.Slice
   seen: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Visitors:
+  """Of a block.
+
+  Attributes:
+    p: the plan.
+    units: their numbers; beyond ``count`` any.
+    facts: of their rows, [8, rows]; the first is the last key that a row sees.
+    last: that key [1, rows], counted from the range's first; negative where a row has not chosen the block.
+    first: the block's first key, counted so.
+  """
+
+  p: Plan
+  units: Sequence[Array]
+  count: Array
+  facts: Array
+  last: Array
+  first: Array
 
   def rows(self, ref) -> Array:
     """Of an array [1, units, rows, D] the rows, one matrix."""
     return jnp.concatenate([ref[0, u] for u in self.units], axis=0)
+
+  @property
+  def start(self):
+    """Where the block's slice begins."""
+    return self.first if self.p.aligned else jax.lax.bitwise_and(self.first, -TILE)
+
+  def item(self, piece) -> Item:
+    """With a piece of the block."""
+    p = self.p
+    start = pl.multiple_of(self.start + piece * p.piece, TILE)
+    key = start + jax.lax.broadcasted_iota(jnp.int32, (p.piece, 1), 0)
+    seen = key <= self.last
+    if p.span != p.size:
+      seen &= (key >= self.first) & (key < self.first + p.size)
+    return Item(self, pl.ds(start, p.piece), seen)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,17 +339,13 @@ class _Walk:
       out += [grid[j : j + 1] for j in range(share)]
     return out
 
-  def item(self, number, facts_ref) -> tuple[Item, Array]:
-    """An item, and the facts of its rows, [8, rows]; the first of them is the last key that a row sees."""
+  def visitors(self, number, facts_ref) -> "Visitors":
+    """Those of an item of the tile; none beyond its last item."""
     p, base = self.p, self.base[0, 0]
     low, high = self.ends[0, 0, 0], self.ends[0, 0, 1]
-    pieces = p.span // p.piece
-    n = jnp.minimum(low + number // pieces, high - 1)
+    n = jnp.minimum(low + number, high - 1)
     first, begin, count = (ref[0, 0, n] for ref in (self.firsts, self.begins, self.counts))
-    count = jnp.where(low + number // pieces < high, count, 0)
-    first = first - base
-    start = first if p.aligned else jax.lax.bitwise_and(first, -TILE)
-    start = pl.multiple_of(start + number % pieces * p.piece, TILE)
+    count = jnp.where(low + number < high, count, 0)
     units = [self.visits[0, 0, begin + i] for i in range(p.most)]
     # What is beyond the item's visitors belongs to other blocks.
     chose = jax.lax.broadcasted_iota(jnp.int32, (1, p.most * p.rows), 1) // p.rows < count
@@ -309,15 +355,26 @@ class _Walk:
       chose &= self.row([jnp.right_shift(b, query) & 1 for b in bits]) > 0
     facts = self.row([facts_ref[u] for u in units])
     last = jnp.where(chose, facts[:1].astype(jnp.int32), -1) - base
-    key = start + jax.lax.broadcasted_iota(jnp.int32, (p.piece, 1), 0)
-    seen = key <= last
-    if not p.aligned:
-      seen &= (key >= first) & (key < first + p.size)
-    return Item(units, pl.ds(start, p.piece), seen), facts
+    return Visitors(p, units, count, facts, last, first - base)
+
+  def item(self, number, facts_ref) -> "Item":
+    """A piece of an item, which takes turns with the others."""
+    pieces = self.p.span // self.p.piece
+    return self.visitors(number // pieces, facts_ref).item(number % pieces)
+
+  @property
+  def count(self):
+    """Of the tile's items in this range of keys."""
+    return self.ends[0, 0, 1] - self.ends[0, 0, 0]
+
+  @property
+  def last(self):
+    """The last key that any query of the tile sees, counted from the range's first."""
+    return self.ends[0, 0, 2] - self.base[0, 0]
 
   def over(self, body: Callable) -> None:
-    """``body`` of the numbers of some items at a time."""
-    n = (self.ends[0, 0, 1] - self.ends[0, 0, 0]) * (self.p.span // self.p.piece)
+    """``body`` of the numbers of some pieces of items at a time."""
+    n = self.count * (self.p.span // self.p.piece)
 
     def some(step, carry):
       body([step * TOGETHER + i for i in range(TOGETHER)])

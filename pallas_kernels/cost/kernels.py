@@ -72,8 +72,15 @@ def matmul_flops(jaxpr, trips: float = 1) -> float:
   return total
 
 
-def trip_counts(jaxpr, outer: int = 1) -> list[tuple[int, int | None]]:
-  """(depth, how often the body runs in all) of the loops of a kernel's body, in order; None where unknown."""
+def trip_counts(jaxpr, unknown: float | None = None) -> list[tuple[int, float | None]]:
+  """(depth, how often the body runs in all) of the loops of a kernel's body, in order; None where unknown.
+
+  Args:
+    unknown: trips of loops of which the program does not say.
+  """
+
+  def times(runs, trips):
+    return None if runs is None or trips is None else runs * trips
 
   def walk(jaxpr, depth, runs):
     for eqn in jaxpr.eqns:
@@ -81,16 +88,16 @@ def trip_counts(jaxpr, outer: int = 1) -> list[tuple[int, int | None]]:
       if name == "scan":
         trips = eqn.params["length"] // max(int(eqn.params["unroll"]), 1)
         if trips > 1:
-          inner = depth + 1, None if runs is None else runs * trips
+          inner = depth + 1, times(runs, trips)
           yield inner
       elif name == "while":
-        inner = depth + 1, None
+        inner = depth + 1, times(runs, unknown)
         yield inner
       for value in eqn.params.values():
         for sub in _subjaxprs(value):
           yield from walk(sub, *inner)
 
-  return list(walk(jaxpr, 1, outer))
+  return list(walk(jaxpr, 1, 1))
 
 
 def moved(eqn) -> dict:
@@ -119,5 +126,5 @@ def describe(eqn, times: int = 1, trips: float | None = None) -> dict:
     "bytes": times * call["bytes"],
     "grid_steps": steps,
     "flops": steps * matmul_flops(body, trips or 1),
-    "trips": [(depth, n or trips) for depth, n in trip_counts(body)],
+    "trips": trip_counts(body, trips),
   }

@@ -66,6 +66,8 @@ def _items(p: tiles.Plan, s: Shape, chosen: np.ndarray) -> list[int]:
   block = chosen.reshape(-1)
   visits = np.unique(np.stack([block, unit])[:, block >= 0], axis=1)
   numbers, count = np.unique(visits[0], return_counts=True)
-  items = -(-count // p.most) * (p.span // p.piece)
+  # The pieces of a long block have a loop of their own.
+  pieces, together = (1, 1) if p.long else (p.span // p.piece, tiles.TOGETHER)
+  items = -(-count // p.most) * pieces
   r = numbers * s.block_size // p.keys
-  return [-(-items[r == i].sum() // tiles.TOGETHER) for i in range(p.ranges)]
+  return [-(-items[r == i].sum() // together) for i in range(p.ranges)]
