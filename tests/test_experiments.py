@@ -21,7 +21,6 @@ from attnlab.config import check, resolve
 from attnlab.errors import UserError
 from attnlab.evaluate import make_evaluate
 from attnlab.state import make_init
-from attnlab.train import train
 from configs.base import base
 from experiments import harness, report, worker
 from experiments.cells import Cell, Experiment, Prediction, Test
@@ -124,21 +123,38 @@ NAMES = sorted(
 )
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_cells_of_every_size_can_be_run(name):
+# Many models, made for their sizes alone.
+MANY = ("equal_bytes", "head_to_head", "hybrid_ratio", "zoology_mqar")
+
+
+@pytest.mark.parametrize(
+  "name, size",
+  [
+    pytest.param(n, s, marks=[pytest.mark.slow] if n in MANY and s != "cpu" else [])
+    for n in NAMES
+    for s in harness.SIZES
+  ],
+)
+def test_cells_can_be_run(name, size):
   e = importlib.import_module(f"experiments.{name}").EXPERIMENT
   assert e.name == name
-  for size in harness.SIZES:
-    plan = Plan(e.cells(size), 3, {})
-    for i, cell in enumerate(plan.cells):
-      check(plan.sweep(i)[0].config)
-      for test in cell.tests:
-        axes = {**cell.axes, **test.axes}.keys()
-        assert {e.plot["line"], e.plot["facet"]} <= axes
-        assert e.plot["x"] in axes or i or cell.facts()[e.plot["x"]] > 0
-    axes = [tuple({**c.axes, **t.axes}.items()) for c in plan.cells for t in c.tests]
-    assert len(set(axes)) == len(axes)
-  # Predictions name figures that there are: with all at 60 %, each holds or not, at one size at least.
+  plan = Plan(e.cells(size), 3, {})
+  for i, cell in enumerate(plan.cells):
+    check(plan.sweep(i)[0].config)
+    for test in cell.tests:
+      axes = {**cell.axes, **test.axes}.keys()
+      assert {e.plot["line"], e.plot["facet"]} <= axes
+      assert e.plot["x"] in axes or i or cell.facts()[e.plot["x"]] > 0
+  axes = [tuple({**c.axes, **t.axes}.items()) for c in plan.cells for t in c.tests]
+  assert len(set(axes)) == len(axes)
+
+
+@pytest.mark.parametrize(
+  "name", [pytest.param(n, marks=[pytest.mark.slow] if n in MANY else []) for n in NAMES]
+)
+def test_predictions_name_figures_that_there_are(name):
+  """With all at 60 %, each holds or not, at one size at least."""
+  e = importlib.import_module(f"experiments.{name}").EXPERIMENT
   words = {size: words_of(e, size) for size in harness.SIZES}
   for i in range(len(e.predictions)):
     assert any(w[i] != "not known yet" for w in words.values()), e.predictions[i].text
@@ -196,11 +212,13 @@ def test_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
   text = (where / "log.txt").read_text()
   assert "SIGTERM: stopped after update" in text and "from checkpoint" in text
 
-  whole = tmp_path / "whole"
-  train(plan.run(0, 1e-2, 0).config, whole, plot=False)
+  whole = Results(
+    tmp_path / "whole"
+  )  # by another process of the same kind: sums of as many threads
+  assert run_all(Plan([cell], 1, whole), whole, devices()[:1]) == []
   losses = [
     [(r["step"], r["loss"]) for r in metrics.read(d / "metrics.jsonl") if "loss" in r]
-    for d in (where, whole)
+    for d in (where, whole.directory / where.name)
   ]
   assert losses[0] == losses[1] and len(losses[0]) == 20
 

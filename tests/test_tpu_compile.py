@@ -124,10 +124,8 @@ FEW = {
   ],
   "7x": ["linear_recurrence/forward_backward/ssd_128"],
 }
-# The most that a kernel does where VMEM is least, heads that no number of lanes divides, and the least usual input on
-# the newest chip.
+# Heads that no number of lanes divides, and the least usual input on the newest chip.
 ALSO = {
-  "v4": [specialisation("channel", "low_rank", "undecayed", "", "bfloat16")],
   "v6e": [of_heads("25-64-25-64", "channel-key-decayed", 1024, "bfloat16")],
   "7x": [specialisation("scalar", "none", "decayed", "bonus", "float32")],
 }
