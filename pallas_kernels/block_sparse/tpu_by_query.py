@@ -19,7 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from pallas_kernels.block_sparse.reference import Blocks
-from pallas_kernels.block_sparse.tpu_tiles import LANES, NOTHING, TILE, dot, transposed
+from pallas_kernels.block_sparse.tpu_tiles import LANES, NOTHING, TILE, dot, ranges_of, transposed
 
 # Queries a step, the rows of a tile of float32; of them, those that are under way together.
 _QUERIES, TOGETHER = 8, 4
@@ -68,14 +68,7 @@ class Plan:
     span = next((n for n in (16, 32, 64) if n >= span), -(-span // LANES) * LANES)
     dtype = jnp.result_type(q, k, v)
     lanes = sum(-(-d // LANES) * LANES for d in (D, V))
-    step = -(-span // LANES) * LANES  # a block may end in the next range, no farther
-    keys = (vmem - _REST) // (lanes * dtype.itemsize) - span
-    keys = min(-(-Tk // step), keys // step) * step
-    if keys <= 0:
-      raise NotImplementedError(
-        f"a block of {blocks.size} keys does not fit {vmem >> 20} MiB of VMEM"
-      )
-    ranges = -(-Tk // keys)
+    keys, ranges = ranges_of(Tk, span, vmem - _REST, lanes * dtype.itemsize)
     # Of a range there are few blocks, and what pads them costs as much.
     most = _KEYS if ranges == 1 else _KEYS // 2
     width = max(1, min(-(-S * span // LANES) * LANES, most) // span)

@@ -37,6 +37,26 @@ _QUERIES, _VISITS = 512, 16384
 _REST = 8 * 2**20
 
 
+def ranges_of(Tk: int, span: int, room: int, a_key: int) -> tuple[int, int]:
+  """(keys of a range, ranges): as many as VMEM holds.
+
+  Args:
+    Tk: keys.
+    span: of a slice around a block, which may end in the next range, no farther.
+    room: bytes for keys; a_key: bytes of one.
+
+  Raises:
+    NotImplementedError: one slice is too large.
+  """
+  step = -(-span // LANES) * LANES
+  keys = min(-(-Tk // step), (room // a_key - span) // step) * step
+  if keys <= 0:
+    raise NotImplementedError(
+      f"a block with {span} keys around it does not fit the {max(room, 0) >> 20} MiB of VMEM that there are for keys"
+    )
+  return keys, -(-Tk // keys)
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
   """Static facts of a call.
@@ -97,13 +117,7 @@ class Plan:
     else:
       a_row, a_key = 2 * (dl + vl) * itemsize + vl * 4, (dl + vl) * itemsize
     a_query = rows // unit * a_row + (6 + SUBLANES) * LANES * 4 // unit
-    keys = (vmem - _REST - tile * a_query) // a_key - span
-    step = -(-span // LANES) * LANES  # a block may end in the next range, no farther
-    keys = min(-(-Tk // step), keys // step) * step
-    if keys <= 0:
-      raise NotImplementedError(
-        f"a block of {blocks.size} keys does not fit {vmem >> 20} MiB of VMEM"
-      )
+    keys, ranges = ranges_of(Tk, span, vmem - _REST - tile * a_query, a_key)
     facts = (
       unit,
       rows,
@@ -115,7 +129,7 @@ class Plan:
       long,
       aligned,
       keys,
-      -(-Tk // keys),
+      ranges,
     )
     return cls(*facts)
 
