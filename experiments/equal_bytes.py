@@ -26,7 +26,7 @@ class Size:
     vocab_size, pairs: of MQAR, whose queries are anywhere after the pairs.
     lengths: of rows in training, the shortest and the longest: the window must reach some answers to learn to look.
     tests: lengths of rows in tests.
-    head_dims: of keys and values; two layers of two heads, after SHIFT; no MLPs. A linear state has head_dim^2 values a
+    head_dims: of keys and values; two layers of two heads; no MLPs. A linear state has head_dim^2 values a
       head.
     d_model, steps, batch_size: of every model.
     learning_rates: the grid.
@@ -95,7 +95,7 @@ def _config(size: str, pattern: str) -> ConfigDict:
   s = SIZES[size]
   args = dict(vocab_size=s.vocab_size, num_kv_pairs=s.pairs, power_a=1.0, random_non_queries=False)
   args["min_length"] = s.lengths[0]
-  model = dict(layers=3, d_model=s.d_model)
+  model = dict(layers=2, d_model=s.d_model)
   return config(
     pattern, "mqar", args, seq_len=s.lengths[1], steps=s.steps, batch_size=s.batch_size, **model
   )
@@ -163,8 +163,8 @@ EXPERIMENT = Experiment(
     "row, the farther back. Trained on rows of several lengths, tested at each.\n\n"
     "The windows are derived by attnlab.accounting: the greatest that needs no more bytes than DeltaNet's state and "
     "convolutions in its two layers, or no more FLOPs a token in training. At the CPU's size that of equal FLOPs sees "
-    "nearly everything. All models begin with the same window of two tokens, so that none has to learn which token "
-    "came before."
+    "nearly everything. Models of windows begin with one of two tokens, in place of DeltaNet's convolutions, so that "
+    "none has to learn which token came before."
   ),
   source="none",
   cells=cells,

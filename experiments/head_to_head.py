@@ -20,6 +20,8 @@ from experiments.cells import (
   Test,
   after_shift,
   config,
+  depth,
+  equal_mlp,
 )
 from experiments.equal_bytes import equal_window
 from experiments.harness import main
@@ -43,7 +45,7 @@ class Size:
     heads, head_dim: of every mixer.
     block: of sparse attention, which sees three.
     d_model, mlp: of softmax attention's model; the MLPs of the others make up for their parameters.
-    layers: of every model, after SHIFT; hybrids whose period is longer are left out.
+    layers: of every model; hybrids whose period is longer are left out.
     steps, batch_size: of training. Every model sees the same examples in the same order.
     learning_rates: the grid.
   """
@@ -140,22 +142,15 @@ def models(s: Size) -> dict[str, str]:
 def _model(s: Size, pattern: str) -> ConfigDict:
   """The model's section, resolved, for text."""
   c = base()
-  c.model.pattern, c.model.num_layers, c.model.d_model = pattern, s.layers + 1, s.d_model
+  c.model.pattern, c.model.d_model = pattern, s.d_model
+  c.model.num_layers = depth(pattern, s.layers)
   c.model.mlp.hidden = s.mlp
   return resolve(c).model
 
 
-@functools.lru_cache(maxsize=256)
-def _parameters(s: Size, pattern: str) -> int:
-  return accounting.parameters(_model(s, pattern))
-
-
 def _mlp(s: Size, pattern: str) -> int:
   """The MLP's width that gives a model softmax attention's parameters."""
-  softmax = models(s)["softmax"]
-  target = _parameters(s, softmax)
-  one = _parameters(dataclasses.replace(s, mlp=s.mlp + 1), softmax) - target
-  return s.mlp + round((target - _parameters(s, pattern)) / one)
+  return equal_mlp(pattern, models(s)["softmax"], layers=s.layers, d_model=s.d_model, mlp=s.mlp)
 
 
 @functools.lru_cache(maxsize=256)
@@ -210,7 +205,7 @@ def cell(s: Size, task: str, name: str, pattern: str) -> Cell:
     ),
   }[task]  # fmt: skip
   c = config(
-    pattern, data, args, seq_len=s.text if task == "text" else n, layers=s.layers + 1, d_model=s.d_model,
+    pattern, data, args, seq_len=s.text if task == "text" else n, layers=s.layers, d_model=s.d_model,
     mlp=_mlp(s, pattern), steps=s.steps, batch_size=s.batch_size * n // s.text if task == "text" else s.batch_size,
     evaluations=5, stop_accuracy=0.0 if task in ("parity", "text") else 0.995,
   )  # fmt: skip
@@ -263,8 +258,8 @@ EXPERIMENT = Experiment(
     "Full, sliding-window, linear and sparse attention and their hybrids, with nothing else changed: the same "
     "examples in the same order, optimizer, updates, heads and parameters (within 3 %: the MLP's width makes up for "
     "the mixer's). The window has as many bytes as Gated DeltaNet's state; hybrids have no position encoding in "
-    "softmax layers; those of linear and sparse layers have no full attention at all. A window of two "
-    "tokens comes before every model.\n\n"
+    "softmax layers; those of linear and sparse layers have no full attention at all. Where no layer has a convolution "
+    "or a token shift, attention to two tokens comes before the model, one layer more.\n\n"
     "Each model is trained on each task by itself. Recall asks for the value of a key, two and three lookups for the "
     "value of the value and so on. Parity and needle are also asked at up to four times the length of training, text "
     "at eight times: the bits a byte in the second half of documents that fill such a row. Lower is better there.\n\n"

@@ -25,7 +25,7 @@ class Size:
     head_dim: of keys and values; two heads.
     sparse: settings of the sparse layers: of InfLLM-V2, which has softmax attention's parameters.
     d_model, mlp: of the model of global layers alone; the MLPs of the others make up for their parameters. All have
-      eight layers, after SHIFT.
+      eight layers.
     steps, batch_size: of training, which ends early at 99.5 % of validation.
     learning_rates: the grid.
   """
@@ -80,7 +80,7 @@ def cell(size: str, task: str, kind: str, ratio: str) -> Cell:
   }[task]
   args |= dict(vocab_size=s.vocab_size, random_non_queries=False)
   args |= dict(label_slots=s.pairs)  # One program a model for both tasks.
-  model = dict(layers=9, d_model=s.d_model)
+  model = dict(layers=8, d_model=s.d_model)
   mlp = equal_mlp(pattern(s, kind, ratio), pattern(s, "softmax", "0:1"), mlp=s.mlp, **model)
   c = config(
     pattern(s, kind, ratio), name, args, seq_len=s.length, mlp=mlp, steps=s.steps,
@@ -133,8 +133,8 @@ EXPERIMENT = Experiment(
     "very same parameters, which looks at a few blocks. A model of linear and sparse layers has no full attention at "
     "all.\n\n"
     "Recall asks for the value of a key; chained recall for the value of the value: what large linear models were "
-    "found to lose. A window of two tokens comes before every model, so that none has to learn which token "
-    "came before; all have as many parameters, by the width of their MLPs."
+    "found to lose. Where no layer has a convolution, attention to two tokens comes before the model, so that none "
+    "has to learn which token came before; all have as many parameters, by the width of their MLPs."
   ),
   source="none",
   cells=cells,

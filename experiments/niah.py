@@ -19,7 +19,7 @@ class Size:
   Attributes:
     lengths: of the rows: the first is trained on, all are tested.
     vocab_size: of the hay.
-    d_model, heads, head_dim, layers: of every model, with an MLP; SHIFT comes before the layers.
+    d_model, heads, head_dim, layers: of every model, with an MLP.
     steps, batch_size: of training. No run ends early: what is right at one length becomes right at others later.
     learning_rates: the grid.
   """
@@ -53,7 +53,7 @@ def cell(size: str, task: str, name: str) -> Cell:
     args["value_size"] = 4 if size == "cpu" else 8
   c = config(
     after_shift(f"{s.layers}*{name}(num_heads={s.heads}, head_dim={s.head_dim}{more})"), f"needle_{task}", args,
-    seq_len=s.lengths[0], layers=s.layers + 1, d_model=s.d_model, mlp=2 * s.d_model, steps=s.steps,
+    seq_len=s.lengths[0], layers=s.layers, d_model=s.d_model, mlp=2 * s.d_model, steps=s.steps,
     batch_size=s.batch_size, eval_batches=16,
   )  # fmt: skip
   tests = tuple(Test({"length": n}, dict(seq_len=n), 1 / (s.vocab_size - 2)) for n in s.lengths)
@@ -86,8 +86,8 @@ EXPERIMENT = Experiment(
     "first length, tested on that and longer ones; accuracy is a word's.\n\n"
     "Gated DeltaNet's paper tells of models of 1.3B trained on text; its values have no place beside these. What can "
     "be compared is the order of the mechanisms: there, decay costs retention, a gate helps to filter, and the delta "
-    "rule helps to memorise. A window of two tokens comes before every model: without it "
-    "softmax attention learnt nothing."
+    "rule helps to memorise. Attention to two tokens comes before models without a "
+    "convolution: without it softmax attention learnt nothing."
   ),
   source="none: arXiv:2412.06464, Table 2, is of other models",
   cells=cells,

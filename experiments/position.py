@@ -22,7 +22,7 @@ class Size:
     vocab_size, pairs: of recall; the needle has the same words.
     head_dim: of keys and values; two heads.
     d_model, mlp: of softmax attention's model; the hybrid's MLPs make up for their parameters.
-    layers: of every model, after SHIFT; a multiple of four.
+    layers: of every model; a multiple of four.
     steps, batch_size: of training. No run ends early: what is right at one length becomes right at others later.
     learning_rates: the grid.
   """
@@ -66,7 +66,7 @@ def cell(size: str, task: str, layers: str, position: str) -> Cell:
     ),
     "needle": ("needle_filtering", {}, 1 / (s.vocab_size - 2)),
   }[task]
-  model = dict(layers=s.layers + 1, d_model=s.d_model)
+  model = dict(layers=s.layers, d_model=s.d_model)
   mlp = equal_mlp(pattern(s, layers, position), pattern(s, "softmax", "RoPE"), mlp=s.mlp, **model)
   args |= dict(vocab_size=s.vocab_size, label_slots=s.pairs)  # One program a model for both tasks.
   c = config(
@@ -106,8 +106,8 @@ EXPERIMENT = Experiment(
     "Linear layers know the order of tokens by themselves; do the softmax layers of a hybrid need it said again? "
     "Rotary encoding of all channels, of a quarter (Qwen3-Next) or of none (Kimi Linear), in hybrids of three Gated "
     "DeltaNet layers to one and in softmax attention alone. Trained at one length, tested at up to eight times as "
-    "much. A window of two tokens comes before every model, so that none has to learn which token came "
-    "before; all have as many parameters, by the width of their MLPs."
+    "much. Attention to two tokens comes before softmax attention alone, in place of the others' convolutions, "
+    "so that none has to learn which token came before; all have as many parameters, by the width of their MLPs."
   ),
   source="none",
   cells=cells,

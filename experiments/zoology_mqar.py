@@ -24,7 +24,7 @@ class Size:
     vocab_size: half keys, half values.
     widths: of the model; a mixer has two heads of half of it.
     mixers: linear ones; softmax attention comes with them.
-    shift: whether a window of two tokens comes before them, like the convolutions of the authors' later settings.
+    shift: whether attention to two tokens comes before those without a convolution, as in the authors' later settings.
     examples, batch_size, epochs: of training, which ends early at 99 % of validation.
     learning_rates: the grid.
   """
@@ -66,7 +66,7 @@ def cell(size: str, length: int, pairs: int, width: int, mixer: str) -> Cell:
   args = dict(vocab_size=s.vocab_size, num_kv_pairs=pairs, random_non_queries=False)
   steps = s.epochs * s.examples // s.batch_size
   c = config(
-    pattern(mixer, width, s.shift), "mqar", args | dict(train_examples=s.examples), seq_len=length, layers=2 + s.shift,
+    pattern(mixer, width, s.shift), "mqar", args | dict(train_examples=s.examples), seq_len=length, layers=2,
     d_model=width, steps=steps, batch_size=s.batch_size, stop_accuracy=0.99,
   )  # fmt: skip
   facts = lambda: {"state bytes": accounting.cache_bytes(resolve(c).model, length)}  # noqa: E731
@@ -122,8 +122,8 @@ EXPERIMENT = Experiment(
     "Softmax attention keeps all of them, so that its cache grows with the row and not with the width's square.\n\n"
     "The paper's figure shows attention at about 100 % at every width, and the recurrences and convolutions of its "
     "time in need of a width that grows with the row; its values are drawn, not told. One rate's grid, no dropout "
-    "and no weight decay is ours; batches are 256 at every length. At the smaller sizes, where training is short, a "
-    "window of two tokens comes before every model."
+    "and no weight decay is ours; batches are 256 at every length. At the smaller sizes, where training is short, "
+    "attention to two tokens comes before models without a convolution."
   ),
   source="none: arXiv:2312.04927 draws Figure 2 without values",
   cells=cells,
