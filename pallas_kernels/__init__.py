@@ -24,6 +24,7 @@ from pallas_kernels.mechanisms import (
   rwkv7,
   ssd,
 )
+from pallas_kernels.pool_attention import pool_attention, pool_weights
 from pallas_kernels.softmax_attention import softmax_attention
 
 __all__ = [
@@ -44,6 +45,8 @@ __all__ = [
   "linear_recurrence_step",
   "mamba3",
   "merge_attention",
+  "pool_attention",
+  "pool_weights",
   "retention",
   "rwkv6",
   "rwkv7",

@@ -145,6 +145,12 @@ def test_all_costs_are_the_recorded_ones(chip):
 
 @pytest.mark.compile
 @pytest.mark.parametrize("chip", CHIPS)
+def test_attention_to_pools_compiles(chip):
+  compiled(chip, [f"pool_attention/{phase}/nsa" for phase in ("forward_backward", "weights")])
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("chip", CHIPS)
 def test_every_specialisation_compiles(chip, monkeypatch):
   """With packed segments, initial and final state, and every gradient."""
   monkeypatch.chdir(ROOT)

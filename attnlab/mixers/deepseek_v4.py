@@ -16,7 +16,7 @@ from attnlab.mixers.base import Mixer, MixerOutput, register
 from attnlab.mixers.compressor import Compressor, rope_last
 from attnlab.mixers.dsa import LightningIndexer
 from attnlab.mixers.indexer import chosen_weights, kl, recall, sampled
-from attnlab.mixers.sparse import SparseCore, at_a_time, attend_to_pools, extend_tails
+from attnlab.mixers.sparse import SparseCore, at_a_time, extend_tails
 from attnlab.nn import Linear, RMSNorm, fan_in, param
 from attnlab.settings import Natural, Weight
 from pallas_kernels.block_sparse import (
@@ -26,6 +26,7 @@ from pallas_kernels.block_sparse import (
   over_queries,
   select_blocks,
 )
+from pallas_kernels.pool_attention import pool_attention, pool_weights, weights_at_a_time
 from pallas_kernels.softmax_attention import softmax_attention
 
 
@@ -188,8 +189,7 @@ class CompressedAttention(SparseCore, Mixer):
   def far(self, place, q, near, signals, pools):
     """Attention to the entries, o and lse, and the mixer's losses."""
     k = pools.values["k"]
-    every = dataclasses.replace(pools, values={"k": k, "v": k})
-    return attend_to_pools(q, every, self.K**-0.5)[:2], {}
+    return pool_attention(q, k, k, pools.first, pools.complete, scale=self.K**-0.5), {}
 
 
 @register(
@@ -314,11 +314,12 @@ class CompressedSparseAttention(CompressedAttention):
   def all_entries(self, q, near_lse, index, keys, pools):
     """Attention to all entries, the indexer's loss over them, and how much of the best it chooses."""
     c = self.config
-    every = dataclasses.replace(pools, values={"k": pools.values["k"], "v": pools.values["k"]})
+    k, places, scale = pools.values["k"], (pools.first, pools.complete), self.K**-0.5
+    o, lse = pool_attention(q, k, k, *places, scale=scale)
 
-    def teach(p, lse, first, complete, near_lse, index):
-      share = jnp.exp(lse - jnp.logaddexp(lse, jnp.moveaxis(near_lse, 2, 1)[:, None]))
-      target = sharding.mean_over("heads", jnp.mean(share[..., None] * p, axis=(1, 2)))
+    def teach(q, total, first, complete, index):
+      p = pool_weights(q, frozen, first, complete, scale=scale, lse=total)
+      target = sharding.mean_over("heads", p.sum(axis=1) / q.shape[2])
       scores = index_scores(*index, keys, jnp.max(first + complete))
 
       def best(scores):
@@ -327,6 +328,6 @@ class CompressedSparseAttention(CompressedAttention):
       found = recall(best(scores), best(target), keys.shape[1])[:, 0]
       return kl(target, scores, pools.visible(first, complete)), found
 
-    args = pools.complete, jax.lax.stop_gradient(near_lse), index
-    o, lse, (loss, found) = attend_to_pools(q, every, self.K**-0.5, teach, *args)
+    frozen, *args = jax.lax.stop_gradient((k, q, jnp.logaddexp(lse, near_lse)))
+    loss, found = over_queries(teach, weights_at_a_time(q, k), *args, *places, index)
     return (o, lse), loss, found

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from attnlab.mixers.sparse import grouped, products, softmax_over
+from attnlab.mixers.sparse import grouped
+from pallas_kernels.pool_attention import pool_weights
 
 # Queries of a row, evenly spaced, whose recall is measured where attention is sparse: it takes all of their logits.
 SAMPLED = 16
@@ -83,8 +84,8 @@ def all_weights(
   """The weights of full attention of some queries, the mean over the heads of a group, and what is seen."""
   number = jnp.arange(k.shape[1]) - starts[..., None]
   seen = (number >= 0) & (number <= within[..., None])
-  p = softmax_over(products(grouped(q, k.shape[2]), k, scale), seen)
-  return p.mean(axis=2), seen
+  p = pool_weights(q, k, starts, within + 1, scale=scale)
+  return p * (k.shape[2] / q.shape[2]), seen
 
 
 def recall(

@@ -10,14 +10,11 @@ from attnlab.mixers.base import register
 from attnlab.mixers.sparse import (
   Pools,
   SparseMixer,
-  at_a_time,
   by_document,
-  grouped,
-  products,
-  softmax_over,
 )
 from attnlab.settings import Natural
 from pallas_kernels.block_sparse import over_queries, select_blocks
+from pallas_kernels.pool_attention import pool_attention, pool_weights, weights_at_a_time
 
 
 @register(
@@ -79,31 +76,29 @@ class InfLLMV2(SparseMixer):
     return place.pools(mean, {"k": tokens["k"]}, c.pool_size, c.pool_stride, cache)
 
   def select(self, place, q, signals, tokens, pools):
-    c, keys = self.config, pools.values["k"]
-    B, N, Hkv = keys.shape[:3]
+    c, keys, scale = self.config, pools.values["k"], self.K**-0.5
     coarse = self.coarse(place, tokens, pools) if c.coarse_size else None
 
-    def weights(q, first, complete, *coarse_places):
-      logits = products(grouped(q, Hkv), keys, self.K**-0.5)
-      visible = pools.visible(first, complete)
-      if coarse is None:
-        return softmax_over(logits, visible)
-      of_coarse = products(grouped(q, Hkv), coarse.values["k"], self.K**-0.5)
-      norm = log_of_sum(of_coarse, coarse.visible(*coarse_places))
-      norm = jnp.where(norm > -jnp.inf, norm, log_of_sum(logits, visible))
-      visible = visible[:, None, None]
-      return jnp.where(visible, jnp.exp(jnp.where(visible, logits - norm, 0)), 0)
+    def lse(q, keys, first, complete):
+      return pool_attention(q, keys, keys[..., :1], first, complete, scale=scale)[1]
+
+    def weights(q, first, complete, coarse_first=None, coarse_complete=None):
+      norm = None
+      if coarse is not None:
+        norm = lse(q, coarse.values["k"], coarse_first, coarse_complete)
+        without = jnp.where(coarse_complete > 0, 0, complete)
+        norm = jnp.where(norm > -jnp.inf, norm, lse(q, keys, first, without))
+      return pool_weights(q, keys, first, complete, scale=scale, lse=norm)
 
     def some(q, first, complete, within, *coarse_places):
-      p = weights(q, first, complete, *coarse_places)
-      scores = by_document(p.sum(axis=2), first)
+      scores = by_document(weights(q, first, complete, *coarse_places), first)
       current = within // c.block_size
       best = largest_overlapping(scores, c.pool_size, c.pool_stride, c.block_size)
       forced = dict(initial=c.initial, local=c.local)
       zero = jnp.zeros_like(first)
       return select_blocks(best, zero, current + 1, current, top_k=c.top_k, **forced).swapaxes(1, 2)
 
-    rows = at_a_time(4 * B * q.shape[2] * N)
+    rows = weights_at_a_time(q, keys)
     args = q, pools.first, pools.complete, place.layout.within
     args += () if coarse is None else (coarse.first, coarse.complete)
     return over_queries(some, rows, *args, checkpoint=False).swapaxes(1, 2)
@@ -120,15 +115,6 @@ class InfLLMV2(SparseMixer):
     keys = fine.at[:, first[:, None] + parts].get(mode="clip").mean(axis=2)
     complete = place.layout.complete(size, stride)
     return Pools({"k": keys}, jnp.zeros_like(complete), complete)
-
-
-def log_of_sum(logits, visible):
-  """The logarithm of the sum of exponentials over what is visible [B, t, N], [..., 1]; of none, -inf."""
-  visible = visible[:, None, None]
-  top = jnp.max(jnp.where(visible, logits, -jnp.inf), axis=-1, keepdims=True)
-  top = jnp.where(top == -jnp.inf, 0, top)
-  total = jnp.sum(jnp.where(visible, jnp.exp(logits - top), 0), axis=-1, keepdims=True)
-  return jnp.where(total > 0, top + jnp.log(total), -jnp.inf)
 
 
 def check_sizes(name: str, config, size: int, stride: int) -> None:

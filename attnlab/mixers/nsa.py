@@ -12,10 +12,11 @@ from attnlab.mixers import sparse_references
 from attnlab.mixers.attention import append_to_ring, attend, new_cache, together
 from attnlab.mixers.base import MixerOutput, register
 from attnlab.mixers.infllm2 import check_sizes, overlapping
-from attnlab.mixers.sparse import SparseMixer, attend_to_pools, by_document, extend_tails
+from attnlab.mixers.sparse import SparseMixer, by_document, extend_tails
 from attnlab.nn import Linear, fan_in, param, rope
 from attnlab.settings import Natural
-from pallas_kernels.block_sparse import select_blocks
+from pallas_kernels.block_sparse import over_queries, select_blocks
+from pallas_kernels.pool_attention import pool_attention, pool_weights, weights_at_a_time
 
 
 class NSABase(SparseMixer):
@@ -81,8 +82,10 @@ class NSABase(SparseMixer):
     ones = np.ones(c.block_size // self.pool_stride), np.ones(self.pool_size // self.pool_stride)
     times = jnp.asarray(np.convolve(*ones), jnp.float32)
 
-    def choose(p, lse, first, within):
-      p = by_document(p.sum(axis=2), first)
+    keys, scale = pools.values["k"], self.K**-0.5
+
+    def choose(q, lse, first, complete, within):
+      p = by_document(pool_weights(q, keys, first, complete, scale=scale, lse=lse), first)
       scores = overlapping(p, self.pool_size, self.pool_stride, c.block_size) @ times.astype(
         p.dtype
       )
@@ -91,7 +94,10 @@ class NSABase(SparseMixer):
       chosen = select_blocks(scores, zero, current + 1, current, top_k=c.top_k, **forced)
       return chosen.swapaxes(1, 2)
 
-    o, _, chosen = attend_to_pools(q, pools, self.K**-0.5, choose, place.layout.within)
+    places = pools.first, pools.complete
+    o, lse = pool_attention(q, keys, pools.values["v"], *places, scale=scale)
+    args = q, lse, *places, place.layout.within
+    chosen = over_queries(choose, weights_at_a_time(q, keys), *args, checkpoint=False)
     return o, chosen.swapaxes(1, 2)
 
 

@@ -18,7 +18,7 @@ from attnlab.mixers.attention import Where, append, axes_of, new_cache, together
 from attnlab.mixers.base import Cache, Context, MixerOutput
 from attnlab.mixers.softmax import SoftmaxAttention
 from pallas_kernels import dispatch
-from pallas_kernels.block_sparse import Layout, block_sparse_attention, over_queries
+from pallas_kernels.block_sparse import Layout, block_sparse_attention
 from pallas_kernels.softmax_attention import softmax_attention
 
 Arrays = dict[str, Array]
@@ -177,54 +177,6 @@ def products(
     "btgrk,bngk->bgrtn", q, k.astype(q.dtype), precision="highest", preferred_element_type=dtype
   )
   return scale * logits
-
-
-def softmax_over(logits: Float[Array, "B G R T N"], visible: Array) -> Float[Array, "B G R T N"]:
-  """The softmax over the pools that a query sees, [B, T, N]; zeros where it sees none."""
-  visible = visible[:, None, None]
-  top = jnp.max(jnp.where(visible, logits, -jnp.inf), axis=-1, keepdims=True)
-  top = jax.lax.stop_gradient(jnp.where(top == -jnp.inf, 0, top))
-  p = jnp.where(visible, jnp.exp(jnp.where(visible, logits - top, 0)), 0)
-  total = jnp.sum(p, axis=-1, keepdims=True)
-  return p / jnp.where(total > 0, total, 1)
-
-
-def attend_to_pools(
-  q: Float[Array, "B T H K"],
-  pools: Pools,
-  scale: float,
-  choose: Callable[..., Any] | None = None,
-  *args: Any,
-) -> tuple[Array, Array, Any]:
-  """Attention of each query to all pools that it sees: o, lse, and what is made of the weights.
-
-  Args:
-    pools: with values "k" and "v", [B, N, G, ...].
-    choose: of some queries, the weights [B, G, R, t, N] and lse [B, G, R, t], without gradient, their ``first``, and
-      their ``args``, which are [B, t, ...].
-  """
-  k, v = pools.values["k"], pools.values["v"]
-  (B, N, G), V = k.shape[:3], v.shape[3]
-
-  def some(q, first, complete, *args):
-    logits = products(grouped(q, G), k, scale)
-    seen = pools.visible(first, complete)[:, None, None]
-    top = jnp.max(jnp.where(seen, logits, -jnp.inf), axis=-1, keepdims=True)
-    top = jax.lax.stop_gradient(jnp.where(top == -jnp.inf, 0, top))
-    p = jnp.where(seen, jnp.exp(jnp.where(seen, logits - top, 0)), 0)
-    total = jnp.sum(p, axis=-1, keepdims=True)
-    some = total > 0
-    total = jnp.where(some, total, 1)
-    p = p / total
-    o = jnp.einsum("bgrtn,bngv->btgrv", p.astype(q.dtype), v.astype(q.dtype), precision="highest")
-    lse = jnp.where(some, top + jnp.log(total), -jnp.inf)[..., 0]
-    made = None
-    if choose is not None:
-      made = choose(jax.lax.stop_gradient(p), jax.lax.stop_gradient(lse), first, *args)
-    return o.reshape(*q.shape[:3], V), jnp.moveaxis(lse, 3, 1).reshape(q.shape[:3]), made
-
-  rows = at_a_time(4 * B * q.shape[2] * N)
-  return over_queries(some, rows, q, pools.first, pools.complete, *args)
 
 
 def by_document(

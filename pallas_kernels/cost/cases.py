@@ -15,6 +15,7 @@ from pallas_kernels.block_sparse.shapes import SHAPES as BLOCK_SPARSE
 from pallas_kernels.cost import loops
 from pallas_kernels.linear_recurrence import linear_recurrence, linear_recurrence_step
 from pallas_kernels.linear_recurrence.shapes import SHAPES, inputs
+from pallas_kernels.pool_attention import pool_attention, pool_weights
 from pallas_kernels.short_conv import short_conv
 
 
@@ -168,8 +169,43 @@ def _block_sparse_cases(backend: str) -> Iterator[Case]:
       yield Case("block_sparse", phase, name, unit, units, run, chips=chips, trips=trips)
 
 
+def _pool_cases(backend: str) -> Iterator[Case]:
+  """NSA's compressed attention: a pool for 16 tokens. All pools of all queries: those that are hidden count too."""
+  s, stride, some = BLOCK_SPARSE["nsa"], 16, 1024
+  scale = s.key_dim**-0.5
+
+  def array(*shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct((1, *shape), dtype)
+
+  def build(phase):
+    def forward(q, k, v, first, complete):
+      return pool_attention(q, k, v, first, complete, scale=scale, backend=backend)[0]
+
+    def both(q, k, v, first, complete, do):
+      o, vjp = jax.vjp(lambda *a: forward(*a, first, complete), q, k, v)
+      return o, vjp(do)
+
+    def weights(q, k, lse, first, complete):
+      return pool_weights(q, k, first, complete, scale=scale, lse=lse, backend=backend)
+
+    T, pools = some if phase == "weights" else s.length, s.length // stride
+    q, k = array(T, s.heads, s.key_dim), array(pools, s.kv_heads, s.key_dim)
+    v, do = array(pools, s.kv_heads, s.value_dim), array(T, s.heads, s.value_dim)
+    places = array(T, dtype=jnp.int32), array(T, dtype=jnp.int32)
+    if phase == "weights":
+      return weights, (q, k, array(T, s.heads, dtype=jnp.float32), *places)
+    return (forward, (q, k, v, *places)) if phase == "forward" else (both, (q, k, v, *places, do))
+
+  for phase in ("forward", "forward_backward", "weights"):
+    tokens = some if phase == "weights" else s.length
+    run, units = functools.partial(build, phase), s.groups * tokens
+    yield Case(
+      "pool_attention", phase, "nsa", "1 token x group of heads", units, run, chips=("v6e",)
+    )
+
+
 _MAKERS = {
-  "tpu": (_recurrence_cases, _step_cases, _short_conv_cases, _block_sparse_cases),
+  "tpu": (_recurrence_cases, _step_cases, _short_conv_cases, _block_sparse_cases, _pool_cases),
   "gpu": (_recurrence_cases, _step_cases, _block_sparse_cases),
 }
 

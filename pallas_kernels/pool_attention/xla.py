@@ -1,0 +1,66 @@
+"""Attention to pools in plain jax.numpy: all pools of some queries at a time."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import dispatch
+from pallas_kernels.block_sparse.select import over_queries
+
+# Bytes of logits at a time: on a CPU they should stay near its cache.
+_CPU, _ELSEWHERE = 1 << 23, 1 << 27
+
+
+def attend(q, k, v, first, complete, scale):
+  """As ``pool_attention``."""
+  (B, N), V = k.shape[:2], v.shape[3]
+
+  def some(q, first, complete):
+    logits, seen = _logits(q, k, first, complete, scale)
+    top = jnp.max(jnp.where(seen, logits, -jnp.inf), axis=-1, keepdims=True)
+    top = jax.lax.stop_gradient(jnp.where(top == -jnp.inf, 0, top))
+    p = jnp.where(seen, jnp.exp(jnp.where(seen, logits - top, 0)), 0)
+    total = jnp.sum(p, axis=-1, keepdims=True)
+    some = total > 0
+    total = jnp.where(some, total, 1)
+    p = (p / total).astype(q.dtype)
+    o = jnp.einsum("bgrtn,bngv->btgrv", p, v.astype(q.dtype), precision="highest")
+    lse = jnp.where(some, top + jnp.log(total), -jnp.inf)[..., 0]
+    return o.reshape(*q.shape[:3], V), jnp.moveaxis(lse, 3, 1).reshape(q.shape[:3])
+
+  return over_queries(some, at_a_time(B * q.shape[2] * N), q, first, complete)
+
+
+def at_a_time(numbers: int) -> int:
+  """How many queries at a time, of so many float32 numbers each."""
+  return max(1, (_CPU if dispatch.platform() == "cpu" else _ELSEWHERE) // (4 * numbers))
+
+
+def weights(q, k, first, complete, scale, lse):
+  """As ``pool_weights``."""
+  logits, seen = _logits(q, k, first, complete, scale)
+  B, T, G = *q.shape[:2], k.shape[2]
+  if lse is None:
+    top = jnp.max(jnp.where(seen, logits, -jnp.inf), axis=-1, keepdims=True)
+    top = jnp.where(top == -jnp.inf, 0, top)
+    total = jnp.sum(jnp.where(seen, jnp.exp(logits - top), 0), axis=-1, keepdims=True)
+    lse = top + jnp.log(jnp.where(total > 0, total, 1))
+  else:
+    lse = jnp.moveaxis(lse.reshape(B, T, G, -1), 1, 3)[..., None]
+  p = jnp.where(seen, jnp.exp(jnp.where(seen, logits - lse, 0)), 0)
+  return p.sum(axis=2)
+
+
+def _logits(q, k, first, complete, scale):
+  """[B, G, R, T, N], in float32 (float64 for float64 inputs), and whether they are seen."""
+  (B, T), (N, G) = q.shape[:2], k.shape[1:3]
+  dtype = jnp.promote_types(q.dtype, jnp.float32)
+  logits = jnp.einsum(
+    "btgrk,bngk->bgrtn",
+    q.reshape(B, T, G, -1, q.shape[3]),
+    k.astype(q.dtype),
+    precision="highest",
+    preferred_element_type=dtype,
+  )
+  number = jnp.arange(N) - first[..., None]
+  seen = (number >= 0) & (number < complete[..., None])
+  return scale * logits, seen[:, None, None]
