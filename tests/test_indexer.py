@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from quick import jit
 
-from pallas_kernels.block_sparse import index_scores, indexer
+from pallas_kernels.index_scores import index_scores, tpu, xla
 
 B, t, h, d, N = 2, 5, 3, 4, 300
 
@@ -40,7 +40,7 @@ def derivatives(q, w, k, g, end):
 @pytest.mark.parametrize("end", [0, 129, 256, 300])
 def test_scores(monkeypatch, end):
   """In tiles of 128 keys, the last of which reaches back, up to an end anywhere."""
-  monkeypatch.setattr(indexer, "_CPU", 4 * B * t * h * 128)
+  monkeypatch.setattr(xla, "_CPU", 4 * B * t * h * 128)
   *args, g = inputs()
   with jax.enable_x64(True):
 
@@ -52,6 +52,39 @@ def test_scores(monkeypatch, end):
   np.testing.assert_allclose(out, definition(*args, end), rtol=1e-12, atol=1e-12)
   for got, want in zip(gradients, derivatives(*args, g, end), strict=True):
     np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("end", [0, 129, 256, 300])
+@pytest.mark.parametrize("dtype, bound", [("float32", 1e-6), ("bfloat16", 1e-2)])
+def test_pallas_kernels(monkeypatch, end, dtype, bound):
+  """In Pallas's interpreter, several tiles of queries and keys. bfloat16 rounds what is multiplied to 2^-9."""
+  monkeypatch.setattr(tpu, "_ROWS", 16)
+  monkeypatch.setattr(tpu, "_KEYS", 128)
+  rng = np.random.default_rng(0)
+  shapes = (B, 19, h, d), (B, 19, h), (B, N, d), (B, 19, N)
+  *args, g = (jnp.asarray(rng.normal(size=s), dtype) for s in shapes)
+
+  def both(args, backend):
+    def run(q, w, k):
+      out = index_scores(q, w, k, end, backend=backend)
+      return jnp.vdot(out, g.astype(out.dtype)), out
+
+    return jax.grad(run, (0, 1, 2), has_aux=True)(*args)
+
+  got = both(args, "interpret")
+  with jax.enable_x64(True):
+    want = both([x.astype(jnp.float64) for x in args], "xla")
+  for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    x, y = np.asarray(x, np.float64), np.asarray(y)
+    assert np.linalg.norm(x - y) <= bound * np.linalg.norm(y)
+
+
+def test_bad_arguments_are_named():
+  q, w, k, _ = inputs()
+  with pytest.raises(ValueError, match="w must be"):
+    index_scores(q, w[:, :, :2], k)
+  with pytest.raises(NotImplementedError, match="needs a TPU"):
+    index_scores(*(x.astype(np.float32) for x in (q, w, k)), backend="tpu")
 
 
 def test_all_are_seen_where_no_end_is_given():
@@ -67,6 +100,4 @@ def test_memory_is_of_a_tile():
   loss = lambda *args: index_scores(*args).sum()  # noqa: E731
   compiled = jit(jax.grad(loss, (0, 1, 2))).lower(q, w, k).compile()
   scores = 4 * 16 << 16
-  assert (
-    compiled.memory_analysis().temp_size_in_bytes < 4 * scores + 5 * indexer._CPU < 64 * scores / 4
-  )
+  assert compiled.memory_analysis().temp_size_in_bytes < 4 * scores + 5 * xla._CPU < 64 * scores / 4

@@ -145,8 +145,11 @@ def test_all_costs_are_the_recorded_ones(chip):
 
 @pytest.mark.compile
 @pytest.mark.parametrize("chip", CHIPS)
-def test_attention_to_pools_compiles(chip):
-  compiled(chip, [f"pool_attention/{phase}/nsa" for phase in ("forward_backward", "weights")])
+def test_scores_compile(chip):
+  pools = [f"pool_attention/{phase}/nsa" for phase in ("forward_backward", "weights")]
+  compiled(
+    chip, [*pools, *(f"index_scores/{phase}/dsa" for phase in ("forward", "forward_backward"))]
+  )
 
 
 @pytest.mark.compile

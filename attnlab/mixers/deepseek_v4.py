@@ -21,11 +21,11 @@ from attnlab.nn import Linear, RMSNorm, fan_in, param
 from attnlab.settings import Natural, Weight
 from pallas_kernels.block_sparse import (
   block_sparse_attention,
-  index_scores,
   merge_attention,
   over_queries,
   select_blocks,
 )
+from pallas_kernels.index_scores import index_scores
 from pallas_kernels.pool_attention import pool_attention, pool_weights, weights_at_a_time
 from pallas_kernels.softmax_attention import softmax_attention
 

@@ -17,7 +17,8 @@ from attnlab.mixers.mla import MultiHeadLatentAttention
 from attnlab.mixers.sparse import SparseCore, at_a_time, extend_tails
 from attnlab.nn import Linear, param, rope
 from attnlab.settings import Natural, Weight
-from pallas_kernels.block_sparse import index_scores, over_queries, select_blocks
+from pallas_kernels.block_sparse import over_queries, select_blocks
+from pallas_kernels.index_scores import index_scores
 
 
 class LayerNorm(nnx.Module):

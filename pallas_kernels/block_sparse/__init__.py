@@ -1,14 +1,12 @@
 """Attention of each query to blocks of keys that were chosen for it, and the choice of blocks."""
 
 from pallas_kernels.block_sparse.api import block_sparse_attention, merge_attention
-from pallas_kernels.block_sparse.indexer import index_scores
 from pallas_kernels.block_sparse.layout import Layout
 from pallas_kernels.block_sparse.select import over_queries, select_blocks
 
 __all__ = [
   "Layout",
   "block_sparse_attention",
-  "index_scores",
   "merge_attention",
   "over_queries",
   "select_blocks",

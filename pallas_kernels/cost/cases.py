@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from pallas_kernels.block_sparse import block_sparse_attention
 from pallas_kernels.block_sparse.shapes import SHAPES as BLOCK_SPARSE
 from pallas_kernels.cost import loops
+from pallas_kernels.index_scores import index_scores
 from pallas_kernels.linear_recurrence import linear_recurrence, linear_recurrence_step
 from pallas_kernels.linear_recurrence.shapes import SHAPES, inputs
 from pallas_kernels.pool_attention import pool_attention, pool_weights
@@ -204,8 +205,39 @@ def _pool_cases(backend: str) -> Iterator[Case]:
     )
 
 
+def _index_cases(backend: str) -> Iterator[Case]:
+  """DeepSeek-V3.2's indexer: 64 heads of 128 channels, of 512 queries at a time for 64k keys, none of them hidden."""
+  t, h, d, N = 512, 64, 128, 65536
+
+  def array(*shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct((1, *shape), dtype)
+
+  def build(phase):
+    scores = functools.partial(index_scores, backend=backend)
+    args = array(t, h, d), array(t, h, dtype=jnp.float32), array(N, d)
+    if phase == "forward":
+      return scores, args
+
+    def both(q, w, k, dout):
+      out, vjp = jax.vjp(scores, q, w, k)
+      return out, vjp(dout)
+
+    return both, (*args, array(t, N, dtype=jnp.float32))
+
+  for phase in ("forward", "forward_backward"):
+    run = functools.partial(build, phase)
+    yield Case("index_scores", phase, "dsa", "1 query x 128 keys", t * N / 128, run, chips=("v6e",))
+
+
 _MAKERS = {
-  "tpu": (_recurrence_cases, _step_cases, _short_conv_cases, _block_sparse_cases, _pool_cases),
+  "tpu": (
+    _recurrence_cases,
+    _step_cases,
+    _short_conv_cases,
+    _block_sparse_cases,
+    _pool_cases,
+    _index_cases,
+  ),
   "gpu": (_recurrence_cases, _step_cases, _block_sparse_cases),
 }
 

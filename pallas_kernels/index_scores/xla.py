@@ -1,4 +1,4 @@
-"""A lightning indexer's scores, ``I_{t,s} = sum_j w_{t,j} ReLU(q_{t,j} . k_s)`` (arXiv:2512.02556, equation 1).
+"""An indexer's scores in plain jax.numpy.
 
 Heads are summed within a tile of keys, so that an array of queries by heads by keys is only as large as a tile's; what
 no query sees is not computed.
@@ -8,7 +8,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
 
@@ -17,23 +16,6 @@ _CPU, _ELSEWHERE = 1 << 23, 1 << 27
 _LANES = 128
 
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-
-
-def index_scores(
-  q: Float[Array, "B t h d"],
-  w: Float[Array, "B t h"],
-  k: Float[Array, "B N d"],
-  end: Int[Array, ""] | int | None = None,
-) -> Float[Array, "B t N"]:
-  """Scores of some queries for all keys, in float32 (float64 for float64 inputs). Differentiable in q, w and k.
-
-  Args:
-    q: queries of the indexer's heads.
-    w: the heads' weights.
-    k: keys, which all heads share.
-    end: no query sees keys from here on: their scores, and the gradients of these, are zero. None: all are seen.
-  """
-  return _scores(q, w, k, jnp.asarray(k.shape[1] if end is None else end, jnp.int32))
 
 
 class _Tiles:
@@ -67,7 +49,8 @@ class _Tiles:
 
 
 @jax.custom_vjp
-def _scores(q, w, k, end):
+def scores(q, w, k, end):
+  """As ``index_scores``."""
   tiles = _Tiles(q, k)
 
   def body(i, out):
@@ -82,7 +65,7 @@ def _scores(q, w, k, end):
 
 
 def _forward(q, w, k, end):
-  return _scores(q, w, k, end), (q, w, k, end)
+  return scores(q, w, k, end), (q, w, k, end)
 
 
 def _backward(residuals, dout):
@@ -106,4 +89,4 @@ def _backward(residuals, dout):
   return *(g.astype(x.dtype) for g, x in zip(grads, (q, w, k), strict=True)), None
 
 
-_scores.defvjp(_forward, _backward)
+scores.defvjp(_forward, _backward)
