@@ -46,7 +46,7 @@ def index_scores(
       f"w must be [{B}, {t}, {h}] and k [{B}, N, {d}] to fit q {q.shape}; got {w.shape}, {k.shape}"
     )
   dtype = jnp.result_type(q, w, k)
-  supports = {
+  supports: dict[str, Callable[[], None]] = {
     "xla": lambda: None,
     "tpu": functools.partial(tpu.check, dtype),
     "interpret": functools.partial(tpu.limitations, dtype),

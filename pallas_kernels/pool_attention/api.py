@@ -111,7 +111,7 @@ def _name(q, k, v, first, complete, backend):
     if x.shape != (B, T):
       raise ValueError(f"{name} must be [{B}, {T}]; got {x.shape}")
   dtype = jnp.result_type(q, k, v)
-  supports = {
+  supports: dict[str, Callable[[], None]] = {
     "xla": lambda: None,
     "tpu": functools.partial(tpu.check, dtype),
     "interpret": functools.partial(tpu.limitations, dtype),
