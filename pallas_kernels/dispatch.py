@@ -7,6 +7,8 @@ preference for the platform, that does not raise NotImplementedError.
 from collections.abc import Callable, Mapping
 
 import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
 
 
 def platform() -> str:
@@ -16,6 +18,31 @@ def platform() -> str:
   """
   device = jax.sharding.get_abstract_mesh().abstract_device
   return jax.default_backend() if device is None else device.platform
+
+
+# Bytes of VMEM of the chips that have least.
+SMALL_VMEM = 16 * 2**20
+
+
+def needs_tpu(dtype: jax.typing.DTypeLike) -> None:
+  """Raises NotImplementedError where what is compiled for is no TPU, or the dtype is not for its kernels."""
+  if platform() != "tpu":
+    raise NotImplementedError(f"the Pallas kernel needs a TPU; this is a {platform()}")
+  needs_float32(dtype)
+
+
+def needs_float32(dtype: jax.typing.DTypeLike) -> None:
+  """Raises NotImplementedError for float64, in which no Pallas kernel computes."""
+  if jnp.dtype(dtype).itemsize > 4:
+    raise NotImplementedError("the Pallas kernel computes in float32; float64 needs 'xla'")
+
+
+def vmem() -> int:
+  """Bytes of VMEM of the TPU that is traced for; the smallest of any where that is not known."""
+  try:
+    return pltpu.get_tpu_info().vmem_capacity_bytes
+  except ValueError:
+    return SMALL_VMEM
 
 
 def needs_hopper() -> None:

@@ -4,7 +4,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dispatch
 from pallas_kernels.block_sparse import tpu_backward, tpu_by_block, tpu_by_query
@@ -17,35 +16,25 @@ _HEADS = 8
 
 def check(q, k, v, blocks: Blocks) -> None:
   """Raises NotImplementedError, saying why, where the kernels cannot serve the call on this machine."""
-  if dispatch.platform() != "tpu":
-    raise NotImplementedError(f"the Pallas kernel needs a TPU; this is a {dispatch.platform()}")
+  dispatch.needs_tpu(jnp.result_type(q, k, v))
   limitations(q, k, v, blocks)
 
 
 def limitations(q, k, v, blocks: Blocks) -> None:
   """The part of ``check`` that does not ask where it runs."""
-  if jnp.result_type(q, k, v).itemsize > 4:
-    raise NotImplementedError("the Pallas kernel computes in float32; float64 needs 'xla'")
+  dispatch.needs_float32(jnp.result_type(q, k, v))
   if blocks.size % tiles.TILE:
     raise NotImplementedError(f"the Pallas kernel has blocks of multiples of {tiles.TILE} tokens")
   if by_query(q, blocks):
-    tpu_by_query.Plan.of(q, k, v, blocks, vmem())
+    tpu_by_query.Plan.of(q, k, v, blocks, dispatch.vmem())
   else:
-    tiles.Plan.of(q, k, v, blocks, vmem(), backward=False)
-  tiles.Plan.of(q, k, v, blocks, vmem(), backward=True)
+    tiles.Plan.of(q, k, v, blocks, dispatch.vmem(), backward=False)
+  tiles.Plan.of(q, k, v, blocks, dispatch.vmem(), backward=True)
 
 
 def by_query(q, blocks: Blocks) -> bool:
   """Whether the forward kernel goes query by query, or block by block."""
   return q.shape[2] // blocks.indices.shape[1] >= _HEADS
-
-
-def vmem() -> int:
-  """Bytes of VMEM of the chip that is traced for; the smallest of any where that is not known."""
-  try:
-    return pltpu.get_tpu_info().vmem_capacity_bytes
-  except ValueError:
-    return 16 * 2**20
 
 
 def forward(q, k, v, sinks, blocks: Blocks, scale: float, interpret=False):
@@ -61,7 +50,7 @@ def forward(q, k, v, sinks, blocks: Blocks, scale: float, interpret=False):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _attend(q, k, v, blocks, scale, interpret):
   forward = (tpu_by_query if by_query(q, blocks) else tpu_by_block).forward
-  return forward(q, k, v, blocks, scale, vmem(), interpret)
+  return forward(q, k, v, blocks, scale, dispatch.vmem(), interpret)
 
 
 def _attend_forward(q, k, v, blocks, scale, interpret):
@@ -75,7 +64,9 @@ def _attend_backward(scale, interpret, residuals, cotangents):
   # The softmax's derivative: dlogits = p (do . v - delta).
   delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1) - dlse
   finite = jnp.where(lse == -jnp.inf, 0, lse)
-  grads = tpu_backward.gradients(q, k, v, do, finite, delta, blocks, scale, vmem(), interpret)
+  grads = tpu_backward.gradients(
+    q, k, v, do, finite, delta, blocks, scale, dispatch.vmem(), interpret
+  )
   return *(g.astype(x.dtype) for g, x in zip(grads, (q, k, v), strict=True)), None
 
 

@@ -6,6 +6,7 @@ neighbours have chosen: no choice makes tiles of queries visit more blocks.
 
 import numpy as np
 
+from pallas_kernels import dispatch
 from pallas_kernels.block_sparse import tpu, tpu_by_query
 from pallas_kernels.block_sparse import tpu_tiles as tiles
 from pallas_kernels.block_sparse.layout import Layout
@@ -33,13 +34,13 @@ def block_sparse(s: Shape, q, k, v, indices) -> dict[str, float]:
   blocks = Blocks(indices, Layout.together(1, T, None), s.block_size)
   out, kernels = {}, [("backward", True)]
   if tpu.by_query(q, blocks):  # which says itself how often it loops, but for ranges of keys
-    p = tpu_by_query.Plan.of(q, k, v, blocks, tpu.vmem())
+    p = tpu_by_query.Plan.of(q, k, v, blocks, dispatch.vmem())
     if p.ranges > 1:
       out["block_sparse_forward"] = _matrices(p, s, T)
   else:
     kernels.append(("forward", False))
   for name, backward in kernels:
-    p = tiles.Plan.of(q, k, v, blocks, tpu.vmem(), backward)
+    p = tiles.Plan.of(q, k, v, blocks, dispatch.vmem(), backward)
     rng = np.random.default_rng(0)
     starts = np.arange(0, T, p.tile)
     found = []

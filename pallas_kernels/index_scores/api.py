@@ -48,8 +48,8 @@ def index_scores(
   dtype = jnp.result_type(q, w, k)
   supports: dict[str, Callable[[], None]] = {
     "xla": lambda: None,
-    "tpu": functools.partial(tpu.check, dtype),
-    "interpret": functools.partial(tpu.limitations, dtype),
+    "tpu": functools.partial(dispatch.needs_tpu, dtype),
+    "interpret": functools.partial(dispatch.needs_float32, dtype),
   }
   name = dispatch.choose(backend, supports, _ORDER)
   return _SCORES[name](q, w, k, jnp.asarray(N if end is None else end, jnp.int32))

@@ -14,24 +14,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
-from pallas_kernels import dispatch
 from pallas_kernels.block_sparse.tpu_tiles import LANES, SUBLANES, TILE, dot
 
 # Rows and keys of a tile.
 _ROWS, _KEYS = 1024, 512
-
-
-def check(dtype) -> None:
-  """Raises NotImplementedError, saying why, where the kernels cannot serve the call on this machine."""
-  if dispatch.platform() != "tpu":
-    raise NotImplementedError(f"the Pallas kernel needs a TPU; this is a {dispatch.platform()}")
-  limitations(dtype)
-
-
-def limitations(dtype) -> None:
-  """The part of ``check`` that does not ask where it runs."""
-  if dtype.itemsize > 4:
-    raise NotImplementedError("the Pallas kernel computes in float32; float64 needs 'xla'")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import dispatch
 from pallas_kernels.linear_recurrence.recurrence import KeyErase, LowRankErase, Recurrence
 from pallas_kernels.linear_recurrence.tpu_chunk import Chunk, Masks, chunks, dot_ones
 
@@ -142,7 +143,7 @@ def _plan(r: Recurrence, runs, C: int | None, direction: str) -> _Plan:
   B, T, H, K = r.k.shape
   Hv, V = r.v.shape[2:]
   exact = r.k.dtype == jnp.float32 or r.v.dtype == jnp.float32
-  small = _vmem() <= _SMALL_VMEM
+  small = dispatch.vmem() <= dispatch.SMALL_VMEM
   C = C or (_CHUNK // 2 if exact and small else _CHUNK)
   erase = {KeyErase: "key", LowRankErase: "low_rank", type(None): "none"}[type(r.erase)]
   n = _heads(r, _HEADS[direction] >> (exact + small + (exact and erase == "low_rank")))
@@ -153,17 +154,6 @@ def _plan(r: Recurrence, runs, C: int | None, direction: str) -> _Plan:
     r.decay, erase, r.bonus is not None, r.reads == "undecayed", runs is not None,
     exact,
   )  # fmt: skip
-
-
-_SMALL_VMEM = 16 * 2**20
-
-
-def _vmem() -> int:
-  """Bytes of VMEM of the chip that is traced for; the smallest of any where that is not known."""
-  try:
-    return pltpu.get_tpu_info().vmem_capacity_bytes
-  except ValueError:
-    return _SMALL_VMEM
 
 
 # --- operands ---
@@ -482,7 +472,7 @@ def _call(p: _Plan, kernel, name, arrays, in_specs, outs, out_specs, scratch, wo
     scratch_shapes=list(scratch.values()),
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
-      vmem_limit_bytes=min(_vmem(), 2 * _SMALL_VMEM),
+      vmem_limit_bytes=min(dispatch.vmem(), 2 * dispatch.SMALL_VMEM),
     ),
     cost_estimate=pl.CostEstimate(
       flops=work * _flops(p), bytes_accessed=size, transcendentals=work * tokens * p.C

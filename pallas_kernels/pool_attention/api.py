@@ -113,7 +113,7 @@ def _name(q, k, v, first, complete, backend):
   dtype = jnp.result_type(q, k, v)
   supports: dict[str, Callable[[], None]] = {
     "xla": lambda: None,
-    "tpu": functools.partial(tpu.check, dtype),
-    "interpret": functools.partial(tpu.limitations, dtype),
+    "tpu": functools.partial(dispatch.needs_tpu, dtype),
+    "interpret": functools.partial(dispatch.needs_float32, dtype),
   }
   return dispatch.choose(backend, supports, _ORDER)

@@ -24,19 +24,6 @@ _EMPTY = NOTHING / 2
 _VMEM = 64 * 2**20
 
 
-def check(dtype) -> None:
-  """Raises NotImplementedError, saying why, where the kernels cannot serve the call on this machine."""
-  if dispatch.platform() != "tpu":
-    raise NotImplementedError(f"the Pallas kernel needs a TPU; this is a {dispatch.platform()}")
-  limitations(dtype)
-
-
-def limitations(dtype) -> None:
-  """The part of ``check`` that does not ask where it runs."""
-  if dtype.itemsize > 4:
-    raise NotImplementedError("the Pallas kernel computes in float32; float64 needs 'xla'")
-
-
 @dataclasses.dataclass(frozen=True)
 class _Plan:
   """Static facts: groups and heads of a group, queries and pools of a tile, and how many tiles there are of both."""
@@ -186,20 +173,13 @@ class _Plan:
       out_shape=[x for x, _ in outs],
       compiler_params=pltpu.CompilerParams(
         dimension_semantics=("parallel", "arbitrary", "arbitrary"),
-        vmem_limit_bytes=None if interpret else min(_VMEM, _vmem() * 3 // 4),
+        vmem_limit_bytes=None if interpret else min(_VMEM, dispatch.vmem() * 3 // 4),
       ),
       cost_estimate=pl.CostEstimate(
         flops=2 * pairs * products, transcendentals=pairs, bytes_accessed=moved
       ),
       interpret=interpret,
     )(ends, *(x for x, _ in inputs))
-
-
-def _vmem() -> int:
-  try:
-    return pltpu.get_tpu_info().vmem_capacity_bytes
-  except ValueError:
-    return 16 * 2**20
 
 
 def _rows_of(ref) -> Array:
