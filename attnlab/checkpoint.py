@@ -221,7 +221,7 @@ class _KeepNewest:
 
 
 @jax.jit
-def _inspect(tree: PyTree) -> tuple[UInt32[jax.Array, "n"], Bool[jax.Array, "n"]]:
+def _inspect(tree: PyTree) -> tuple[UInt32[jax.Array, " n"], Bool[jax.Array, " n"]]:
   """A checksum of each array, and whether all of it is finite."""
 
   def checksum(x):

@@ -43,10 +43,10 @@ def pad_left(
 def sample(
   key: Array,
   logits: Float[Array, "B V"],
-  temperature: Float[Array, "B"],
+  temperature: Float[Array, " B"],
   top_k: int = 0,
   top_p: float = 1.0,
-) -> Int[Array, "B"]:
+) -> Int[Array, " B"]:
   """One token of each row.
 
   Args:
@@ -93,7 +93,7 @@ def decode(
   logits: Float[Array, "B V"],
   cache: PyTree,
   key: Array,
-  temperature: Float[Array, "B"],
+  temperature: Float[Array, " B"],
   *,
   max_tokens: int,
   top_k: int,
@@ -107,7 +107,7 @@ def decode(
   """
   model = nnx.merge(graphdef, model["params"], model["rest"])
 
-  def pick(key: Array, logits: Array, ended: Bool[Array, "B"]) -> Array:
+  def pick(key: Array, logits: Array, ended: Bool[Array, " B"]) -> Array:
     token = sample(key, sharding.put(logits, None, None), temperature, top_k, top_p)
     return jnp.where(ended, eos_id, token)
 
@@ -205,7 +205,7 @@ def _encode(tokenizer: Tokenizer, prompts: Sequence[str]):
   return pad_left([[tokenizer.bos_id, *tokenizer.encode(p)] for p in prompts])
 
 
-def _text(tokenizer: Tokenizer, ids: Int[np.ndarray, "N"]) -> str:
+def _text(tokenizer: Tokenizer, ids: Int[np.ndarray, " N"]) -> str:
   ended = np.flatnonzero(ids == tokenizer.eos_id)
   return tokenizer.decode(ids[: ended[0]] if ended.size else ids)
 

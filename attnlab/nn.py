@@ -206,7 +206,7 @@ def expand_heads(x: Float[Array, "B T heads"], size: int) -> Float[Array, "B T D
   return sharding.local(lambda x: heads.expand(x, size), (axes,), axes)(x)
 
 
-def by_channel(p: nnx.Param) -> Float[Array, "D"]:
+def by_channel(p: nnx.Param) -> Float[Array, " D"]:
   """A parameter [heads, size] for heads that lie side by side."""
   return sharding.put(sharding.merge(sharding.put(p[...], "heads", None), 2), "heads")
 

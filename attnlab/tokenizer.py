@@ -44,13 +44,13 @@ class Tokenizer(Protocol):
   bos_id: int
   eos_id: int
 
-  def encode(self, text: str) -> Int32[np.ndarray, "n"]:
+  def encode(self, text: str) -> Int32[np.ndarray, " n"]:
     """The ids of a text, without bos and eos."""
 
   def decode(self, ids: Iterable[int]) -> str:
     """The text of any ids: specials and unused ids are dropped, broken UTF-8 becomes U+FFFD."""
 
-  def token_bytes(self) -> Int32[np.ndarray, "vocab_size"]:
+  def token_bytes(self) -> Int32[np.ndarray, " vocab_size"]:
     """Bytes of UTF-8 text that each id stands for (0: specials and unused ids).
 
     Bits per byte of a batch is then `sum(nats * weights) / ln 2 / sum(token_bytes[targets] *
@@ -70,7 +70,7 @@ class ByteTokenizer:
   pad_id = 258
   vocab_size = round_vocab(259)
 
-  def encode(self, text: str) -> Int32[np.ndarray, "n"]:
+  def encode(self, text: str) -> Int32[np.ndarray, " n"]:
     return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
 
   def decode(self, ids: Iterable[int]) -> str:
@@ -153,14 +153,14 @@ class JsonTokenizer:
         return self._vocab[candidate]
     return None
 
-  def encode(self, text: str) -> Int32[np.ndarray, "n"]:
+  def encode(self, text: str) -> Int32[np.ndarray, " n"]:
     return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
   def decode(self, ids: Iterable[int]) -> str:
     ids = [int(i) for i in ids if 0 <= int(i) < self._size]
     return self._tokenizer.decode(ids, skip_special_tokens=True)
 
-  def token_bytes(self) -> Int32[np.ndarray, "vocab_size"]:
+  def token_bytes(self) -> Int32[np.ndarray, " vocab_size"]:
     out = np.zeros(self.vocab_size, np.int32)
     byte_level = '"ByteLevel"' in self._tokenizer.to_str()
     for token, i in self._vocab.items():
@@ -194,7 +194,7 @@ class IdTokenizer:
     self.vocab_size = vocab_size
     self.bos_id = self.eos_id = eos_id
 
-  def encode(self, text: str) -> Int32[np.ndarray, "n"]:
+  def encode(self, text: str) -> Int32[np.ndarray, " n"]:
     try:
       ids = np.asarray([int(word) for word in text.split()], np.int32)
     except ValueError as error:
@@ -206,7 +206,7 @@ class IdTokenizer:
   def decode(self, ids: Iterable[int]) -> str:
     return " ".join(str(int(i)) for i in ids)
 
-  def token_bytes(self) -> Int32[np.ndarray, "vocab_size"]:
+  def token_bytes(self) -> Int32[np.ndarray, " vocab_size"]:
     return np.zeros(self.vocab_size, np.int32)
 
 

@@ -96,7 +96,7 @@ def _file(path: Path, root: Path) -> File:
 
 def in_validation(
   names: Sequence[str], rows: Sequence[int], fraction: float, key: str
-) -> Bool[np.ndarray, "documents"]:
+) -> Bool[np.ndarray, " documents"]:
   """Which documents are validation: those whose hash of name and row falls below `fraction`.
 
   A document's side depends on its own name and row alone, so that adding data moves nothing, and
@@ -135,7 +135,7 @@ def _hash(name: str) -> np.uint64:
   return np.frombuffer(digest, "<u8")[0]
 
 
-def _mix(x: UInt64[np.ndarray, "n"]) -> UInt64[np.ndarray, "n"]:
+def _mix(x: UInt64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
   """splitmix64's finaliser: neighbouring rows get unrelated hashes."""
   with np.errstate(over="ignore"):  # Modulo 2^64, on purpose.
     x = x * np.uint64(0x9E3779B97F4A7C15)

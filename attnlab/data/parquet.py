@@ -128,7 +128,7 @@ class ShuffleBlocks(grain.MapDataset):
 
   _MUTATES_ELEMENT_SPEC = False
 
-  def __init__(self, parent: grain.MapDataset, blocks: Int64[np.ndarray, "blocks"], seed: int):
+  def __init__(self, parent: grain.MapDataset, blocks: Int64[np.ndarray, " blocks"], seed: int):
     super().__init__(parent)
     self._blocks, self._seed = blocks, seed
     self._first = np.cumsum(blocks) - blocks
@@ -158,7 +158,7 @@ class ShuffleBlocks(grain.MapDataset):
 @functools.lru_cache(maxsize=4)
 def _epoch_order(
   seed: int, epoch: int, blocks: bytes
-) -> tuple[Int64[np.ndarray, "blocks"], Int64[np.ndarray, "blocks"]]:
+) -> tuple[Int64[np.ndarray, " blocks"], Int64[np.ndarray, " blocks"]]:
   sizes = np.frombuffer(blocks, np.int64)
   order = np.random.default_rng([seed, epoch]).permutation(len(sizes))
   return order, np.cumsum(sizes[order])

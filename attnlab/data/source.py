@@ -72,7 +72,7 @@ class TextSource(Source):
     )
 
 
-def shifted(ids: Int32[np.ndarray, "n"], bos_id: int, eos_id: int) -> Int32[np.ndarray, "n+1 2"]:
+def shifted(ids: Int32[np.ndarray, " n"], bos_id: int, eos_id: int) -> Int32[np.ndarray, "n+1 2"]:
   out = np.empty((len(ids) + 1, 2), np.int32)
   out[0, 0], out[1:, 0] = bos_id, ids
   out[-1, 1], out[:-1, 1] = eos_id, ids

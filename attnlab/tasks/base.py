@@ -23,15 +23,15 @@ class Example(NamedTuple):
     weights: weight of each position in the loss and in accuracy.
   """
 
-  inputs: Int32[np.ndarray, "n"]
-  targets: Int32[np.ndarray, "n"]
-  weights: Float32[np.ndarray, "n"]
+  inputs: Int32[np.ndarray, " n"]
+  targets: Int32[np.ndarray, " n"]
+  weights: Float32[np.ndarray, " n"]
 
 
 def labelled(
-  inputs: Int32[np.ndarray, "n"],
-  where: Int[np.ndarray, "labels"],
-  values: Int[np.ndarray, "labels"],
+  inputs: Int32[np.ndarray, " n"],
+  where: Int[np.ndarray, " labels"],
+  values: Int[np.ndarray, " labels"],
 ) -> Example:
   """An example whose targets are `values` at the positions `where`, and that has no others."""
   targets = np.zeros(len(inputs), np.int32)

@@ -169,7 +169,7 @@ class Memorization(Task):
 
 
 @functools.lru_cache(maxsize=8)
-def _value_map(ids: int, seed: int) -> Int64[np.ndarray, "keys"]:
+def _value_map(ids: int, seed: int) -> Int64[np.ndarray, " keys"]:
   half = ids // 2
   return half + np.random.default_rng(seed).permutation(ids - half)[:half]
 

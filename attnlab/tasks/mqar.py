@@ -77,13 +77,13 @@ class MQAR(Task):
 
 def gaps(
   rng: np.random.Generator, count: int, space: int, power_a: float
-) -> Int64[np.ndarray, "n"]:
+) -> Int64[np.ndarray, " n"]:
   """`count` different numbers below `space`, g drawn with probability proportional to (g + 1)^(power_a - 1)."""
   law = np.arange(1, space + 1, dtype=np.float64) ** (power_a - 1)
   return rng.choice(space, count, replace=False, p=law / law.sum())
 
 
-def fill(rng: np.random.Generator, inputs: Int32[np.ndarray, "T"], vocab_size: int) -> None:
+def fill(rng: np.random.Generator, inputs: Int32[np.ndarray, " T"], vocab_size: int) -> None:
   """Puts random ids of the whole vocabulary where the input is 0."""
   free = inputs == 0
   inputs[free] = rng.integers(vocab_size, size=int(free.sum()), dtype=np.int32)

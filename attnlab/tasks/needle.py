@@ -36,7 +36,7 @@ class _Needle(Task):
         f"config.data.seq_len={seq_len} must be at least 2 * value_size + 4 = {2 * self.value_size + 4}"
       )
 
-  def hay(self, rng: np.random.Generator, size: int) -> Int64[np.ndarray, "size"]:
+  def hay(self, rng: np.random.Generator, size: int) -> Int64[np.ndarray, " size"]:
     """Words from 0."""
     raise NotImplementedError
 
