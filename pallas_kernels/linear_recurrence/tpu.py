@@ -128,8 +128,11 @@ def _heads(r: Recurrence, most: int) -> int:
 
   choices = [n for n in range(1, Hv + 1) if fits(n)]
   few = [n for n in choices if n <= most and n * K * V <= most * 128 * 128]
-  # As few as there can be are still a step where they are a register of lanes, or two.
-  few = few or [n for n in choices[:1] if n == 1 or n * max(K // ratio, V) <= 256]
+  # As few as there can be are still a step where they are a register of lanes, or two; or twice what is best.
+  area = 2 * most * 128 * 128
+  few = few or [
+    n for n in choices[:1] if n == 1 or n * max(K // ratio, V) <= 256 or n * K * V <= area
+  ]
   if not few:
     raise NotImplementedError(
       f"the TPU kernels take at most {most} of {Hv} heads at a time, and as many are no whole registers of lanes: "
