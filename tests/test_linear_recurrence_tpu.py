@@ -33,7 +33,7 @@ from recurrences import (
   some,
 )  # fmt: skip
 
-from pallas_kernels import segments
+from pallas_kernels import dispatch, segments
 from pallas_kernels.linear_recurrence import linear_recurrence, tpu
 
 SEGMENTS = np.stack([np.repeat([1, 2, 3], [5, 40, 26]), np.repeat([4, 2, 4, 9], [1, 31, 8, 31])])
@@ -221,7 +221,7 @@ def test_correlated_keys_in_chunks_of_128(case, dtype, bound, least):
 @pytest.mark.parametrize("case, H", [(GDN, 8), (KDA, 16)], ids=["key", "channels"])
 def test_as_many_heads_a_step_as_where_vmem_is_large(case, H, monkeypatch):
   """The plan of v6e: 16 heads a step forward and 8 backward, chunks of 128."""
-  monkeypatch.setattr(tpu, "_vmem", lambda: 128 * 2**20)
+  monkeypatch.setattr(dispatch, "vmem", lambda: 128 * 2**20)
   r, S = inputs(case, jnp.bfloat16, H=H, Hv=16, K=64, V=64, T=130, B=1)
   plans = [tpu._plan(r, None, None, direction) for direction in ("forward", "backward")]
   assert [(p.C, p.heads, p.groups) for p in plans] == [(128, 16, 1), (128, 8, 2)]

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import pytest
 from recurrence_programs import temporary_bound
 
+from pallas_kernels import dispatch
 from pallas_kernels.cost import CHIPS, cases, environment, measure, report
 from pallas_kernels.cost.__main__ import INSTALL, RECORD
 from pallas_kernels.linear_recurrence import tpu
@@ -233,7 +234,7 @@ def test_heads_that_are_no_whole_lanes_are_refused(monkeypatch):
   shape = Shape(1, 128, 25, 64, "scalar")
   r = jax.eval_shape(lambda: inputs(shape, length=256, dtype=jnp.bfloat16))
   with pytest.raises(NotImplementedError, match="16 of 25 heads at a time"):
-    monkeypatch.setattr(tpu, "_vmem", lambda: 128 * 2**20)
+    monkeypatch.setattr(dispatch, "vmem", lambda: 128 * 2**20)
     tpu.supports(r, None)
 
 

@@ -128,11 +128,9 @@ def _heads(r: Recurrence, most: int) -> int:
 
   choices = [n for n in range(1, Hv + 1) if fits(n)]
   few = [n for n in choices if n <= most and n * K * V <= most * 128 * 128]
-  # As few as there can be are still a step where they are a register of lanes, or two; or twice what is best.
-  area = 2 * most * 128 * 128
-  few = few or [
-    n for n in choices[:1] if n == 1 or n * max(K // ratio, V) <= 256 or n * K * V <= area
-  ]
+  # As few as there can be are still a step where they are a register of lanes, or two, or two heads' worth.
+  small = lambda n: n == 1 or n * max(K // ratio, V) <= 256 or n * K * V <= 2 * 128 * 128  # noqa: E731
+  few = few or [n for n in choices[:1] if small(n)]
   if not few:
     raise NotImplementedError(
       f"the TPU kernels take at most {most} of {Hv} heads at a time, and as many are no whole registers of lanes: "

@@ -46,8 +46,7 @@ def weights(q, k, first, complete, scale, lse):
     lse = top + jnp.log(jnp.where(total > 0, total, 1))
   else:
     lse = jnp.moveaxis(lse.reshape(B, T, G, -1), 1, 3)[..., None]
-  p = jnp.where(seen, jnp.exp(jnp.where(seen, logits - lse, 0)), 0)
-  return p.sum(axis=2)
+  return jnp.exp(jnp.where(seen, logits - lse, -jnp.inf)).sum(axis=2)
 
 
 def _logits(q, k, first, complete, scale):
