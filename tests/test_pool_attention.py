@@ -100,9 +100,10 @@ def test_matches_the_definition(float64, small_tiles, documents):
     np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("heads, groups", [(4, 2), (3, 3), (5, 1)])
-@pytest.mark.parametrize("documents", [False, True])
-def test_pallas_kernels(small_tiles, documents, heads, groups):
+@pytest.mark.parametrize(
+  "heads, groups, documents", [(4, 2, False), (4, 2, True), (3, 3, False), (5, 1, True)]
+)
+def test_pallas_kernels(small_tiles, heads, groups, documents):
   """In Pallas's interpreter: float32 sums of some dozens of terms in another order."""
   args, where = inputs(np.float32, heads, groups), places(documents)
   got = with_gradients(args, where, "interpret")
