@@ -4,6 +4,7 @@ A backend that is named serves the call or raises; it never becomes another. "au
 preference for the platform, that does not raise NotImplementedError.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 
 import jax
@@ -56,6 +57,16 @@ def needs_hopper() -> None:
       raise NotImplementedError(
         f"the Pallas kernels need a Hopper GPU, compute capability 9.0; here it is {version}"
       )
+
+
+def xla_or_tpu(backend: str, dtype: jax.typing.DTypeLike) -> str:
+  """``choose`` of "xla", "tpu" and "interpret", for what a TPU's kernel serves whatever the shapes."""
+  backends = {
+    "xla": lambda: None,
+    "tpu": functools.partial(needs_tpu, dtype),
+    "interpret": functools.partial(needs_float32, dtype),
+  }
+  return choose(backend, backends, {"cpu": ["xla"], "gpu": ["xla"], "tpu": ["tpu", "xla"]})
 
 
 def choose(

@@ -16,10 +16,11 @@ from attnlab.mixers.base import Mixer, MixerOutput, register
 from attnlab.mixers.compressor import Compressor, rope_last
 from attnlab.mixers.dsa import LightningIndexer
 from attnlab.mixers.indexer import chosen_weights, kl, recall, sampled
-from attnlab.mixers.sparse import SparseCore, at_a_time, extend_tails
+from attnlab.mixers.sparse import SparseCore, extend_tails
 from attnlab.nn import Linear, RMSNorm, fan_in, param
 from attnlab.settings import Natural, Weight
 from pallas_kernels.block_sparse import (
+  at_a_time,
   block_sparse_attention,
   merge_attention,
   over_queries,

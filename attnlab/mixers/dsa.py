@@ -14,11 +14,12 @@ from attnlab.mixers.attention import new_cache
 from attnlab.mixers.base import MixerOutput, register
 from attnlab.mixers.indexer import all_weights, chosen_weights, kl, recall, sampled
 from attnlab.mixers.mla import MultiHeadLatentAttention
-from attnlab.mixers.sparse import SparseCore, at_a_time, extend_tails
+from attnlab.mixers.sparse import SparseCore, extend_tails
 from attnlab.nn import Linear, param, rope
 from attnlab.settings import Natural, Weight
-from pallas_kernels.block_sparse import over_queries, select_blocks
+from pallas_kernels.block_sparse import at_a_time, over_queries, select_blocks
 from pallas_kernels.index_scores import index_scores
+from pallas_kernels.pool_attention import weights_at_a_time
 
 
 class LayerNorm(nnx.Module):
@@ -247,7 +248,7 @@ class DeepSeekSparseAttention(SparseCore, MultiHeadLatentAttention):
   def losses(self, place, q, k, lse, chosen, signals, pools):
     """The indexer's loss, and how much of the best it chooses: of all queries if they see everything, else of some."""
     c, layout, keys = self.config, place.layout, pools.values["k"][:, :, 0]
-    (B, T, H, L), N = q.shape, keys.shape[1]
+    (B, _, H, L), N = q.shape, keys.shape[1]
     q, k, lse = (jax.lax.stop_gradient(y) for y in (q, k, lse))
     index = signals["index_q"][:, :, 0], signals["index_w"][:, :, 0]
     places = pools.first, pools.complete, layout.starts, layout.within
@@ -278,9 +279,9 @@ class DeepSeekSparseAttention(SparseCore, MultiHeadLatentAttention):
 
     every = q, index, places
     if place.dense:
-      loss, found = over_queries(of_all, at_a_time(4 * B * H * T), *every)
+      loss, found = over_queries(of_all, weights_at_a_time(q, k), *every)
     else:
       row = 4 * B * chosen.shape[-1] * c.pool * (L + H)
       loss = over_queries(of_chosen, at_a_time(row), q, lse, chosen, index, places)
-      _, found = over_queries(of_all, at_a_time(4 * B * H * T), *sampled(every))
+      _, found = over_queries(of_all, weights_at_a_time(q, k), *sampled(every))
     return {"indexer_loss": c.index_weight * loss.mean(), "indexer_recall": found.mean()}

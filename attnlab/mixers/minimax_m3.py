@@ -16,10 +16,11 @@ from attnlab.mixers.indexer import (
   recall,
   sampled,
 )
-from attnlab.mixers.sparse import SparseMixer, at_a_time, products
+from attnlab.mixers.sparse import SparseMixer, products
 from attnlab.nn import Linear, RMSNorm, rope
 from attnlab.settings import Weight
-from pallas_kernels.block_sparse import over_queries, select_blocks
+from pallas_kernels.block_sparse import at_a_time, over_queries, select_blocks
+from pallas_kernels.pool_attention import weights_at_a_time
 
 
 @register(
@@ -153,10 +154,10 @@ class MiniMaxM3(SparseMixer):
     B, T, H = q.shape[:3]
     every = q, signals["index_q"], places
     if place.dense:
-      loss, found = over_queries(of_all, at_a_time(4 * B * H * T), *every)
+      loss, found = over_queries(of_all, weights_at_a_time(q, k), *every)
     else:
       args = q, signals["index_q"], lse, indices.swapaxes(1, 2), layout.starts, layout.within
       row = 4 * B * G * indices.shape[-1] * c.block_size * (self.K + H // G)
       loss = over_queries(of_chosen, at_a_time(row), *args)
-      _, found = over_queries(of_all, at_a_time(4 * B * H * T), *sampled(every))
+      _, found = over_queries(of_all, weights_at_a_time(q, k), *sampled(every))
     return o, {"indexer_loss": c.index_weight * loss.mean(), "indexer_recall": found.mean()}

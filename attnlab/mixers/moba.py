@@ -4,8 +4,8 @@ import dataclasses
 
 from attnlab.mixers import sparse_references
 from attnlab.mixers.base import register
-from attnlab.mixers.sparse import SparseMixer, at_a_time, grouped, products
-from pallas_kernels.block_sparse import over_queries, select_blocks
+from attnlab.mixers.sparse import SparseMixer, grouped, products
+from pallas_kernels.block_sparse import at_a_time, over_queries, select_blocks
 
 
 @register(

@@ -17,14 +17,10 @@ from attnlab import sharding
 from attnlab.mixers.attention import Where, append, axes_of, new_cache, together
 from attnlab.mixers.base import Cache, Context, MixerOutput
 from attnlab.mixers.softmax import SoftmaxAttention
-from pallas_kernels import dispatch
 from pallas_kernels.block_sparse import Layout, block_sparse_attention
 from pallas_kernels.softmax_attention import softmax_attention
 
 Arrays = dict[str, Array]
-
-# Bytes of scores at a time: on a CPU they should stay near its cache.
-_CPU, _ELSEWHERE = 1 << 23, 1 << 27
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,12 +151,6 @@ def extend_tails(tails: Arrays, new: Arrays) -> tuple[Arrays, Arrays]:
   tokens = {n: jnp.concatenate([sharding.like(tails[n], x), x], axis=1) for n, x in new.items()}
   last = {n: tokens[n][:, tokens[n].shape[1] - x.shape[1] :] for n, x in tails.items()}
   return tokens, jax.tree.map(sharding.like, last, tails)
-
-
-def at_a_time(bytes_of_a_row: int) -> int:
-  """How many queries to score at a time."""
-  budget = _CPU if dispatch.platform() == "cpu" else _ELSEWHERE
-  return max(1, budget // bytes_of_a_row)
 
 
 def grouped(q: Float[Array, "B T H K"], groups: int) -> Float[Array, "B T G R K"]:

@@ -9,10 +9,10 @@ from attnlab import sharding
 from attnlab.mixers import sparse_references
 from attnlab.mixers.base import register
 from attnlab.mixers.softmax import SoftmaxAttention
-from attnlab.mixers.sparse import SparseMixer, at_a_time
+from attnlab.mixers.sparse import SparseMixer
 from attnlab.nn import Constant
 from attnlab.settings import Natural
-from pallas_kernels.block_sparse import over_queries, select_blocks
+from pallas_kernels.block_sparse import at_a_time, over_queries, select_blocks
 
 
 @register(

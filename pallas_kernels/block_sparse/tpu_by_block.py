@@ -75,7 +75,7 @@ def _kernel(
 
   def empty(first, count):
     for i in range(count):
-      facts_ref[first + i, _TOP : _TOP + 1, :] = jnp.full((1, tiles.LANES), tpu_long.EMPTY)
+      facts_ref[first + i, _TOP : _TOP + 1, :] = jnp.full((1, tiles.LANES), tiles.EMPTY)
       facts_ref[first + i, _TOTAL : _TOTAL + 1, :] = jnp.zeros((1, tiles.LANES))
 
   tiles.over_units(facts_ref.shape[0], empty)

@@ -11,9 +11,6 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.block_sparse import tpu_tiles as tiles
 
-# Of a row that has seen nothing: more than any hidden logit, so that nothing of these is left.
-EMPTY = tiles.NOTHING / 2
-
 
 def sums_memory(p: tiles.Plan, channels: int):
   """Scratch memory for what is summed up of an item's rows."""

@@ -27,6 +27,8 @@ from pallas_kernels.block_sparse.reference import Blocks
 LANES, SUBLANES, TILE = 128, 8, 16
 # Logits of what is hidden.
 NOTHING = -1e30
+# The greatest logit of a row that has seen nothing: more than any hidden one, so that nothing of these is left.
+EMPTY = NOTHING / 2
 # Rows of an item, keys that it takes at once, items that are under way together.
 _WIDTH, _KEYS, TOGETHER = 256, 128, 2
 # Keys of long blocks that an item takes at once: one item is then work enough.

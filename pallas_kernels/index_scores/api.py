@@ -14,7 +14,6 @@ _SCORES: dict[str, Callable[..., Array]] = {
   "tpu": tpu.scores,
   "interpret": functools.partial(tpu.scores, interpret=True),
 }
-_ORDER = {"cpu": ["xla"], "gpu": ["xla"], "tpu": ["tpu", "xla"]}
 
 
 def index_scores(
@@ -45,11 +44,5 @@ def index_scores(
     raise ValueError(
       f"w must be [{B}, {t}, {h}] and k [{B}, N, {d}] to fit q {q.shape}; got {w.shape}, {k.shape}"
     )
-  dtype = jnp.result_type(q, w, k)
-  supports: dict[str, Callable[[], None]] = {
-    "xla": lambda: None,
-    "tpu": functools.partial(dispatch.needs_tpu, dtype),
-    "interpret": functools.partial(dispatch.needs_float32, dtype),
-  }
-  name = dispatch.choose(backend, supports, _ORDER)
+  name = dispatch.xla_or_tpu(backend, jnp.result_type(q, w, k))
   return _SCORES[name](q, w, k, jnp.asarray(N if end is None else end, jnp.int32))

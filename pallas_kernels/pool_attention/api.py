@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
+from pallas_kernels.block_sparse.select import at_a_time
 from pallas_kernels.pool_attention import tpu, xla
 
 _ATTEND: dict[str, Callable[..., Any]] = {
@@ -21,7 +22,6 @@ _WEIGHTS: dict[str, Callable[..., Any]] = {
   "tpu": tpu.weights,
   "interpret": functools.partial(tpu.weights, interpret=True),
 }
-_ORDER = {"cpu": ["xla"], "gpu": ["xla"], "tpu": ["tpu", "xla"]}
 
 
 def pool_attention(
@@ -93,8 +93,8 @@ def weights_at_a_time(
   """Of how many queries to ask for the weights at a time: XLA holds those of every head."""
   B, _, H, _ = q.shape
   _, N, G, _ = k.shape
-  places = jnp.zeros(q.shape[:2], jnp.int32)
-  return xla.at_a_time(B * N * (H if _name(q, k, k, places, places, backend) == "xla" else G))
+  name = dispatch.xla_or_tpu(backend, jnp.result_type(q, k))
+  return at_a_time(4 * B * N * (H if name == "xla" else G))
 
 
 def _name(q, k, v, first, complete, backend):
@@ -110,10 +110,4 @@ def _name(q, k, v, first, complete, backend):
   for name, x in (("first", first), ("complete", complete)):
     if x.shape != (B, T):
       raise ValueError(f"{name} must be [{B}, {T}]; got {x.shape}")
-  dtype = jnp.result_type(q, k, v)
-  supports: dict[str, Callable[[], None]] = {
-    "xla": lambda: None,
-    "tpu": functools.partial(dispatch.needs_tpu, dtype),
-    "interpret": functools.partial(dispatch.needs_float32, dtype),
-  }
-  return dispatch.choose(backend, supports, _ORDER)
+  return dispatch.xla_or_tpu(backend, jnp.result_type(q, k, v))

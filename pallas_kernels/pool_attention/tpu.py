@@ -15,12 +15,10 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from pallas_kernels import dispatch
-from pallas_kernels.block_sparse.tpu_tiles import LANES, NOTHING, TILE, dot
+from pallas_kernels.block_sparse.tpu_tiles import EMPTY, LANES, NOTHING, TILE, dot
 
 # Rows and pools of a tile.
 _ROWS, _POOLS = 1024, 512
-# Of a row that has seen nothing: more than any hidden logit, so that nothing of these is left.
-_EMPTY = NOTHING / 2
 _VMEM = 64 * 2**20
 
 
@@ -251,7 +249,7 @@ def attend(q, k, v, first, complete, scale, interpret=False):
 
     @pl.when(begin)
     def _():
-      top_ref[...] = jnp.full_like(top_ref, _EMPTY)
+      top_ref[...] = jnp.full_like(top_ref, EMPTY)
       total_ref[...] = jnp.zeros_like(total_ref)
       sums_ref[...] = jnp.zeros_like(sums_ref)
 

@@ -3,11 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch
-from pallas_kernels.block_sparse.select import over_queries
-
-# Bytes of logits at a time: on a CPU they should stay near its cache.
-_CPU, _ELSEWHERE = 1 << 23, 1 << 27
+from pallas_kernels.block_sparse.select import at_a_time, over_queries
 
 
 def attend(q, k, v, first, complete, scale):
@@ -16,10 +12,7 @@ def attend(q, k, v, first, complete, scale):
 
   def some(q, first, complete):
     logits, seen = _logits(q, k, first, complete, scale)
-    top = jnp.max(jnp.where(seen, logits, -jnp.inf), axis=-1, keepdims=True)
-    top = jax.lax.stop_gradient(jnp.where(top == -jnp.inf, 0, top))
-    p = jnp.where(seen, jnp.exp(jnp.where(seen, logits - top, 0)), 0)
-    total = jnp.sum(p, axis=-1, keepdims=True)
+    p, top, total = _exponentials(logits, seen)
     some = total > 0
     total = jnp.where(some, total, 1)
     p = (p / total).astype(q.dtype)
@@ -27,12 +20,7 @@ def attend(q, k, v, first, complete, scale):
     lse = jnp.where(some, top + jnp.log(total), -jnp.inf)[..., 0]
     return o.reshape(*q.shape[:3], V), jnp.moveaxis(lse, 3, 1).reshape(q.shape[:3])
 
-  return over_queries(some, at_a_time(B * q.shape[2] * N), q, first, complete)
-
-
-def at_a_time(numbers: int) -> int:
-  """How many queries at a time, of so many float32 numbers each."""
-  return max(1, (_CPU if dispatch.platform() == "cpu" else _ELSEWHERE) // (4 * numbers))
+  return over_queries(some, at_a_time(4 * B * q.shape[2] * N), q, first, complete)
 
 
 def weights(q, k, first, complete, scale, lse):
@@ -40,13 +28,19 @@ def weights(q, k, first, complete, scale, lse):
   logits, seen = _logits(q, k, first, complete, scale)
   B, T, G = *q.shape[:2], k.shape[2]
   if lse is None:
-    top = jnp.max(jnp.where(seen, logits, -jnp.inf), axis=-1, keepdims=True)
-    top = jnp.where(top == -jnp.inf, 0, top)
-    total = jnp.sum(jnp.where(seen, jnp.exp(logits - top), 0), axis=-1, keepdims=True)
+    _, top, total = _exponentials(logits, seen)
     lse = top + jnp.log(jnp.where(total > 0, total, 1))
   else:
     lse = jnp.moveaxis(lse.reshape(B, T, G, -1), 1, 3)[..., None]
   return jnp.exp(jnp.where(seen, logits - lse, -jnp.inf)).sum(axis=2)
+
+
+def _exponentials(logits, seen):
+  """Of what is seen, less the greatest; that, and their sum, [..., 1]."""
+  top = jnp.max(jnp.where(seen, logits, -jnp.inf), axis=-1, keepdims=True)
+  top = jax.lax.stop_gradient(jnp.where(top == -jnp.inf, 0, top))
+  p = jnp.where(seen, jnp.exp(jnp.where(seen, logits - top, 0)), 0)
+  return p, top, jnp.sum(p, axis=-1, keepdims=True)
 
 
 def _logits(q, k, first, complete, scale):
