@@ -29,7 +29,6 @@ from pallas_kernels.block_sparse import (
   xla,
 )
 from pallas_kernels.block_sparse.reference import Blocks
-from pallas_kernels.block_sparse.shapes import SHAPES
 from pallas_kernels.softmax_attention import softmax_attention
 
 B, H, HKV, D, V = 2, 4, 2, 6, 5
@@ -395,40 +394,6 @@ def test_a_named_backend_serves_or_says_why():
   for name, words in (("tpu", "needs a TPU"), ("gpu", "need a Hopper GPU")):
     with pytest.raises(NotImplementedError, match=words):
       attend(*inputs(16)[:3], choices(HKV, 16, 1, 1), block_size=16, backend=name)
-
-
-@pytest.mark.compile
-@pytest.mark.parametrize(
-  "name, chip",
-  [("nsa", chip) for chip in ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")]
-  + [("minimax_m3", "v6e:2x2"), ("infllm_v2", "v6e:2x2")],
-)
-def test_compiles(monkeypatch, name, chip):
-  """Forward and backward, by the real compiler, at a length whose keys fit the smallest VMEM; with documents too."""
-  pytest.importorskip("libtpu")
-  from jax.experimental import topologies
-  from jax.sharding import Mesh, SingleDeviceSharding, use_abstract_mesh
-
-  for key in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
-    monkeypatch.setenv(key, "1")
-  monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
-  device = topologies.get_topology_desc(platform="tpu", topology_name=chip).devices[0]
-  s, T = SHAPES[name], 2048
-
-  def array(*shape, dtype=jnp.bfloat16):
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
-
-  def loss(q, k, v, indices, ids):
-    options = dict(block_size=s.block_size, segment_ids=ids, backend="tpu")
-    return jnp.sum(attend(q, k, v, indices, **options)[0].astype(jnp.float32))
-
-  heads = (s.heads, s.key_dim), (s.kv_heads, s.key_dim), (s.kv_heads, s.value_dim)
-  q, k, v = (array(1, T, *h) for h in heads)
-  indices = array(1, s.groups, T, s.top_k, dtype=jnp.int32)
-  with use_abstract_mesh(Mesh(np.array([device]), ("x",)).abstract_mesh):
-    for ids in (None, array(1, T, dtype=jnp.int32)):
-      text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, v, indices, ids).compile().as_text()
-      assert "block_sparse_forward" in text and "block_sparse_backward" in text
 
 
 @pytest.mark.parametrize("window", [0, 4])

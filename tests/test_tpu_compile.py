@@ -24,6 +24,7 @@ from pallas_kernels.linear_recurrence.shapes import SHAPES, Shape, inputs
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 GRADIENTS = "tests.recurrence_programs:gradients:"
+SPARSE = "tests.sparse_programs:gradients"
 
 pytestmark = [
   pytest.mark.skipif(
@@ -151,6 +152,15 @@ def test_scores_compile(chip):
   compiled(
     chip, [*pools, *(f"index_scores/{phase}/dsa" for phase in ("forward", "forward_backward"))]
   )
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("chip", CHIPS)
+def test_block_sparse_compiles(chip, monkeypatch):
+  """With and without documents, forward and backward; a v4's 16 MB of VMEM hold none of MoBA's blocks."""
+  monkeypatch.chdir(ROOT)
+  shapes = ["nsa:2048", "minimax_m3:2048", "infllm_v2:8192"] + ["moba:65536"] * (chip != "v4")
+  compiled(chip, [f"{SPARSE}:{shape}:{ids}" for shape in shapes for ids in ("", "packed")])
 
 
 @pytest.mark.compile

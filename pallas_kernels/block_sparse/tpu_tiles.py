@@ -35,7 +35,7 @@ _WIDTH, _KEYS, TOGETHER = 256, 128, 2
 _LONG = 512
 # Queries and visits of a tile at the most: VMEM and SMEM are shared with keys and tables.
 _QUERIES, _VISITS = 512, 16384
-# What is left for the compiler's own.
+# What is left for the compiler's own: so much, but of a small VMEM a quarter.
 _REST = 8 * 2**20
 
 
@@ -107,10 +107,6 @@ class Plan:
       piece, span = _LONG, -(-span // _LONG) * _LONG
     else:
       piece = span if span <= _KEYS else next(n for n in range(_KEYS, 0, -TILE) if span % n == 0)
-    tile = _QUERIES
-    # A visit's key and query are one number.
-    while tile > unit and (tile * S > _VISITS or tile >= 2 * Tq or tile * Tk >= 2**31):
-      tile //= 2
     itemsize = jnp.result_type(q, k, v).itemsize
     dl, vl = (-(-d // LANES) * LANES for d in (D, V))
     # Twice what goes in and out, and what is summed up.
@@ -119,7 +115,13 @@ class Plan:
     else:
       a_row, a_key = 2 * (dl + vl) * itemsize + vl * 4, (dl + vl) * itemsize
     a_query = rows // unit * a_row + (6 + SUBLANES) * LANES * 4 // unit
-    keys, ranges = ranges_of(Tk, span, vmem - _REST - tile * a_query, a_key)
+    room, tile = vmem - min(_REST, vmem // 4), _QUERIES
+    # A visit's key and query are one number; keys have half of the room, or more.
+    while tile > unit and (
+      tile * S > _VISITS or tile >= 2 * Tq or tile * Tk >= 2**31 or tile * a_query > room // 2
+    ):
+      tile //= 2
+    keys, ranges = ranges_of(Tk, span, room - tile * a_query, a_key)
     facts = (
       unit,
       rows,
