@@ -43,10 +43,11 @@ def multi_hop_mqar(task, x, where):
   out = {}
   for q in range(context, len(x), 2):
     if x[q]:
-      answer = x[q]
-      for _ in range(task.hops):
+      told = task.min_hops > 0
+      answer = x[q + told]
+      for _ in range(x[q] if told else task.hops):
         answer = follows[answer]
-      out[q] = answer
+      out[q + told] = answer
   return out
 
 
@@ -171,6 +172,7 @@ SOLVED = [
   ("compositional_mqar", dict(vocab_size=60, num_kv_pairs=9), 61, compositional_mqar),
   ("multi_hop_mqar", dict(vocab_size=64, num_chains=3, hops=1), 32, multi_hop_mqar),
   ("multi_hop_mqar", dict(vocab_size=64, num_chains=3, hops=4), 30, multi_hop_mqar),
+  ("multi_hop_mqar", dict(vocab_size=16, num_chains=3, hops=3, min_hops=1), 30, multi_hop_mqar),
   ("palindrome", {}, 64, palindrome),
   ("stack", {}, 64, stack),
   ("stack", dict(stacks=3, elements=5), 100, stack),
@@ -272,6 +274,8 @@ def test_a_stack_is_popped_as_often_as_it_can_be():
     ("compositional_mqar", dict(num_kv_pairs=5), 64, "square"),
     ("compositional_mqar", {}, 20, "6 \\* num_kv_pairs = 24"),
     ("multi_hop_mqar", dict(vocab_size=12), 64, "need 12 ids"),
+    ("multi_hop_mqar", dict(vocab_size=14, min_hops=1), 64, "has 11"),
+    ("multi_hop_mqar", dict(min_hops=3), 64, "min_hops=3 must be between 0 and hops=2"),
     ("multi_hop_mqar", {}, 22, "= 24"),
     ("palindrome", {}, 33, "even"),
     ("palindrome", dict(vocab_size=1), 32, "at least 2"),

@@ -129,25 +129,33 @@ class MultiHopMQAR(Task):
   more, as in MQAR, where x_hops is the target. Keys and values are of one kind, so that with one hop this is MQAR
   but for that. (Ours: multi-hop recall is what large linear models were found to lose; no small task is published.)
 
+  Few small models learn chains from their ends alone. With `min_hops`, questions for fewer lookups are among them, and
+  each says how many it is for.
+
   Attributes:
     vocab_size: ids.
     num_chains: questions.
-    hops: lookups to an answer, 1 to 4 in our experiments.
+    hops: lookups of a chain, 1 to 4 in our experiments.
+    min_hops: each question asks for a number of lookups from this to hops, any as likely, and the id before it, 1 to
+      hops, is that number; no key or value has these ids. 0: all ask for hops, and nothing says so.
     power_a, random_non_queries: as in MQAR.
   """
 
   vocab_size: int = 8192
   num_chains: int = 4
   hops: int = 2
+  min_hops: int = 0
   power_a: float = 0.01
   random_non_queries: bool = False
 
   def check(self, seq_len: int) -> None:
     chains, hops = self.num_chains, self.hops
-    if chains < 1 or hops < 1 or chains * (hops + 1) > self.vocab_size - 1:
+    if not 0 <= self.min_hops <= hops:
+      raise UserError(f"multi_hop_mqar: min_hops={self.min_hops} must be between 0 and hops={hops}")
+    if chains < 1 or hops < 1 or chains * (hops + 1) > self.vocab_size - self._first:
       raise UserError(
         f"multi_hop_mqar: num_chains={chains} of hops={hops} lookups (each at least 1) need "
-        f"{chains * (hops + 1)} ids, and vocab_size={self.vocab_size} has {self.vocab_size - 1}"
+        f"{chains * (hops + 1)} ids, and vocab_size={self.vocab_size} has {self.vocab_size - self._first}"
       )
     if seq_len % 2 or 2 * chains * (hops + 1) > seq_len:
       raise UserError(
@@ -155,19 +163,29 @@ class MultiHopMQAR(Task):
         f"2 * num_chains * (hops + 1) = {2 * chains * (hops + 1)}"
       )
 
+  @property
+  def _first(self) -> int:
+    """The first id of a key or value."""
+    return 1 + self.hops * bool(self.min_hops)
+
   def labels(self, seq_len: int) -> int:
     return self.num_chains
 
   def example(self, rng: np.random.Generator, seq_len: int) -> Example:
     chains, hops = self.num_chains, self.hops
-    ids = 1 + rng.choice(self.vocab_size - 1, chains * (hops + 1), replace=False)
-    ids = ids.reshape(chains, hops + 1)
+    ids = rng.choice(self.vocab_size - self._first, chains * (hops + 1), replace=False)
+    ids = self._first + ids.reshape(chains, hops + 1)
     pairs = np.stack([ids[:, :-1], ids[:, 1:]], axis=-1).reshape(-1, 2)
     context = pairs.size
     inputs = np.zeros(seq_len, np.int32)
     inputs[:context] = rng.permutation(pairs).ravel()
     queries = context + 2 * gaps(rng, chains, (seq_len - context) // 2, self.power_a)
+    asked = np.full(chains, hops)
+    if self.min_hops:
+      asked = rng.integers(self.min_hops, hops, chains, endpoint=True)
+      inputs[queries] = asked
+      queries = queries + 1
     inputs[queries] = ids[:, 0]
     if self.random_non_queries:
       fill(rng, inputs, self.vocab_size)
-    return labelled(inputs, queries, ids[:, -1])
+    return labelled(inputs, queries, ids[np.arange(chains), asked])
