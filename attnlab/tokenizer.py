@@ -47,7 +47,7 @@ class Tokenizer(Protocol):
   def encode(self, text: str) -> Int32[np.ndarray, " n"]:
     """The ids of a text, without bos and eos."""
 
-  def decode(self, ids: Iterable[int]) -> str:
+  def decode(self, ids: Iterable[int | np.integer]) -> str:
     """The text of any ids: specials and unused ids are dropped, broken UTF-8 becomes U+FFFD."""
 
   def token_bytes(self) -> Int32[np.ndarray, " vocab_size"]:
@@ -73,7 +73,7 @@ class ByteTokenizer:
   def encode(self, text: str) -> Int32[np.ndarray, " n"]:
     return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
 
-  def decode(self, ids: Iterable[int]) -> str:
+  def decode(self, ids: Iterable[int | np.integer]) -> str:
     ids = np.asarray(list(ids), np.int64)
     return ids[(ids >= 0) & (ids < 256)].astype(np.uint8).tobytes().decode("utf-8", "replace")
 
@@ -156,7 +156,7 @@ class JsonTokenizer:
   def encode(self, text: str) -> Int32[np.ndarray, " n"]:
     return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
-  def decode(self, ids: Iterable[int]) -> str:
+  def decode(self, ids: Iterable[int | np.integer]) -> str:
     ids = [int(i) for i in ids if 0 <= int(i) < self._size]
     return self._tokenizer.decode(ids, skip_special_tokens=True)
 
@@ -203,7 +203,7 @@ class IdTokenizer:
       raise UserError(f"ids must be in [0, {self.vocab_size}), got {text[:80]!r}")
     return ids
 
-  def decode(self, ids: Iterable[int]) -> str:
+  def decode(self, ids: Iterable[int | np.integer]) -> str:
     return " ".join(str(int(i)) for i in ids)
 
   def token_bytes(self) -> Int32[np.ndarray, " vocab_size"]:
