@@ -136,8 +136,8 @@ class MultiHopMQAR(Task):
     vocab_size: ids.
     num_chains: questions.
     hops: lookups of a chain, 1 to 4 in our experiments.
-    min_hops: each question asks for a number of lookups from this to hops, any as likely, and the id before it, 1 to
-      hops, is that number; no key or value has these ids. 0: all ask for hops, and nothing says so.
+    min_hops, max_hops: each question asks for a number of lookups from one to the other, any as likely, and the id
+      before it, 1 to hops, is that number; no key or value has these ids. 0, 0: all ask for hops, and nothing says so.
     power_a, random_non_queries: as in MQAR.
   """
 
@@ -145,13 +145,17 @@ class MultiHopMQAR(Task):
   num_chains: int = 4
   hops: int = 2
   min_hops: int = 0
+  max_hops: int = 0
   power_a: float = 0.01
   random_non_queries: bool = False
 
   def check(self, seq_len: int) -> None:
     chains, hops = self.num_chains, self.hops
-    if not 0 <= self.min_hops <= hops:
-      raise UserError(f"multi_hop_mqar: min_hops={self.min_hops} must be between 0 and hops={hops}")
+    least, most = self.min_hops, self.max_hops
+    if (least or most) and not 1 <= least <= most <= hops:
+      raise UserError(
+        f"multi_hop_mqar: min_hops={least} and max_hops={most} must be in order, from 1 to hops={hops}; or both 0"
+      )
     if chains < 1 or hops < 1 or chains * (hops + 1) > self.vocab_size - self._first:
       raise UserError(
         f"multi_hop_mqar: num_chains={chains} of hops={hops} lookups (each at least 1) need "
@@ -182,7 +186,7 @@ class MultiHopMQAR(Task):
     queries = context + 2 * gaps(rng, chains, (seq_len - context) // 2, self.power_a)
     asked = np.full(chains, hops)
     if self.min_hops:
-      asked = rng.integers(self.min_hops, hops, chains, endpoint=True)
+      asked = rng.integers(self.min_hops, self.max_hops, chains, endpoint=True)
       inputs[queries] = asked
       queries = queries + 1
     inputs[queries] = ids[:, 0]
