@@ -9,7 +9,12 @@ from experiments.cells import Cell, Experiment, Prediction, Test, after_shift, c
 from experiments.harness import main
 
 TASKS = ("retention", "filtering", "memorisation")
-MIXERS = ("softmax", "mamba2", "deltanet", "gated_deltanet", "kda")
+# DeltaNet has no output gate; what a decay does is seen beside mixers that have none either.
+MIXERS = (
+  "softmax", "mamba2", "deltanet",
+  "gated_deltanet", "gated_deltanet ungated",
+  "kda", "kda ungated",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +48,14 @@ SIZES = {
 }
 
 
-def cell(size: str, task: str, name: str) -> Cell:
+def cell(size: str, task: str, mixer: str) -> Cell:
   s = SIZES[size]
+  name, _, ungated = mixer.partition(" ")
   more = {"softmax": "", "mamba2": f", state_dim={s.head_dim}"}.get(
     name, f", value_dim={s.head_dim}"
   )
+  if ungated:
+    more += ", output_gate=False"
   args = dict(vocab_size=s.vocab_size, label_slots=4 if size == "cpu" else 8)
   if task == "memorisation":
     args["value_size"] = 4 if size == "cpu" else 8
@@ -57,7 +65,7 @@ def cell(size: str, task: str, name: str) -> Cell:
     batch_size=s.batch_size, eval_batches=16,
   )  # fmt: skip
   tests = tuple(Test({"length": n}, dict(seq_len=n), 1 / (s.vocab_size - 2)) for n in s.lengths)
-  return Cell({"task": task, "mixer": name}, c, s.learning_rates, tests)
+  return Cell({"task": task, "mixer": mixer}, c, s.learning_rates, tests)
 
 
 def cells(size: str) -> list[Cell]:
@@ -87,7 +95,8 @@ EXPERIMENT = Experiment(
     "Gated DeltaNet's paper tells of models of 1.3B trained on text; its values have no place beside these. What can "
     "be compared is the order of the mechanisms: there, decay costs retention, a gate helps to filter, and the delta "
     "rule helps to memorise. Attention to two tokens comes before models without a "
-    "convolution: without it softmax attention learnt nothing."
+    "convolution: without it softmax attention learnt nothing. Ungated: without the output gate, which DeltaNet does "
+    "not have."
   ),
   source="none: arXiv:2412.06464, Table 2, is of other models",
   cells=cells,

@@ -40,7 +40,7 @@ class Size:
 
 
 SIZES = {
-  "cpu": Size(32, 64, 4, 16, 64, 64, 4, 400, 32, (5e-3, 1e-2)),
+  "cpu": Size(32, 64, 4, 16, 64, 64, 4, 600, 32, (5e-3, 1e-2)),
   "gpu": Size(512, 1024, 32, 64, 256, 512, 8, 8000, 64, (5e-4, 1e-3, 2e-3)),
   "paper": Size(2048, 8192, 128, 128, 512, 1024, 12, 30_000, 64, (2.5e-4, 5e-4, 1e-3)),
 }
@@ -52,7 +52,8 @@ def pattern(s: Size, layers: str, position: str) -> str:
   full = f"softmax({heads}, rope_fraction={POSITIONS[position]})"
   if layers == "softmax":
     return after_shift(f"{s.layers}*{full}")
-  linear = f"gated_deltanet({heads}, value_dim={s.head_dim})"
+  # Without the output gate, which softmax attention does not have either.
+  linear = f"gated_deltanet({heads}, value_dim={s.head_dim}, output_gate=False)"
   return after_shift(f"3*{linear} + {full}", s.layers // 4)
 
 
@@ -105,9 +106,10 @@ EXPERIMENT = Experiment(
   about=(
     "Linear layers know the order of tokens by themselves; do the softmax layers of a hybrid need it said again? "
     "Rotary encoding of all channels, of a quarter (Qwen3-Next) or of none (Kimi Linear), in hybrids of three Gated "
-    "DeltaNet layers to one and in softmax attention alone. Trained at one length, tested at up to eight times as "
-    "much. Attention to two tokens comes before softmax attention alone, in place of the others' convolutions, "
-    "so that none has to learn which token came before; all have as many parameters, by the width of their MLPs."
+    "DeltaNet layers to one and in softmax attention alone; none has an output gate. Trained at one length, tested at "
+    "up to eight times as much. Attention to two tokens comes before softmax attention alone, in place of the others' "
+    "convolutions, so that none has to learn which token came before; all have as many parameters, by the width of "
+    "their MLPs."
   ),
   source="none",
   cells=cells,
