@@ -6,13 +6,15 @@
 
 Each is a model of one layer, configs/NAME.py at its tiny size in bfloat16, through attnlab's own train step: loss,
 gradients and update of one packed row. Nothing is run, only compiled, by a process for each mechanism. For TPUs this
-needs libtpu, and no TPU.
+needs libtpu, and no TPU, and one to three minutes a program on two cores.
 """
 
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -73,20 +75,34 @@ def _device(chip: str) -> jax.Device:
 
 
 def table(
-  names: Sequence[str], lengths: Sequence[int] = LENGTHS, *, chip: str, dense: bool = False
+  names: Sequence[str],
+  lengths: Sequence[int] = LENGTHS,
+  *,
+  chip: str,
+  dense: bool = False,
+  report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, dict[int, int]]:
-  """Bytes by mixer and length, each mixer's compiled in a process of its own."""
+  """Bytes by mixer and length, each mixer compiled in a process of its own; ``report`` gets a line for each length."""
   from pallas_kernels.cost import environment
 
-  out = {}
-  for name in names:
+  out: dict[str, dict[int, int]] = {name: {} for name in names}
+  for name, row in out.items():
     what = [name, chip, str(int(dense)), *map(str, lengths)]
     command = [sys.executable, "-m", "attnlab.memory", "--child", ",".join(what)]
-    child = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
-    if child.returncode:
-      last = child.stderr.strip().splitlines()[-1:] or [f"exit {child.returncode}"]
-      raise RuntimeError(f"{name} on {chip}: {last[0]}")
-    out[name] = {int(k): v for k, v in json.loads(child.stdout.splitlines()[-1]).items()}
+    with tempfile.TemporaryFile("w+") as errors:
+      child = subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=errors, text=True
+      )
+      for line in child.stdout or ():
+        if line.startswith("{"):
+          got = json.loads(line)
+          row[got["length"]] = got["bytes"]
+          mib = got["bytes"] / 2**20
+          report(f"{name}, {got['length']} tokens: {mib:.0f} MiB, compiled in {got['seconds']} s")
+      if child.wait():
+        errors.seek(0)
+        last = errors.read().strip().splitlines()[-1:] or [f"exit {child.returncode}"]
+        raise RuntimeError(f"{name} on {chip}: {last[0]}")
   return out
 
 
@@ -112,7 +128,11 @@ def main(_) -> None:
   if f.child:
     name, chip, dense, *lengths = f.child.split(",")
     options = dict(chip=chip, dense=bool(int(dense)))
-    print(json.dumps({n: temporary(name, int(n), **options) for n in lengths}))
+    for n in map(int, lengths):
+      start = time.monotonic()
+      size = temporary(name, n, **options)
+      seconds = round(time.monotonic() - start)
+      print(json.dumps({"length": n, "bytes": size, "seconds": seconds}), flush=True)
     return
   from pallas_kernels.cost import CHIPS
 
@@ -123,7 +143,8 @@ def main(_) -> None:
   except ValueError as error:
     raise UserError(f"--lengths={','.join(f.lengths)} must be numbers of tokens") from error
   names = f.mixers or [name for name, cls in mixers().items() if cls.family == "sparse"]
-  result = table(names, lengths, chip=f.chip, dense=f.dense)
+  show = Console(stderr=True, highlight=False).print
+  result = table(names, lengths, chip=f.chip, dense=f.dense, report=show)
   _print(result)
   if f.out:
     record = {"chip": f.chip, "dense": f.dense, "jax": jax.__version__, "bytes": result}
