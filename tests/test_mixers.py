@@ -55,19 +55,38 @@ SEGMENTS = np.array(
 WHOLE = np.ones((B, T), np.int32)
 
 
-def cases():
+def cases(shapes_alone):
+  """Parameters of ``case``: every mixer with its defaults and each variant.
+
+  Args:
+    shapes_alone: for a test of what depends on the shapes of arrays. Variants without a number among their settings
+      have the default's, and are for the long run.
+  """
   for name, cls in mixers().items():
     for variant, settings in {"default": {}, **cls.variants}.items():
       identity = f"{name}-{variant}"
       # One worker takes all tests of a case: they share compiled functions.
       marks = [pytest.mark.xdist_group(identity)]
+      alike = all(isinstance(x, bool | str) for x in settings.values())
       # Selection and kernel are the same for all sparse mixers: their further settings are for the long run.
-      if cls.family == "sparse" and variant != "default":
+      if variant != "default" and (cls.family == "sparse" or alike and shapes_alone):
         marks.append(pytest.mark.slow)
       yield pytest.param((cls, dict(settings)), id=identity, marks=marks)
 
 
-@pytest.fixture(scope="module", params=cases())
+def of_shapes(test):
+  """Marks a test as one of shapes alone."""
+  test.of_shapes = True
+  return test
+
+
+def pytest_generate_tests(metafunc):
+  if "case" in metafunc.fixturenames:
+    of = cases(shapes_alone=hasattr(metafunc.function, "of_shapes"))
+    metafunc.parametrize("case", of, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
 def case(request):
   return Case(*request.param)
 
@@ -350,6 +369,7 @@ def test_equation(case):
 # The whole layer.
 
 
+@of_shapes
 def test_causal(case):
   """Bit for bit: what comes later changes nothing earlier, with and without documents."""
   changed = case.x.copy()
@@ -411,6 +431,7 @@ def test_decode(case, pieces):
   np.testing.assert_allclose(read(case, pieces, total), case.alone[:, :total], rtol=1e-4, atol=1e-4)
 
 
+@of_shapes
 @pytest.mark.parametrize("pieces", [1, 2])
 def test_left_padding(case, pieces):
   """Prompts of different lengths, padded on the left, are as good as alone; also where a piece is padding only."""
@@ -432,6 +453,7 @@ def test_left_padding(case, pieces):
     np.testing.assert_allclose(z[b], want[n:], rtol=1e-4, atol=1e-4)
 
 
+@of_shapes
 def test_lengths(case):
   """Lengths around the engine's chunk of 64, one token and an odd number: all are prefixes of the longest."""
   x = random(5, 1, 65, D)
@@ -470,6 +492,7 @@ def sharded_gradients(case, **sizes):
     return y, case.reached(by_name(grads))
 
 
+@of_shapes
 def test_sharded(case):
   """Four parts of the batch times two of the heads: the same outputs and gradients (float32 sums in another order)."""
   y, grads = case.packed
@@ -478,6 +501,7 @@ def test_sharded(case):
   assert_close(split, grads, 1e-4, 1 - 1e-8)
 
 
+@of_shapes
 def test_cached_on_a_mesh(case):
   """Prefill, then decoding in a loop, where devices share batch and heads. Traced alone: shardings are types."""
 
@@ -497,6 +521,7 @@ def test_cached_on_a_mesh(case):
     jax.eval_shape(run, params, *jax.device_put(batch, sharding.batch_sharding(mesh)))
 
 
+@of_shapes
 def test_stacked(case):
   """Layers built by vmap over their number and scanned are those built one by one and applied in turn."""
   one, stacked = jit(lambda key: case.build(2, key))(case.keys[1]), by_name(case.built)
