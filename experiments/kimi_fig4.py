@@ -78,11 +78,10 @@ def cell(size: str, task: str, length: int, name: str) -> Cell:
     mixer(name, s.head_dim), task, task_args(task, size, length), seq_len=length, layers=2,
     d_model=s.d_model, steps=s.steps, batch_size=s.batch_size, evaluations=12, stop_accuracy=0.995,
   )  # fmt: skip
-  published = PUBLISHED.get((task, name))
-  if size == "cpu" or length not in PUBLISHED_LENGTHS:  # The CPU's tasks are others.
-    published = None
-  elif published:
-    published = published[PUBLISHED_LENGTHS.index(length)]
+  published = None
+  peaks = PUBLISHED.get((task, name))
+  if peaks and size != "cpu" and length in PUBLISHED_LENGTHS:  # The CPU's tasks are others.
+    published = peaks[PUBLISHED_LENGTHS.index(length)]
   axes = {"task": task, "length": length, "mixer": name}
   return Cell(axes, c, s.learning_rates, (Test(published=published),))
 

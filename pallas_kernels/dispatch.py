@@ -46,6 +46,15 @@ def vmem() -> int:
     return SMALL_VMEM
 
 
+# Bytes that plain XLA takes of what is made of every query and key: on a CPU they should stay near its cache.
+_CPU, _ELSEWHERE = 1 << 23, 1 << 27
+
+
+def at_a_time(bytes_of_one: int) -> int:
+  """How many queries, or keys, to take at a time, of so many bytes each; at least one."""
+  return max(1, (_CPU if platform() == "cpu" else _ELSEWHERE) // bytes_of_one)
+
+
 def needs_hopper() -> None:
   """Raises NotImplementedError where what is compiled for is no Hopper GPU: Mosaic GPU kernels are made for sm_90a."""
   if platform() != "gpu":

@@ -26,7 +26,6 @@ from pallas_kernels.block_sparse import (
   tpu_by_query,
   tpu_tables,
   tpu_tiles,
-  xla,
 )
 from pallas_kernels.block_sparse.reference import Blocks
 from pallas_kernels.softmax_attention import softmax_attention
@@ -45,7 +44,7 @@ def float64():
 @pytest.fixture
 def small_chunks(monkeypatch):
   """A few queries at a time: a short sequence has several chunks, the last of them not whole."""
-  monkeypatch.setattr(xla, "_CPU", 1 << 14)
+  monkeypatch.setattr(dispatch, "_CPU", 1 << 14)
 
 
 def inputs(Tq, Tk=None, heads=(H, HKV), seed=0, dims=(D, V)):

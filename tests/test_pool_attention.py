@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from quick import jit
 
-from pallas_kernels.block_sparse import select
+from pallas_kernels import dispatch
 from pallas_kernels.pool_attention import pool_attention, pool_weights, tpu
 
 B, T, H, G, K, V, N = 2, 37, 4, 2, 6, 5, 140
@@ -24,7 +24,7 @@ def small_tiles(monkeypatch):
   """Several tiles of queries and of pools, the last ones not whole; some of XLA's queries at a time."""
   monkeypatch.setattr(tpu, "_ROWS", 32)
   monkeypatch.setattr(tpu, "_POOLS", 128)
-  monkeypatch.setattr(select, "_CPU", 1 << 15)
+  monkeypatch.setattr(dispatch, "_CPU", 1 << 15)
 
 
 def inputs(dtype=np.float64, heads=H, groups=G):

@@ -12,7 +12,7 @@ from quick import jit
 from attnlab import sharding
 from attnlab.errors import UserError
 from attnlab.mixers import Context, Layer, configure, mixer, mixers
-from pallas_kernels.block_sparse import select
+from pallas_kernels import dispatch
 
 D, H, HKV, K, T = 32, 4, 2, 8, 27
 SIZES = dict(num_heads=H, num_kv_heads=HKV, head_dim=K, rope_theta=100.0)
@@ -163,7 +163,7 @@ def test_chunks_of_queries(monkeypatch, name, dense, devices):
     return jnp.sum(x**2) + sum(aux[k].sum() for k in aux if k.endswith("_loss"))
 
   want = jax.device_get(jit(jax.value_and_grad(loss, (0, 1)))(params, x))
-  monkeypatch.setattr(select, "_CPU", 1 << 13)
+  monkeypatch.setattr(dispatch, "_CPU", 1 << 13)
   mesh = sharding.make_mesh(
     dict(replica=1, data=-1, model=min(2, devices)), jax.devices()[:devices]
   )

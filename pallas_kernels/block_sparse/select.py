@@ -8,11 +8,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import dispatch
-
-# Bytes of scores at a time: on a CPU they should stay near its cache.
-_CPU, _ELSEWHERE = 1 << 23, 1 << 27
-
 
 def select_blocks(
   scores: Float[Array, "B G T N"],
@@ -69,12 +64,6 @@ def select_blocks(
   last = jnp.iinfo(jnp.int32).max
   chosen = jnp.sort(jnp.where(chosen < 0, last, chosen), axis=-1)
   return jnp.where(chosen == last, -1, chosen)
-
-
-def at_a_time(bytes_of_a_row: int) -> int:
-  """How many queries to score at a time, of so many bytes each."""
-  budget = _CPU if dispatch.platform() == "cpu" else _ELSEWHERE
-  return max(1, budget // bytes_of_a_row)
 
 
 def over_queries(fn: Callable[..., Any], rows: int, *args: Any, checkpoint: bool = True) -> Any:

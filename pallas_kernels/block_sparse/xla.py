@@ -19,9 +19,6 @@ from jaxtyping import Array
 from pallas_kernels import dispatch
 from pallas_kernels.block_sparse.reference import Blocks
 
-# Bytes of keys that are gathered at a time: on a CPU they should stay near its cache.
-_CPU, _ELSEWHERE = 1 << 23, 1 << 27
-
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -83,8 +80,7 @@ class _Chunks:
     self.keys = S * blocks.size
     channels = k.shape[3] + (0 if v is None else v.shape[3])
     row = self.B * G * self.keys * channels * jnp.result_type(k).itemsize
-    budget = _CPU if dispatch.platform() == "cpu" else _ELSEWHERE
-    self.rows = max(1, min(self.Tq, budget // row))
+    self.rows = min(self.Tq, dispatch.at_a_time(row))
     self.count = -(-self.Tq // self.rows)
     self.in_place = once and few(q, k, blocks)
     self.k, self.v = (x if x is None or self.in_place else self._padded_keys(x) for x in (k, v))

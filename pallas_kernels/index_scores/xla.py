@@ -11,8 +11,6 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 
-# Bytes of a tile's products: on a CPU they should stay near its cache.
-_CPU, _ELSEWHERE = 1 << 23, 1 << 27
 _LANES = 128
 
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
@@ -22,10 +20,9 @@ class _Tiles:
   """Keys, some at a time; the last tile reaches back over the one before it."""
 
   def __init__(self, q, k):
-    budget = _CPU if dispatch.platform() == "cpu" else _ELSEWHERE
     B, t, h = q.shape[:3]
     self.dtype, self.N = jnp.promote_types(q.dtype, jnp.float32), k.shape[1]
-    self.size = min(max(budget // (4 * B * t * h) // _LANES * _LANES, _LANES), self.N)
+    self.size = min(max(dispatch.at_a_time(4 * B * t * h) // _LANES * _LANES, _LANES), self.N)
 
   def count(self, end):
     return -(-jnp.minimum(end, self.N) // self.size)

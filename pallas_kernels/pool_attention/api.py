@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.block_sparse.select import at_a_time
 from pallas_kernels.pool_attention import tpu, xla
 
 _ATTEND: dict[str, Callable[..., Any]] = {
@@ -94,7 +93,7 @@ def weights_at_a_time(
   B, _, H, _ = q.shape
   _, N, G, _ = k.shape
   name = dispatch.xla_or_tpu(backend, jnp.result_type(q, k))
-  return at_a_time(4 * B * N * (H if name == "xla" else G))
+  return dispatch.at_a_time(4 * B * N * (H if name == "xla" else G))
 
 
 def _name(q, k, v, first, complete, backend):

@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.block_sparse.select import at_a_time, over_queries
+from pallas_kernels.block_sparse.select import over_queries
+from pallas_kernels.dispatch import at_a_time
 
 
 def attend(q, k, v, first, complete, scale):
