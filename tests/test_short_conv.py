@@ -227,6 +227,12 @@ def packed_ids(B, T, seed=3):
   return np.cumsum(np.random.default_rng(seed).random((B, T)) < 0.3, axis=1)
 
 
+def in_float64(args):
+  """All of them but ids."""
+  exact = lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x  # noqa: E731
+  return jax.tree.map(exact, args)
+
+
 def run_and_gradients(backend, args, segment_ids, dy, dafter):
   def run(*args):
     return short_conv(*args, segment_ids=segment_ids, backend=backend)
@@ -261,7 +267,7 @@ def test_kernel_matches_xla(T, channels, W, packed):
   ids = packed_ids(B, T) if packed else None
   dy, dafter = (jnp.asarray(rng.normal(size=shapes[i]), jnp.float32) for i in (0, 3))
   got = run_and_gradients("interpret", args, ids, dy, dafter)
-  exact = jax.tree.map(lambda x: x.astype(jnp.float64), (args, ids, dy, dafter))
+  exact = in_float64((args, ids, dy, dafter))
   want = run_and_gradients("xla", *exact)
   for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
     assert g.dtype == jnp.float32
@@ -276,7 +282,7 @@ def test_kernel_in_bfloat16():
   args = (x, weight, bias, before), ids, x, before
   (y, after), (dx, dweight, dbias, dbefore) = run_and_gradients("interpret", *args)
   assert y.dtype == after.dtype == dx.dtype == dbefore.dtype == jnp.bfloat16
-  exact = jax.tree.map(lambda x: x.astype(jnp.float64), args)
+  exact = in_float64(args)
   (wy, wafter), (wdx, wdweight, wdbias, wdbefore) = run_and_gradients("xla", *exact)
   for g, w in ((y, wy), (dx, wdx), (after, wafter), (dbefore, wdbefore)):
     # float32 sums before the rounding leave something where they cancel

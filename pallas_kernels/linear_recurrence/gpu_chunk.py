@@ -76,7 +76,7 @@ class _Chunk:
     self.here = (batch * p.Hv + self.head) * p.chunks + n
     self.ratio = p.Hv // heads
 
-  def tile(self, name: str, i: int, row: int | None = None) -> Array:
+  def tile(self, name: str, i: int | Array, row: int | Array | None = None) -> Array:
     """Tile i of 64 channels of this head; of one row of it in all rows, if given."""
     head = lax.div(self.head, self.ratio) if name in ("q", "k") else self.head
     columns = pl.ds(head * self.p.K + 64 * i, 64)
@@ -91,7 +91,7 @@ class _Chunk:
   def columns(self, name: str) -> Array:
     return _of_columns(self.refs[name].at[self.here])
 
-  def store(self, name: str, x: Array, i: int = 0) -> None:
+  def store(self, name: str, x: Array, i: int | Array = 0) -> None:
     for j, part in enumerate(parts(x, self.p.parts)):
       self.outs[name][j][self.here, :, pl.ds(64 * i, 64)] = part
 
@@ -100,7 +100,7 @@ def _times(x: Array, factor: Array | None) -> Array:
   return x if factor is None else x * factor
 
 
-def _middles(c: _Chunk, h: int, i: int, near: bool) -> Array:
+def _middles(c: _Chunk, h: int, i: int | Array, near: bool) -> Array:
   """Of each row's block, the decay at its middle: of ``h`` rows, if ``near``, else of ``2 h``."""
   size = h if near else 2 * h
   block = lax.div(_iota(0), size)

@@ -245,8 +245,8 @@ def _within(x: Chunks) -> dict:
   return out
 
 
-def _across(S: Float[Array, "B H G K V"], x: dict):
-  """One chunk: reads the carried state, and passes it on."""
+def _across(S: Float[Array, "*n B H G K V"], x: dict):
+  """One chunk, or each of several: reads the state before it, and makes the one after it."""
   o, new = _dot(x["q"], S), x["keep"] * S
   if "U" in x:
     U = x["U"] + _dot(x["W"], S)
