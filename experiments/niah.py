@@ -51,7 +51,7 @@ SIZES = {
 def cell(size: str, task: str, mixer: str) -> Cell:
   s = SIZES[size]
   name, _, ungated = mixer.partition(" ")
-  more = {"softmax": "", "mamba2": f", state_dim={s.head_dim}"}.get(
+  more = {"softmax": ", rope_fraction=0.0", "mamba2": f", state_dim={s.head_dim}"}.get(
     name, f", value_dim={s.head_dim}"
   )
   if ungated:
@@ -94,9 +94,9 @@ EXPERIMENT = Experiment(
     "first length, tested on that and longer ones; accuracy is a word's.\n\n"
     "Gated DeltaNet's paper tells of models of 1.3B trained on text; its values have no place beside these. What can "
     "be compared is the order of the mechanisms: there, decay costs retention, a gate helps to filter, and the delta "
-    "rule helps to memorise. Attention to two tokens comes before models without a "
-    "convolution: without it softmax attention learnt nothing. Ungated: without the output gate, which DeltaNet does "
-    "not have."
+    "rule helps to memorise. Attention to two tokens comes before models without a convolution: without it softmax "
+    "attention learnt nothing. No other layer has position encoding. Ungated: without the output gate, which DeltaNet "
+    "does not have."
   ),
   source="none: arXiv:2412.06464, Table 2, is of other models",
   cells=cells,
