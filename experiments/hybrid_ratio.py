@@ -67,6 +67,7 @@ def pattern(s: Size, kind: str, ratio: str) -> str:
   n = RATIOS[ratio]
   if n is None:
     return after_shift(f"8*{linear}")
+  heads += ", rope_fraction=0.0"
   end = f"softmax({heads})" if kind == "softmax" else f"infllm_v2({heads}, {s.sparse})"
   return after_shift(f"{n}*{linear} + {end}", 8 // (n + 1)) if n else after_shift(f"8*{end}")
 
@@ -127,8 +128,8 @@ EXPERIMENT = Experiment(
     "One lookup asks for the value of a key; two, for the value of the value: what large linear models were found to "
     "lose. Questions of both kinds are in the rows of training, and each says which it is; tests are of one kind. "
     "Where no layer has a convolution, attention to two tokens comes before the model, so that none has to learn "
-    "which token came before; the linear layers are without output gates, which the others do not have; all have as "
-    "many parameters, by the width of their MLPs."
+    "which token came before; no other layer has position encoding. The linear layers are without output gates, which "
+    "the others do not have; all have as many parameters, by the width of their MLPs."
   ),
   source="none",
   cells=cells,
