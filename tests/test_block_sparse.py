@@ -287,7 +287,9 @@ GPU = {
 }
 
 
-@pytest.mark.parametrize("name", GPU)
+@pytest.mark.parametrize(
+  "name", [pytest.param(x, marks=[pytest.mark.slow] * (x == "aligned")) for x in GPU]
+)
 def test_gpu_kernels(monkeypatch, name):
   """In Pallas's interpreter, which finds no races, with walks in several parts; as ``test_bfloat16``.
 

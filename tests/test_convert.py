@@ -46,6 +46,7 @@ def source(tmp_path_factory):
   return workdir, train(config("mla", MLA), workdir)
 
 
+@pytest.mark.slow
 def test_latent_attention_becomes_sparse(source, tmp_path):
   """Its parameters begin where they were; with everything seen the loss is the same; the indexer alone warms up; then
   all learn, and attention is sparse. Done again, it is not done again."""
@@ -75,7 +76,6 @@ def test_latent_attention_becomes_sparse(source, tmp_path):
   assert convert_and_train(workdir, c, tmp_path / "dsa", warmup_steps=2) == rows
 
 
-@pytest.mark.slow
 def test_softmax_attention_becomes_infllm2(tmp_path):
   """Sizes, and what the mixers share, are the source's; nothing is new, and nothing warms up."""
   source = tmp_path / "softmax"

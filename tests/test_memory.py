@@ -10,7 +10,7 @@ from attnlab.mixers import mixers
 SPARSE = [name for name, cls in mixers().items() if cls.family == "sparse"]
 
 
-@pytest.mark.parametrize("name", ["infllm2", "moba"])
+@pytest.mark.parametrize("name", ["infllm2", pytest.param("moba", marks=pytest.mark.slow)])
 def test_two_lengths(name):
   """One with scores of queries and pools, and one whose choice has no gradient: once both were kept for all chunks."""
   lengths = {"infllm2": (8192, 16384), "moba": (16384, 32768)}[name]

@@ -432,7 +432,7 @@ def test_decode(case, pieces):
 
 
 @of_shapes
-@pytest.mark.parametrize("pieces", [1, 2])
+@pytest.mark.parametrize("pieces", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_left_padding(case, pieces):
   """Prompts of different lengths, padded on the left, are as good as alone; also where a piece is padding only."""
   lengths = np.array([3, 2, 1, 3])
@@ -465,6 +465,7 @@ def test_lengths(case):
   np.testing.assert_array_equal(case.outputs(x)[:, :-1], want[:, :-1])
 
 
+@of_shapes
 def test_bfloat16(case):
   """Activations in bfloat16: outputs and every parameter's gradient near those of float32.
 

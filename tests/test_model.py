@@ -146,7 +146,9 @@ def unrolled():
   return jit(jax.value_and_grad(loss))(model)
 
 
-@pytest.mark.parametrize("remat", REMAT)
+@pytest.mark.parametrize(
+  "remat", [pytest.param(x, marks=[pytest.mark.slow] * (x == "none")) for x in REMAT]
+)
 def test_scan_and_recomputation_change_nothing(remat):
   """Loss and every gradient are those of the layers one by one. float32 sums in another order: 1e-5."""
   model, batch = make(MIXED, remat=remat), batch_of()

@@ -126,9 +126,8 @@ FEW = {
   ],
   "7x": ["linear_recurrence/forward_backward/ssd_128"],
 }
-# Heads that no number of lanes divides, and the least usual input on the newest chip.
+# The least usual input on the newest chip.
 ALSO = {
-  "v6e": [of_heads("25-64-25-64", "channel-key-decayed", 1024, "bfloat16")],
   "7x": [specialisation("scalar", "none", "decayed", "bonus", "float32")],
 }
 
