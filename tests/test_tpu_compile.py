@@ -1,6 +1,6 @@
 """The kernels through the real TPU compiler, for chips that are not here, in processes of its own.
 
-A few programs in the default tier; all of them, on every chip, with ``-m compile`` (half an hour).
+A few programs in the default tier; all of them, on every chip, with ``-m compile`` (one to two hours on two cores).
 """
 
 import importlib.metadata
