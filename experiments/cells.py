@@ -128,6 +128,18 @@ def _sees_neighbours(pattern: str) -> bool:
   )
 
 
+def layer(name: str, *, num_heads: int, head_dim: int) -> str:
+  """A layer of a table's mixer, as a pattern: its states are head_dim x head_dim a head.
+
+  Args:
+    name: of the registry, perhaps with " ungated", without output gate. Softmax attention has no position encoding.
+  """
+  name, _, ungated = name.partition(" ")
+  own = {"softmax": "rope_fraction=0.0", "mamba2": f"state_dim={head_dim}"}
+  more = own.get(name, f"value_dim={head_dim}") + ", output_gate=False" * bool(ungated)
+  return f"{name}(num_heads={num_heads}, head_dim={head_dim}, {more})"
+
+
 def depth(pattern: str, layers: int) -> int:
   """How many layers a model has: SHIFT is one more."""
   return layers + pattern.startswith(SHIFT)

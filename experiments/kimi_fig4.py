@@ -5,7 +5,7 @@ python -m experiments.kimi_fig4 [--size=cpu|gpu|paper] [--only=task=stack] [--se
 
 import dataclasses
 
-from experiments.cells import Cell, Experiment, Prediction, Test, config
+from experiments.cells import Cell, Experiment, Prediction, Test, config, layer
 from experiments.harness import main
 
 TASKS = ("palindrome", "mqar", "stack")
@@ -54,14 +54,6 @@ PUBLISHED = {
 PUBLISHED_LENGTHS = (256, 512, 1024, 2048)
 
 
-def mixer(name: str, head_dim: int) -> str:
-  """A mixer with two heads and a state of head_dim x head_dim each, as a pattern."""
-  name, _, ungated = name.partition(" ")
-  values = "state_dim" if name == "mamba2" else "value_dim"
-  gate = ", output_gate=False" if ungated else ""
-  return f"{name}(num_heads=2, head_dim={head_dim}, {values}={head_dim}{gate})"
-
-
 def task_args(task: str, size: str, length: int) -> dict:
   """The paper states 64 stacks, and no more."""
   ids = {"cpu": 128, "gpu": 1024, "paper": 8192}[size]
@@ -75,8 +67,9 @@ def task_args(task: str, size: str, length: int) -> dict:
 def cell(size: str, task: str, length: int, name: str) -> Cell:
   s = SIZES[size]
   c = config(
-    mixer(name, s.head_dim), task, task_args(task, size, length), seq_len=length, layers=2,
-    d_model=s.d_model, steps=s.steps, batch_size=s.batch_size, evaluations=12, stop_accuracy=0.995,
+    layer(name, num_heads=2, head_dim=s.head_dim), task, task_args(task, size, length),
+    seq_len=length, layers=2, d_model=s.d_model, steps=s.steps, batch_size=s.batch_size,
+    evaluations=12, stop_accuracy=0.995,
   )  # fmt: skip
   published = None
   peaks = PUBLISHED.get((task, name))

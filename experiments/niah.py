@@ -5,7 +5,7 @@ python -m experiments.niah [--size=cpu|gpu|paper] [--only=task=filtering] [--see
 
 import dataclasses
 
-from experiments.cells import Cell, Experiment, Prediction, Test, after_shift, config
+from experiments.cells import Cell, Experiment, Prediction, Test, after_shift, config, layer
 from experiments.harness import main
 
 TASKS = ("retention", "filtering", "memorisation")
@@ -50,19 +50,13 @@ SIZES = {
 
 def cell(size: str, task: str, mixer: str) -> Cell:
   s = SIZES[size]
-  name, _, ungated = mixer.partition(" ")
-  more = {"softmax": ", rope_fraction=0.0", "mamba2": f", state_dim={s.head_dim}"}.get(
-    name, f", value_dim={s.head_dim}"
-  )
-  if ungated:
-    more += ", output_gate=False"
+  own = layer(mixer, num_heads=s.heads, head_dim=s.head_dim)
   args = dict(vocab_size=s.vocab_size, label_slots=4 if size == "cpu" else 8)
   if task == "memorisation":
     args["value_size"] = 4 if size == "cpu" else 8
   c = config(
-    after_shift(f"{s.layers}*{name}(num_heads={s.heads}, head_dim={s.head_dim}{more})"), f"needle_{task}", args,
-    seq_len=s.lengths[0], layers=s.layers, d_model=s.d_model, mlp=2 * s.d_model, steps=s.steps,
-    batch_size=s.batch_size, eval_batches=16,
+    after_shift(f"{s.layers}*{own}"), f"needle_{task}", args, seq_len=s.lengths[0], layers=s.layers,
+    d_model=s.d_model, mlp=2 * s.d_model, steps=s.steps, batch_size=s.batch_size, eval_batches=16,
   )  # fmt: skip
   tests = tuple(Test({"length": n}, dict(seq_len=n), 1 / (s.vocab_size - 2)) for n in s.lengths)
   return Cell({"task": task, "mixer": mixer}, c, s.learning_rates, tests)
