@@ -125,9 +125,10 @@ class CompositionalMQAR(Task):
 class MultiHopMQAR(Task):
   """MQAR with chained lookups: of pairs `x y`, the answer to x0 is what its value's value's ... value is.
 
-  `num_chains` chains x0 -> x1 -> ... -> x_hops of different ids, as pairs `x_i x_i+1` in any order; then each x0 once
-  more, as in MQAR, where x_hops is the target. Keys and values are of one kind, so that with one hop this is MQAR
-  but for that. (Ours: multi-hop recall is what large linear models were found to lose; no small task is published.)
+  `num_chains` chains x0 -> x1 -> ... -> x_hops of different ids, as pairs `x_i x_i+1` in any order, a 0 after each;
+  then each x0 once more, as in MQAR, where x_hops is the target. Keys and values are of one kind, as x1 is both: the 0
+  says which of `x0 x1 0 x1 x2 0` it is, which models that do not count positions could not tell. (Ours: multi-hop
+  recall is what large linear models were found to lose; no small task is published.)
 
   Few small models learn chains from their ends alone. With `min_hops`, questions for fewer lookups are among them, and
   each says how many it is for.
@@ -161,10 +162,10 @@ class MultiHopMQAR(Task):
         f"multi_hop_mqar: num_chains={chains} of hops={hops} lookups (each at least 1) need "
         f"{chains * (hops + 1)} ids, and vocab_size={self.vocab_size} has {self.vocab_size - self._first}"
       )
-    if seq_len % 2 or 2 * chains * (hops + 1) > seq_len:
+    if (needed := chains * (3 * hops + 2)) > seq_len:
       raise UserError(
-        f"multi_hop_mqar: config.data.seq_len={seq_len} must be even and at least "
-        f"2 * num_chains * (hops + 1) = {2 * chains * (hops + 1)}"
+        f"multi_hop_mqar: config.data.seq_len={seq_len} must be at least "
+        f"num_chains * (3 * hops + 2) = {needed}"
       )
 
   @property
@@ -180,9 +181,9 @@ class MultiHopMQAR(Task):
     ids = rng.choice(self.vocab_size - self._first, chains * (hops + 1), replace=False)
     ids = self._first + ids.reshape(chains, hops + 1)
     pairs = np.stack([ids[:, :-1], ids[:, 1:]], axis=-1).reshape(-1, 2)
-    context = pairs.size
+    context = 3 * len(pairs)
     inputs = np.zeros(seq_len, np.int32)
-    inputs[:context] = rng.permutation(pairs).ravel()
+    inputs[:context].reshape(-1, 3)[:, :2] = rng.permutation(pairs)
     queries = context + 2 * gaps(rng, chains, (seq_len - context) // 2, self.power_a)
     asked = np.full(chains, hops)
     if self.min_hops:
@@ -191,5 +192,5 @@ class MultiHopMQAR(Task):
       queries = queries + 1
     inputs[queries] = ids[:, 0]
     if self.random_non_queries:
-      fill(rng, inputs, self.vocab_size)
+      fill(rng, inputs[context:], self.vocab_size)
     return labelled(inputs, queries, ids[np.arange(chains), asked])
