@@ -250,7 +250,8 @@ def _grid(lines: list[list[str]]) -> list[str]:
 def _figure(experiment: Experiment, table: Sequence[Row]) -> Any:
   """A plot for each value of the facet: our mean and range by x, one line a mechanism; published values hollow.
 
-  Values of an axis stand side by side; a fact is a number, on a logarithmic scale.
+  Values of an axis stand side by side, as bars where each has a line of its own; a fact is a number, on a logarithmic
+  scale.
   """
   try:
     import matplotlib
@@ -260,7 +261,7 @@ def _figure(experiment: Experiment, table: Sequence[Row]) -> Any:
   x, by, facet = (experiment.plot[k] for k in ("x", "line", "facet"))
   facets = list(dict.fromkeys(r.axes[facet] for r in table))
   names = list(dict.fromkeys(r.axes[by] for r in table))
-  columns = min(len(facets), 3)
+  columns = 2 if len(facets) == 4 else min(len(facets), 3)
   shape = (math.ceil(len(facets) / columns), columns)
   # The same id for the same thing, so that a picture changes when its figures do.
   with matplotlib.rc_context({"svg.hashsalt": experiment.name, "svg.fonttype": "none"}):
@@ -278,14 +279,15 @@ def _figure(experiment: Experiment, table: Sequence[Row]) -> Any:
       place = (lambda r: ticks.index(r.axes[x])) if ticks else (lambda r: r.facts[x])  # noqa: B023
       lines = {name: [r for r in here if r.axes[by] == name] for name in names}
       for name, of_it in lines.items():
-        _draw(axes, sorted(of_it, key=place), place, str(name), *styles[name])
+        draw = _bars if x == by else _draw
+        draw(axes, sorted(of_it, key=place), place, str(name), *styles[name])
       if not ticks and all(len(of_it) <= 1 for of_it in lines.values()):
         _frontier(axes, here, place, by)
       axes.set_title(
         f"{facet} {value}" if _is_number(value) else str(value), loc="left", fontsize=10
       )
       if ticks:
-        long = sum(len(str(t)) for t in ticks) > 36
+        long = sum(len(str(t)) for t in ticks) > 28
         turned = dict(rotation=30, ha="right") if long else {}
         axes.set_xticks(range(len(ticks)), [str(t) for t in ticks], **turned)
       else:
@@ -294,13 +296,17 @@ def _figure(experiment: Experiment, table: Sequence[Row]) -> Any:
       lowest = min(
         (v for r in here for v in r.values), default=0
       )  # guesses may fall below guessing
-      axes.set(xlabel=x) if bits else axes.set(xlabel=x, ylim=(min(lowest, 0) - 5, 105))
+      axes.set(
+        xlabel="" if x == by else x,
+        **({} if bits else {"ylim": (min(lowest, 0) - 5, 109 if x == by else 105)}),
+      )
       if bits or facets.index(value) % columns == 0:
         axes.set_ylabel("bits a byte" if bits else "accuracy, %")
       axes.grid(color="#dddddd", linewidth=0.6)
+      axes.set_axisbelow(True)
       axes.spines[["top", "right"]].set_visible(False)
     handles = {h.get_label(): h for p in panels for h in p.get_legend_handles_labels()[0]}
-    if handles:
+    if handles and x != by:
       figure.legend(
         handles=list(handles.values()), loc="outside lower center", ncols=max(3, 2 * columns), frameon=False, fontsize=9
       )  # fmt: skip
@@ -344,19 +350,32 @@ def _draw(
     axes.plot(places, [r.mean for _, r in ours], **style)
     low, high = ([f(r.values) for _, r in ours] for f in (min, max))
     axes.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
+  _published(axes, here, place, colour, mark)
+
+
+def _bars(
+  axes: Any, here: Sequence[Row], place: Callable[[Row], float], name: str, colour, mark
+) -> None:
+  for row in here:
+    if row.values:
+      mean = statistics.fmean(row.values)
+      reach = [[mean - min(row.values)], [max(row.values) - mean]]
+      bar = axes.bar(
+        place(row), mean, 0.7, yerr=reach if len(row.values) > 1 else None, color=colour, label=name
+      )
+      axes.bar_label(bar, fmt="%.0f", padding=2, fontsize=8, color="#333333")
+  _published(axes, here, place, "#333333", mark)
+
+
+def _published(
+  axes: Any, here: Sequence[Row], place: Callable[[Row], float], colour: str, mark: str
+) -> None:
   published = [(place(r), r.published) for r in here if r.published is not None]
   if published:
     where, values = zip(*published, strict=True)
     axes.plot(
-      where,
-      values,
-      color=colour,
-      linestyle=":",
-      linewidth=1.2,
-      marker=mark,
-      markersize=8,
-      markerfacecolor="none",
-    )
+      where, values, color=colour, linestyle=":", linewidth=1.2, marker=mark, markersize=8, markerfacecolor="none"
+    )  # fmt: skip
 
 
 _PAGE = r"""<!doctype html>
