@@ -68,7 +68,7 @@ class Size:
 MIXERS = ("softmax", "gla", "mamba2", "deltanet", "gated_deltanet", "kda", "rwkv7")
 SIZES = {
   "cpu": Size(
-    SHORT, ("softmax", "gla", "deltanet", "gated_deltanet"), 64, 128, 2, 400, 32, (5e-3, 1e-2)
+    SHORT, MIXERS, 64, 128, 2, 400, 32, (5e-3, 1e-2)
   ),
   "gpu": Size(BASELINE, MIXERS, 128, 256, 4, 4000, 128, (5e-4, 1e-3, 3e-3)),
   # 200 epochs of 12 800 examples; the paper's grid has weight decay of 0.1 too.
