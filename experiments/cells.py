@@ -93,7 +93,7 @@ class Experiment:
     source: of the published values.
     cells: of a size, the cells.
     plot: names of axes: "x", "line", and "facet", each value of which has a plot of its own. x may also be a fact of
-      the cells, a number: it is drawn on a logarithmic scale.
+      the cells, a number: it is drawn on a logarithmic scale, and "columns", or the facet, are the table's.
     predictions: written before it was run.
   """
 

@@ -146,13 +146,14 @@ def _lines(table: Sequence[Row]) -> list[list[str]]:
 
 
 def _summary(experiment: Experiment, table: Sequence[Row]) -> list[list[str]]:
-  """The figures alone, headings first: by line and facet of the plot down, by its x across (a fact: the facet across).
+  """The figures alone, headings first: by line and facet of the plot down, by its x across (a fact: "columns", or the
+  facet, across).
 
   A field has the mean and the spread; several, where more than these tell figures apart. Where a plot's x is a fact, a
   line is a model, and its costs follow.
   """
   x, by, facet = (experiment.plot[k] for k in ("x", "line", "facet"))
-  across = x if any(x in row.axes for row in table) else facet
+  across = x if any(x in row.axes for row in table) else experiment.plot.get("columns", facet)
   down = [name for name in (facet, by) if name != across]
   columns = list(dict.fromkeys(row.axes[across] for row in table))
   fields: dict[tuple[str, ...], dict[Any, list[str]]] = {}
@@ -291,7 +292,7 @@ def _figure(experiment: Experiment, table: Sequence[Row]) -> Any:
         turned = dict(rotation=30, ha="right") if long else {}
         axes.set_xticks(range(len(ticks)), [str(t) for t in ticks], **turned)
       else:
-        axes.set_xscale("log")
+        _logarithmic(axes, [place(r) for r in here])
       bits = here[0].is_bits
       lowest = min(
         (v for r in here for v in r.values), default=0
@@ -311,6 +312,17 @@ def _figure(experiment: Experiment, table: Sequence[Row]) -> Any:
         handles=list(handles.values()), loc="outside lower center", ncols=max(3, 2 * columns), frameon=False, fontsize=9
       )  # fmt: skip
   return figure
+
+
+def _logarithmic(axes: Any, places: Sequence[float]) -> None:
+  """A scale in powers of ten as 1k and 1M, and between them where there is room."""
+  from matplotlib import ticker
+
+  axes.set_xscale("log")
+  few = max(places) < 300 * min(places)
+  axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if few else (1,)))
+  axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+  axes.xaxis.set_minor_formatter(ticker.NullFormatter())
 
 
 def _frontier(axes: Any, table: Sequence[Row], place: Callable[[Row], float], name: str) -> None:

@@ -41,7 +41,7 @@ class Size:
 
 
 SIZES = {
-  "cpu": Size(((64, 16),), 128, (16, 32, 64), FEW, True, 25_600, 32, 1, (5e-3, 1e-2)),
+  "cpu": Size(((64, 16),), 128, (16, 32, 64), LINEAR, True, 25_600, 32, 1, (5e-3, 1e-2)),
   "gpu": Size(
     ((256, 64), (512, 64)), 1024, (32, 64, 128, 256), LINEAR, True, 100_000, 256, 16, (1e-3, 3e-3)
   ),
@@ -127,7 +127,7 @@ EXPERIMENT = Experiment(
   ),
   source="none: arXiv:2312.04927 draws Figure 2 without values",
   cells=cells,
-  plot={"x": "state bytes", "line": "mixer", "facet": "length"},
+  plot={"x": "state bytes", "line": "mixer", "facet": "length", "columns": "d_model"},
   predictions=(
     Prediction(
       "Softmax attention loses less than 10 points from the widest model to the narrowest.",
