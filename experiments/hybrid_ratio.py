@@ -18,9 +18,10 @@ class Size:
   """A protocol.
 
   Attributes:
-    length: of a row.
-    vocab_size: of the task.
-    chains, hops: of multi-hop recall, whose questions are for 1 to so many lookups.
+    length: of a row in training.
+    vocab_size: of the tasks.
+    pairs: of recall (MQAR). Tests are also of 2, 4 and 8 times as many, in rows as much longer.
+    chains, hops: of multi-hop recall, whose questions are for 1 to so many lookups; 0: that task is not there.
     head_dim: of keys and values; two heads.
     sparse: settings of the sparse layers: of InfLLM-V2, which has softmax attention's parameters.
     d_model, mlp: of the model of global layers alone; the MLPs of the others make up for their parameters. All have
@@ -31,6 +32,7 @@ class Size:
 
   length: int
   vocab_size: int
+  pairs: int
   chains: int
   hops: int
   head_dim: int
@@ -43,18 +45,19 @@ class Size:
 
 
 SIZES = {
-  # The sparse layers see 4 to 8 of 32 tokens: the block of the query and one chosen for it.
+  # The sparse layers see at most 8 tokens: the block of the query and one chosen for it. In trials softmax attention
+  # did not learn two lookups in 1500 updates, and no hybrid learnt to recall eight pairs in 500.
   "cpu": Size(
-    32, 64, 3, 2, 8, "block_size=4, top_k=2, initial=0, local=1, pool_size=2, pool_stride=1",
-    64, 64, 800, 32, (5e-3, 1e-2),
+    32, 96, 4, 0, 0, 16, "block_size=4, top_k=2, initial=0, local=1, pool_size=2, pool_stride=1",
+    64, 64, 600, 32, (5e-3,),
   ),
   "gpu": Size(
-    512, 1024, 32, 2, 32, "block_size=32, top_k=4, initial=1, local=1, pool_size=16, pool_stride=8",
+    512, 1024, 32, 32, 2, 32, "block_size=32, top_k=4, initial=1, local=1, pool_size=16, pool_stride=8",
     256, 512, 10_000, 64, (5e-4, 1e-3, 2e-3),
   ),
   # Not a paper's: block sizes and the share of what is seen are InfLLM-V2's at 32k.
   "paper": Size(
-    4096, 8192, 170, 3, 64, "block_size=64, top_k=12, initial=1, local=4, pool_size=32, pool_stride=16",
+    4096, 8192, 256, 170, 3, 64, "block_size=64, top_k=12, initial=1, local=4, pool_size=32, pool_stride=16",
     512, 1024, 40_000, 64, (2.5e-4, 5e-4, 1e-3),
   ),
 }  # fmt: skip
@@ -72,62 +75,81 @@ def pattern(s: Size, kind: str, ratio: str) -> str:
   return after_shift(f"{n}*{linear} + {end}", 8 // (n + 1)) if n else after_shift(f"8*{end}")
 
 
+# Times as many pairs as in training.
+MORE = (1, 2, 4, 8)
+
+
 def lookups(n: int) -> str:
   return f"{n} lookup" + "s" * (n > 1)
 
 
-def cell(size: str, kind: str, ratio: str) -> Cell:
+def pairs(times: int) -> str:
+  return f"{times} x as many pairs" if times > 1 else "recall"
+
+
+def recall(s: Size) -> tuple[str, dict, list[Test]]:
+  """The task, its arguments and the tests of recall."""
+  tests = []
+  for n in MORE:
+    args = dict(num_kv_pairs=n * s.pairs, label_slots=n * s.pairs)
+    data = dict(seq_len=n * s.length, task_args=args)
+    tests.append(Test({"asked": pairs(n)}, data, 2 / s.vocab_size))
+  args = dict(vocab_size=s.vocab_size, num_kv_pairs=s.pairs, label_slots=s.pairs)
+  return "mqar", args | dict(power_a=1.0, random_non_queries=False), tests
+
+
+def chained(s: Size) -> tuple[str, dict, list[Test]]:
+  """The same of chained lookups."""
+  tests = [
+    Test({"asked": lookups(n)}, dict(task_args=dict(min_hops=n, max_hops=n)), 1 / s.vocab_size)
+    for n in range(1, s.hops + 1)
+  ]
+  args = dict(vocab_size=s.vocab_size, num_chains=s.chains, label_slots=s.chains)
+  return "multi_hop_mqar", args | dict(hops=s.hops, min_hops=1, max_hops=s.hops), tests
+
+
+def cell(size: str, task, kind: str, ratio: str) -> Cell:
   s = SIZES[size]
-  args = dict(
-    vocab_size=s.vocab_size, num_chains=s.chains, hops=s.hops, min_hops=1, max_hops=s.hops
-  )
+  name, args, tests = task(s)
   model = dict(layers=8, d_model=s.d_model)
   mlp = equal_mlp(pattern(s, kind, ratio), pattern(s, "softmax", "0:1"), mlp=s.mlp, **model)
   c = config(
-    pattern(s, kind, ratio), "multi_hop_mqar", args | dict(label_slots=s.chains), seq_len=s.length,
-    mlp=mlp, steps=s.steps, batch_size=s.batch_size, stop_accuracy=0.995, **model,
+    pattern(s, kind, ratio), name, args, seq_len=s.length, mlp=mlp, steps=s.steps, batch_size=s.batch_size,
+    evaluations=5, stop_accuracy=0.0 if task is recall else 0.995, **model,
   )  # fmt: skip
-  tests = (
-    Test({"asked": lookups(n)}, dict(task_args=dict(min_hops=n, max_hops=n)), 1 / s.vocab_size)
-    for n in range(1, s.hops + 1)
-  )
-  return Cell({"global layers": kind, "linear to global": ratio}, c, s.learning_rates, tuple(tests))
+  axes = {"task": task.__name__, "global layers": kind, "linear to global": ratio}
+  return Cell(axes, c, s.learning_rates, tuple(tests))
 
 
 def cells(size: str) -> list[Cell]:
-  return [cell(size, kind, ratio) for kind in GLOBAL for ratio in RATIOS]
+  tasks = (recall, chained) if SIZES[size].hops else (recall,)
+  return [cell(size, task, kind, ratio) for task in tasks for kind in GLOBAL for ratio in RATIOS]
 
 
-def at(value, n: int, kind: str, ratio: str) -> float | None:
-  return value(**{"asked": lookups(n), "global layers": kind, "linear to global": ratio})
+def within(asked: str, one: tuple[str, str], other: tuple[str, str], by: float):
+  """That one model is no worse than another less some points, or, where they are negative, better by as many."""
 
+  def holds(value):
+    a, b = (
+      value(**{"asked": asked, "global layers": kind, "linear to global": ratio})
+      for kind, ratio in (one, other)
+    )
+    return None if a is None or b is None else a >= b - by
 
-def one_is_enough(value) -> bool | None:
-  hybrid, full = (at(value, 1, "softmax", ratio) for ratio in ("3:1", "0:1"))
-  return None if hybrid is None or full is None else hybrid >= full - 5
-
-
-def pure_is_worse(value) -> bool | None:
-  pure, hybrid = (at(value, 2, "softmax", ratio) for ratio in ("pure", "3:1"))
-  return None if pure is None or hybrid is None else pure < hybrid - 10
-
-
-def sparse_is_enough(value) -> bool | None:
-  sparse, full = (at(value, 1, kind, "3:1") for kind in GLOBAL)
-  return None if sparse is None or full is None else sparse >= full - 10
+  return holds
 
 
 EXPERIMENT = Experiment(
   name="hybrid_ratio",
   title="Hybrids: linear layers to global ones, which see all or choose",
   about=(
-    "Eight layers: all global, one in two, one in four, one in eight, none. The linear ones are Gated DeltaNet, with "
-    "states too small for all pairs; the global ones are softmax attention, or sparse attention (InfLLM-V2) with the "
-    "very same parameters, which looks at a few blocks. A model of linear and sparse layers has no full attention at "
-    "all.\n\n"
-    "One lookup asks for the value of a key; two, for the value of the value: what large linear models were found to "
-    "lose. Questions of both kinds are in the rows of training, and each says which it is; tests are of one kind. "
-    "Where no layer has a convolution, attention to two tokens comes before the model, so that none has to learn "
+    "Eight layers: all global, one in two, one in four, one in eight, none. The linear ones are Gated DeltaNet; the "
+    "global ones are softmax attention, or sparse attention (InfLLM-V2) with the very same parameters, which looks at "
+    "a few blocks. A model of linear and sparse layers has no full attention at all.\n\n"
+    "Recall asks for the values of keys, of as many pairs as in training and of up to eight times as many in rows as "
+    "much longer, which states that were trained for few may not hold. Chained lookups, of the larger sizes, ask for "
+    "the value of the value: what large linear models were found to lose; each question says how many lookups it is "
+    "for. Where no layer has a convolution, attention to two tokens comes before the model, so that none has to learn "
     "which token came before; no other layer has position encoding. The linear layers are without output gates, which "
     "the others do not have; all have as many parameters, by the width of their MLPs."
   ),
@@ -136,15 +158,20 @@ EXPERIMENT = Experiment(
   plot={"x": "linear to global", "line": "global layers", "facet": "asked"},
   predictions=(
     Prediction(
-      "One lookup: three linear layers to one of softmax are within 5 points of softmax in all layers.",
-      one_is_enough,
+      "Recall: three linear layers to one of softmax are within 5 points of softmax in all layers.",
+      within(pairs(1), ("softmax", "3:1"), ("softmax", "0:1"), 5),
     ),
     Prediction(
-      "Two lookups: linear layers alone are worse by 10 points than with one layer of softmax in four.",
-      pure_is_worse,
+      "Eight times as many pairs: with one layer of softmax in four, 10 points more than with none.",
+      within(pairs(8), ("softmax", "3:1"), ("softmax", "pure"), -10),
     ),
     Prediction(
-      "One lookup: at 3:1, sparse layers come within 10 points of softmax layers.", sparse_is_enough
+      "Eight times as many pairs: at 3:1, sparse layers come within 10 points of softmax layers.",
+      within(pairs(8), ("sparse", "3:1"), ("softmax", "3:1"), 10),
+    ),
+    Prediction(
+      "Two lookups: with one layer of softmax in four, 10 points more than with none.",
+      within(lookups(2), ("softmax", "3:1"), ("softmax", "pure"), -10),
     ),
   ),
 )  # fmt: skip
