@@ -2,11 +2,13 @@
 
   python -m attnlab.memory                                       all sparse mechanisms on a v6e, which need not be here
   python -m attnlab.memory --mixers=nsa,dsa --chip=cpu --lengths=8192,16384
+  python -m attnlab.memory --size=1.3b --mixers=moba             with heads and blocks that the TPU kernels serve
   python -m attnlab.memory --dense --out=benchmarks/records/train_memory.json
 
-Each is a model of one layer, configs/NAME.py at its tiny size in bfloat16, through attnlab's own train step: loss,
-gradients and update of one packed row. Nothing is run, only compiled, by a process for each mechanism. For TPUs this
-needs libtpu, and no TPU, and one to three minutes a program on two cores.
+Each is a model of one layer, configs/NAME.py at a size in bfloat16, through attnlab's own train step: loss, gradients
+and update of one packed row. Nothing is run, only compiled, by a process for each mechanism. For TPUs this needs
+libtpu, and no TPU, and one to three minutes a program on two cores. At the tiny size blocks are too small for the TPU
+kernels and heads are padded to 128 channels: eight times a CPU's bytes, of what XLA makes of it.
 """
 
 import json
@@ -20,6 +22,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from absl import flags
+from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
@@ -36,16 +39,19 @@ _UNOPTIMISED = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive
 LENGTHS = (8192, 16384, 32768, 65536)
 
 
-def temporary(name: str, length: int, *, chip: str = "cpu", dense: bool = False) -> int:
+def temporary(
+  name: str, length: int, *, chip: str = "cpu", size: str = "tiny", dense: bool = False
+) -> int:
   """Bytes of temporary memory of one train step of a model of one layer.
 
   Args:
     name: of the mixer, and of its config.
     length: tokens of the row.
     chip: "cpu", or a name of ``pallas_kernels.cost.CHIPS``: then in a process with that package's environment.
+    size: of configs/base.py.
     dense: with everything seen, as in the first stage of some recipes.
   """
-  config = load(f"configs/{mixer(name).name}.py")
+  config = _config(name, size)
   config.model.update(dict(num_layers=1, dtype="bfloat16", dense=dense))
   config.train.batch_size, config.data.seq_len, config.mesh.data = 1, length, 1
   config = resolve(config)
@@ -61,6 +67,10 @@ def temporary(name: str, length: int, *, chip: str = "cpu", dense: bool = False)
     lowered = make_update(graphdef, tx, state).lower(state, batch)
   options = _UNOPTIMISED if chip == "cpu" else None
   return lowered.compile(compiler_options=options).memory_analysis().temp_size_in_bytes
+
+
+def _config(name: str, size: str) -> ConfigDict:
+  return load(f"configs/{mixer(name).name}.py:size={size}")
 
 
 def _device(chip: str) -> jax.Device:
@@ -79,6 +89,7 @@ def table(
   lengths: Sequence[int] = LENGTHS,
   *,
   chip: str,
+  size: str = "tiny",
   dense: bool = False,
   report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, dict[int, int]]:
@@ -87,7 +98,7 @@ def table(
 
   out: dict[str, dict[int, int]] = {name: {} for name in names}
   for name, row in out.items():
-    what = [name, chip, str(int(dense)), *map(str, lengths)]
+    what = [name, chip, size, str(int(dense)), *map(str, lengths)]
     command = [sys.executable, "-m", "attnlab.memory", "--child", ",".join(what)]
     with tempfile.TemporaryFile("w+") as errors:
       child = subprocess.Popen(
@@ -126,13 +137,12 @@ def _print(result: dict[str, dict[int, int]]) -> None:
 def main(_) -> None:
   f = flags.FLAGS
   if f.child:
-    name, chip, dense, *lengths = f.child.split(",")
-    options = dict(chip=chip, dense=bool(int(dense)))
+    name, chip, size, dense, *lengths = f.child.split(",")
     for n in map(int, lengths):
       start = time.monotonic()
-      size = temporary(name, n, **options)
+      taken = temporary(name, n, chip=chip, size=size, dense=bool(int(dense)))
       seconds = round(time.monotonic() - start)
-      print(json.dumps({"length": n, "bytes": size, "seconds": seconds}), flush=True)
+      print(json.dumps({"length": n, "bytes": taken, "seconds": seconds}), flush=True)
     return
   from pallas_kernels.cost import CHIPS
 
@@ -143,11 +153,14 @@ def main(_) -> None:
   except ValueError as error:
     raise UserError(f"--lengths={','.join(f.lengths)} must be numbers of tokens") from error
   names = f.mixers or [name for name, cls in mixers().items() if cls.family == "sparse"]
+  for name in names:
+    _config(name, f.size)  # What is unknown ends here, and not in a child.
   show = Console(stderr=True, highlight=False).print
-  result = table(names, lengths, chip=f.chip, dense=f.dense, report=show)
+  result = table(names, lengths, chip=f.chip, size=f.size, dense=f.dense, report=show)
   _print(result)
   if f.out:
-    record = {"chip": f.chip, "dense": f.dense, "jax": jax.__version__, "bytes": result}
+    record = {"chip": f.chip, "size": f.size, "dense": f.dense, "jax": jax.__version__}
+    record["bytes"] = result
     metrics.write_atomically(Path(f.out), json.dumps(record, indent=2) + "\n")
 
 
@@ -155,6 +168,7 @@ if __name__ == "__main__":
   flags.DEFINE_list("mixers", [], "Mechanisms. Default: all sparse ones.")
   flags.DEFINE_list("lengths", [str(n) for n in LENGTHS], "Tokens of a row.")
   flags.DEFINE_string("chip", "v6e", "What to compile for: cpu, or a TPU of pallas_kernels.cost.")
+  flags.DEFINE_string("size", "tiny", "Of every model, by the name of configs/base.py.")
   flags.DEFINE_bool("dense", False, "With everything seen.")
   flags.DEFINE_string("out", None, "Where to record the bytes as JSON.")
   flags.DEFINE_string("child", None, "For the processes that this program starts.")
