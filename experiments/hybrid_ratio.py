@@ -49,7 +49,7 @@ SIZES = {
   # did not learn two lookups in 1500 updates, and no hybrid learnt to recall eight pairs in 500.
   "cpu": Size(
     32, 96, 4, 0, 0, 16, "block_size=4, top_k=2, initial=0, local=1, pool_size=2, pool_stride=1",
-    64, 64, 600, 32, (5e-3,),
+    64, 64, 600, 32, (2.5e-3, 5e-3),
   ),
   "gpu": Size(
     512, 1024, 32, 32, 2, 32, "block_size=32, top_k=4, initial=1, local=1, pool_size=16, pool_stride=8",
