@@ -75,6 +75,8 @@ def rows(plan: Plan, results: Mapping[str, Mapping[str, Any]]) -> list[Row]:
       facts["devices"] = finite[0]["devices"]
       speeds = [r["tokens_per_second"] for r in finite if r.get("tokens_per_second")]
       facts["tokens a second"] = round(statistics.median(speeds)) if speeds else None
+    if len(finite) < len(done):
+      facts["not finite"] = len(done) - len(finite)
     if done:
       facts["commit"] = ", ".join(sorted({r["commit"] for r in done if r.get("commit")})) or None
     for i, test in enumerate(cell.tests):
@@ -161,6 +163,8 @@ def _summary(experiment: Experiment, table: Sequence[Row]) -> list[list[str]]:
     cells = fields.setdefault(tuple(str(row.axes[name]) for name in down), {})
     spread = f" ± {row.spread:.1f}" if row.spread is not None else ""
     mean = "-" if row.mean is None else f"{row.mean:.{2 if row.is_bits else 1}f}"
+    if row.values and row.facts.get("not finite") == len(row.values):
+      mean, spread = "not finite", ""
     cells.setdefault(row.axes[across], []).append(mean + spread)
   head = [*down, *(f"{across} {c}" if _is_number(c) else str(c) for c in columns)]
   body = [

@@ -274,6 +274,20 @@ def test_table(told):
   assert first == ["a", "linear_attention", "90.0 ± 14.1", "10.0 ± 14.1"]
 
 
+def test_runs_that_are_not_finite_are_told():
+  """They count as guesses, of which the table says what they were."""
+  results = {}
+  plan = Plan([tiny()], 2, results)
+  one, two = (plan.run(0, 1e-2, s).key for s in (0, 1))
+  results[one] = {"not_finite": "update 3"}
+  (first, _) = report.rows(plan, results)
+  assert (first.mean, first.facts["not finite"]) == (0.0, 1)
+  assert report._summary(experiment([]), [first])[1][2] == "not finite"
+  results[two] = result(0.9, tests=(0.9, 0.6))
+  (first, _) = report.rows(plan, results)
+  assert report._summary(experiment([]), [first])[1][2] == "40.0 ± 56.6"
+
+
 def test_page_needs_nothing_else(told):
   page = (told / "report.html").read_text()
   assert "<h1>A &amp; B</h1>" in page and "How, &lt;exactly&gt;." in page and "&lt;b&gt;" in page
