@@ -26,7 +26,7 @@ class Size:
     sparse: settings of the sparse layers: of InfLLM-V2, which has softmax attention's parameters.
     d_model, mlp: of the model of global layers alone; the MLPs of the others make up for their parameters. All have
       eight layers.
-    steps, batch_size: of training, which ends early at 99.5 % of validation.
+    steps, batch_size: of training; only that of chained lookups ends early, at 99.5 % of validation.
     learning_rates: the grid.
   """
 

@@ -311,7 +311,7 @@ def _figure(experiment: Experiment, table: Sequence[Row]) -> Any:
       axes.set_axisbelow(True)
       axes.spines[["top", "right"]].set_visible(False)
     handles = {h.get_label(): h for p in panels for h in p.get_legend_handles_labels()[0]}
-    if handles and x != by:
+    if handles:
       figure.legend(
         handles=list(handles.values()), loc="outside lower center", ncols=max(3, 2 * columns), frameon=False, fontsize=9
       )  # fmt: skip
@@ -377,7 +377,7 @@ def _bars(
       mean = statistics.fmean(row.values)
       reach = [[mean - min(row.values)], [max(row.values) - mean]]
       bar = axes.bar(
-        place(row), mean, 0.7, yerr=reach if len(row.values) > 1 else None, color=colour, label=name
+        place(row), mean, 0.7, yerr=reach if len(row.values) > 1 else None, color=colour
       )
       axes.bar_label(bar, fmt="%.0f", padding=2, fontsize=8, color="#333333")
   _published(axes, here, place, "#333333", mark)
