@@ -104,7 +104,7 @@ def chained(s: Size) -> tuple[str, dict, list[Test]]:
     Test({"asked": lookups(n)}, dict(task_args=dict(min_hops=n, max_hops=n)), 1 / s.vocab_size)
     for n in range(1, s.hops + 1)
   ]
-  args = dict(vocab_size=s.vocab_size, num_chains=s.chains, label_slots=s.chains)
+  args = dict(vocab_size=s.vocab_size, num_chains=s.chains, label_slots=s.chains * s.hops)
   return "multi_hop_mqar", args | dict(hops=s.hops, min_hops=1, max_hops=s.hops), tests
 
 

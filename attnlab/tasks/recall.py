@@ -130,15 +130,16 @@ class MultiHopMQAR(Task):
   says which of `x0 x1 0 x1 x2 0` it is, which models that do not count positions could not tell. (Ours: multi-hop
   recall is what large linear models were found to lose; no small task is published.)
 
-  Few small models learn chains from their ends alone. With `min_hops`, questions for fewer lookups are among them, and
-  each says how many it is for.
+  Few small models learn chains from their ends alone. With `min_hops`, every key is asked for whose chain goes on for
+  that many lookups at least, and each question says how many it is for.
 
   Attributes:
     vocab_size: ids.
-    num_chains: questions.
+    num_chains: with hops pairs each.
     hops: lookups of a chain, 1 to 4 in our experiments.
-    min_hops, max_hops: each question asks for a number of lookups from one to the other, any as likely, and the id
-      before it, 1 to hops, is that number; no key or value has these ids. 0, 0: all ask for hops, and nothing says so.
+    min_hops, max_hops: each question asks for a number of lookups from one to the other (and to the end of its chain at
+      most), any as likely, and the id before it, 1 to hops, is that number; no key or value has these ids. 0, 0: a
+      question a chain, from end to end, and nothing says so.
     power_a, random_non_queries: as in MQAR.
   """
 
@@ -162,10 +163,10 @@ class MultiHopMQAR(Task):
         f"multi_hop_mqar: num_chains={chains} of hops={hops} lookups (each at least 1) need "
         f"{chains * (hops + 1)} ids, and vocab_size={self.vocab_size} has {self.vocab_size - self._first}"
       )
-    if (needed := chains * (3 * hops + 2)) > seq_len:
+    if (needed := 3 * chains * hops + 2 * self.labels(seq_len)) > seq_len:
       raise UserError(
-        f"multi_hop_mqar: config.data.seq_len={seq_len} must be at least "
-        f"num_chains * (3 * hops + 2) = {needed}"
+        f"multi_hop_mqar: config.data.seq_len={seq_len} must be at least {needed}: 3 for each of "
+        f"num_chains * hops = {chains * hops} pairs, 2 for each of {self.labels(seq_len)} questions"
       )
 
   @property
@@ -174,23 +175,24 @@ class MultiHopMQAR(Task):
     return 1 + self.hops * bool(self.min_hops)
 
   def labels(self, seq_len: int) -> int:
-    return self.num_chains
+    return self.num_chains * (self.hops + 1 - (self.min_hops or self.hops))
 
   def example(self, rng: np.random.Generator, seq_len: int) -> Example:
     chains, hops = self.num_chains, self.hops
+    least, most = self.min_hops or hops, self.max_hops or hops
     ids = rng.choice(self.vocab_size - self._first, chains * (hops + 1), replace=False)
     ids = self._first + ids.reshape(chains, hops + 1)
     pairs = np.stack([ids[:, :-1], ids[:, 1:]], axis=-1).reshape(-1, 2)
     context = 3 * len(pairs)
     inputs = np.zeros(seq_len, np.int32)
     inputs[:context].reshape(-1, 3)[:, :2] = rng.permutation(pairs)
-    queries = context + 2 * gaps(rng, chains, (seq_len - context) // 2, self.power_a)
-    asked = np.full(chains, hops)
+    chain, start = np.divmod(np.arange(self.labels(seq_len)), hops + 1 - least)
+    asked = rng.integers(least, np.minimum(most, hops - start), endpoint=True)
+    queries = context + 2 * gaps(rng, len(asked), (seq_len - context) // 2, self.power_a)
     if self.min_hops:
-      asked = rng.integers(self.min_hops, self.max_hops, chains, endpoint=True)
       inputs[queries] = asked
       queries = queries + 1
-    inputs[queries] = ids[:, 0]
+    inputs[queries] = ids[chain, start]
     if self.random_non_queries:
       fill(rng, inputs[context:], self.vocab_size)
-    return labelled(inputs, queries, ids[np.arange(chains), asked])
+    return labelled(inputs, queries, ids[chain, start + asked])
