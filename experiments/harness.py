@@ -29,7 +29,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from attnlab import accounting, cli, metrics
+from attnlab import accounting, cli, data, metrics
 from attnlab.config import check, complete, resolve, to_json
 from attnlab.errors import UserError, unknown
 from experiments.cells import Cell, Experiment
@@ -58,8 +58,11 @@ class Run:
 
   @property
   def spec(self) -> dict[str, Any]:
-    """All that determines the result, as plain JSON values."""
-    return {"config": to_json(self.config), "tests": [dict(t) for t in self.tests]}
+    """All that determines the result but the code of models and training, as plain JSON values."""
+    records = _records(json.dumps(to_json(self.config)["data"]), self.config.seed)
+    return {
+      "config": to_json(self.config), "tests": [dict(t) for t in self.tests], "data": records,
+    }  # fmt: skip
 
   @functools.cached_property
   def key(self) -> str:
@@ -76,6 +79,12 @@ class Run:
   def __str__(self) -> str:
     c = self.config
     return f"{describe(self.axes)}, learning rate {c.optim.learning_rate:g}, seed {c.seed}"
+
+
+@functools.cache
+def _records(config: str, seed: int) -> str:
+  """What a config's training data are: other files, or another meaning of a task, are another experiment."""
+  return data.open_source(ConfigDict(json.loads(config)), "train", seed).identity()
 
 
 class Plan:

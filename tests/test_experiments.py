@@ -21,6 +21,7 @@ from attnlab.config import check, resolve
 from attnlab.errors import UserError
 from attnlab.evaluate import make_evaluate
 from attnlab.state import make_init
+from attnlab.tasks.arithmetic import Parity
 from configs.base import base
 from experiments import harness, report, worker
 from experiments.cells import Cell, Experiment, Prediction, Test
@@ -84,6 +85,19 @@ def test_a_key_is_of_all_that_determines_the_result():
   longer = tiny()
   longer.config.train.steps = 5
   assert len({key(tiny()), key(fewer), key(longer)}) == 3
+
+
+def test_a_task_that_means_something_else_is_run_again(monkeypatch):
+  before = Plan([tiny()], 1, {}).run(0, 1e-2, 0).key
+  example = Parity.example
+  monkeypatch.setattr(
+    Parity, "example", lambda *a: (e := example(*a))._replace(targets=1 - e.targets)
+  )
+  harness._records.cache_clear()
+  try:
+    assert Plan([tiny()], 1, {}).run(0, 1e-2, 0).key != before
+  finally:
+    harness._records.cache_clear()
 
 
 def test_only():

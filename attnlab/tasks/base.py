@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -163,4 +164,7 @@ class TaskSource:
     return f"{self._split} example {i} of {self._task}, seed {self._seed}"
 
   def identity(self) -> str:
-    return f"{self._task} {self._seq_len} {self._seed} {self._split}"
+    # The first example too: a task may come to mean something else by the same settings.
+    example = self._task.example(np.random.default_rng([self._seed, 0]), self._seq_len)
+    first = hashlib.blake2b(b"".join(x.tobytes() for x in example), digest_size=8).hexdigest()
+    return f"{self._task} {self._seq_len} {self._seed} {self._split} {first}"
