@@ -7,8 +7,8 @@
 
 Each is a model of one layer, configs/NAME.py at a size in bfloat16, through attnlab's own train step: loss, gradients
 and update of one packed row. Nothing is run, only compiled, by a process for each mechanism. For TPUs this needs
-libtpu, and no TPU, and one to three minutes a program on two cores. At the tiny size blocks are too small for the TPU
-kernels and heads are padded to 128 channels: eight times a CPU's bytes, of what XLA makes of it.
+libtpu, and no TPU, and one to three minutes a program on two cores, more at larger sizes. At the tiny size blocks are
+too small for the TPU kernels, and what XLA has in their place pads heads to 128 channels.
 """
 
 import json
@@ -159,8 +159,7 @@ def main(_) -> None:
   result = table(names, lengths, chip=f.chip, size=f.size, dense=f.dense, report=show)
   _print(result)
   if f.out:
-    record = {"chip": f.chip, "size": f.size, "dense": f.dense, "jax": jax.__version__}
-    record["bytes"] = result
+    record = dict(chip=f.chip, size=f.size, dense=f.dense, jax=jax.__version__, bytes=result)
     metrics.write_atomically(Path(f.out), json.dumps(record, indent=2) + "\n")
 
 

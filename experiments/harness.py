@@ -59,10 +59,9 @@ class Run:
   @property
   def spec(self) -> dict[str, Any]:
     """All that determines the result but the code of models and training, as plain JSON values."""
-    records = _records(json.dumps(to_json(self.config)["data"]), self.config.seed)
-    return {
-      "config": to_json(self.config), "tests": [dict(t) for t in self.tests], "data": records,
-    }  # fmt: skip
+    config = to_json(self.config)
+    records = _records(json.dumps(config["data"]), self.config.seed)
+    return {"config": config, "tests": [dict(t) for t in self.tests], "data": records}
 
   @functools.cached_property
   def key(self) -> str:

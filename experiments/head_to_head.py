@@ -25,7 +25,7 @@ from experiments.cells import (
 )
 from experiments.equal_bytes import equal_window
 from experiments.harness import main
-from experiments.hybrid_ratio import lookups
+from experiments.hybrid_ratio import lookup_tests
 
 # Lengths of context that costs are told of.
 CONTEXTS = {"4k": 4096, "128k": 131_072, "1M": 1_048_576}
@@ -192,10 +192,7 @@ def cell(s: Size, task: str, name: str, pattern: str) -> Cell:
     ),
     "lookups": (
       "multi_hop_mqar", pairs | dict(num_chains=s.pairs // 3, hops=3, min_hops=1, max_hops=3),
-      tuple(
-        Test({"measure": lookups(n)}, dict(task_args=dict(min_hops=n, max_hops=n)), 1 / s.vocab_size)
-        for n in (1, 2, 3)
-      ),
+      lookup_tests("measure", 3, s.vocab_size),
     ),
     "text": (
       "text", {},

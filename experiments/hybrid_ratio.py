@@ -83,27 +83,34 @@ def lookups(n: int) -> str:
   return f"{n} lookup" + "s" * (n > 1)
 
 
+def lookup_tests(axis: str, hops: int, vocab_size: int) -> tuple[Test, ...]:
+  """Tests of one to `hops` chained lookups, told apart on an axis."""
+  return tuple(
+    Test({axis: lookups(n)}, dict(task_args=dict(min_hops=n, max_hops=n)), 1 / vocab_size)
+    for n in range(1, hops + 1)
+  )
+
+
 def pairs(times: int) -> str:
   return f"{times} x as many pairs" if times > 1 else "recall"
 
 
-def recall(s: Size) -> tuple[str, dict, list[Test]]:
+def recall(s: Size) -> tuple[str, dict, tuple[Test, ...]]:
   """The task, its arguments and the tests of recall."""
-  tests = []
-  for n in MORE:
+
+  def test(n: int) -> Test:
     args = dict(num_kv_pairs=n * s.pairs, label_slots=n * s.pairs)
     data = dict(seq_len=n * s.length, task_args=args)
-    tests.append(Test({"asked": pairs(n)}, data, 2 / s.vocab_size))
+    return Test({"asked": pairs(n)}, data, 2 / s.vocab_size)
+
+  tests = tuple(map(test, MORE))
   args = dict(vocab_size=s.vocab_size, num_kv_pairs=s.pairs, label_slots=s.pairs)
   return "mqar", args | dict(power_a=1.0, random_non_queries=False), tests
 
 
-def chained(s: Size) -> tuple[str, dict, list[Test]]:
+def chained(s: Size) -> tuple[str, dict, tuple[Test, ...]]:
   """The same of chained lookups."""
-  tests = [
-    Test({"asked": lookups(n)}, dict(task_args=dict(min_hops=n, max_hops=n)), 1 / s.vocab_size)
-    for n in range(1, s.hops + 1)
-  ]
+  tests = lookup_tests("asked", s.hops, s.vocab_size)
   args = dict(vocab_size=s.vocab_size, num_chains=s.chains, label_slots=s.chains * s.hops)
   return "multi_hop_mqar", args | dict(hops=s.hops, min_hops=1, max_hops=s.hops), tests
 
@@ -118,7 +125,7 @@ def cell(size: str, task, kind: str, ratio: str) -> Cell:
     evaluations=5, stop_accuracy=0.0 if task is recall else 0.995, **model,
   )  # fmt: skip
   axes = {"task": task.__name__, "global layers": kind, "linear to global": ratio}
-  return Cell(axes, c, s.learning_rates, tuple(tests))
+  return Cell(axes, c, s.learning_rates, tests)
 
 
 def cells(size: str) -> list[Cell]:

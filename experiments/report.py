@@ -264,6 +264,8 @@ def _figure(experiment: Experiment, table: Sequence[Row]) -> Any:
   except ImportError as error:
     raise UserError("the report needs matplotlib: pip install attnlab[plots]") from error
   x, by, facet = (experiment.plot[k] for k in ("x", "line", "facet"))
+  bars = x == by
+  draw = _bars if bars else _draw
   facets = list(dict.fromkeys(r.axes[facet] for r in table))
   names = list(dict.fromkeys(r.axes[by] for r in table))
   columns = 2 if len(facets) == 4 else min(len(facets), 3)
@@ -284,7 +286,6 @@ def _figure(experiment: Experiment, table: Sequence[Row]) -> Any:
       place = (lambda r: ticks.index(r.axes[x])) if ticks else (lambda r: r.facts[x])  # noqa: B023
       lines = {name: [r for r in here if r.axes[by] == name] for name in names}
       for name, of_it in lines.items():
-        draw = _bars if x == by else _draw
         draw(axes, sorted(of_it, key=place), place, str(name), *styles[name])
       if not ticks and all(len(of_it) <= 1 for of_it in lines.values()):
         _frontier(axes, here, place, by)
@@ -301,10 +302,12 @@ def _figure(experiment: Experiment, table: Sequence[Row]) -> Any:
       lowest = min(
         (v for r in here for v in r.values), default=0
       )  # guesses may fall below guessing
-      axes.set(
-        xlabel="" if x == by else x,
-        **({} if bits else {"ylim": (min(lowest, 0) - 5, 109 if x == by else 105)}),
-      )
+      if not bars:
+        axes.set_xlabel(x)
+      if not bits:
+        axes.set_ylim(
+          min(lowest, 0) - 5, 109 if bars else 105
+        )  # Bars have their values above them.
       if bits or facets.index(value) % columns == 0:
         axes.set_ylabel("bits a byte" if bits else "accuracy, %")
       axes.grid(color="#dddddd", linewidth=0.6)
@@ -373,12 +376,10 @@ def _bars(
   axes: Any, here: Sequence[Row], place: Callable[[Row], float], name: str, colour, mark
 ) -> None:
   for row in here:
-    if row.values:
-      mean = statistics.fmean(row.values)
-      reach = [[mean - min(row.values)], [max(row.values) - mean]]
-      bar = axes.bar(
-        place(row), mean, 0.7, yerr=reach if len(row.values) > 1 else None, color=colour
-      )
+    if row.mean is not None:
+      reach = [[row.mean - min(row.values)], [max(row.values) - row.mean]]
+      several = len(row.values) > 1
+      bar = axes.bar(place(row), row.mean, 0.7, yerr=reach if several else None, color=colour)
       axes.bar_label(bar, fmt="%.0f", padding=2, fontsize=8, color="#333333")
   _published(axes, here, place, "#333333", mark)
 

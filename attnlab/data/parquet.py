@@ -11,7 +11,8 @@ from grain.experimental import index_shuffle
 from jaxtyping import Int64
 
 from attnlab.data.files import File
-from attnlab.data.source import TextSource, digest
+from attnlab.data.source import TextSource
+from attnlab.digest import digest
 from attnlab.errors import UserError
 from attnlab.tokenizer import Tokenizer
 

@@ -11,8 +11,8 @@ from absl import flags
 
 from attnlab.data import packing
 from attnlab.data.parquet import ShuffleBlocks
-from attnlab.data.source import digest
 from attnlab.data.sources import VALIDATION_SEED, open_source, resolve
+from attnlab.digest import digest
 from attnlab.errors import UserError
 
 

@@ -2,7 +2,6 @@
 
 import abc
 import functools
-import hashlib
 from typing import Any, Protocol
 
 import numpy as np
@@ -77,17 +76,6 @@ def shifted(ids: Int32[np.ndarray, " n"], bos_id: int, eos_id: int) -> Int32[np.
   out[0, 0], out[1:, 0] = bos_id, ids
   out[-1, 1], out[:-1, 1] = eos_id, ids
   return out
-
-
-def digest(*parts: Any) -> str:
-  """A short digest of strings, numbers, bytes and arrays, the same on every machine."""
-  h = hashlib.blake2b(digest_size=16)
-  for part in parts:
-    if isinstance(part, np.ndarray):
-      part = part.tobytes()
-    data = part if isinstance(part, bytes) else str(part).encode("utf-8", "replace")
-    h.update(len(data).to_bytes(8, "little") + data)
-  return h.hexdigest()
 
 
 def decode(data: bytes, where: str, offset: int = 0) -> str:

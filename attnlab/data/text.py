@@ -12,7 +12,8 @@ from jaxtyping import Int64
 
 from attnlab.data import files as files_lib
 from attnlab.data.files import File
-from attnlab.data.source import TextSource, decode, digest, once
+from attnlab.data.source import TextSource, decode, once
+from attnlab.digest import digest
 from attnlab.errors import UserError
 from attnlab.tokenizer import Tokenizer
 

@@ -8,7 +8,8 @@ import numpy as np
 from jaxtyping import Int32, Int64
 
 from attnlab.data.files import File
-from attnlab.data.source import Source, decode, digest, once, shifted
+from attnlab.data.source import Source, decode, once, shifted
+from attnlab.digest import digest
 from attnlab.errors import UserError
 from attnlab.tokenizer import Tokenizer
 

@@ -2,7 +2,6 @@
 
 import abc
 import dataclasses
-import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ import numpy as np
 from jaxtyping import Float32, Int, Int32
 
 from attnlab import errors
+from attnlab.digest import digest
 from attnlab.errors import UserError
 
 _TASKS: dict[str, type["Task"]] = {}
@@ -165,6 +165,5 @@ class TaskSource:
 
   def identity(self) -> str:
     # The first example too: a task may come to mean something else by the same settings.
-    example = self._task.example(np.random.default_rng([self._seed, 0]), self._seq_len)
-    first = hashlib.blake2b(b"".join(x.tobytes() for x in example), digest_size=8).hexdigest()
+    first = digest(*self[0].values())
     return f"{self._task} {self._seq_len} {self._seed} {self._split} {first}"
