@@ -1,7 +1,9 @@
 """Packing, order, splits and resuming of the batches."""
 
 import collections
+import concurrent.futures
 import json
+import threading
 
 import grain
 import numpy as np
@@ -337,6 +339,25 @@ def test_task_batches(tmp_path):
   joined = [{k: np.concatenate([a[k], b[k]]) for k in a} for a, b in zip(*halves, strict=True)]
   assert_same(held, joined)
   assert data.vocab_size(c) == 64
+
+
+def test_garbage_waits_for_nobody(docs):
+  """An iterator is collected while its threads need a lock that the collecting thread may hold; another stops them."""
+  left = [iterate(config(train=str(docs)))]
+  collected = threading.Thread(target=left.clear, daemon=True)
+  with concurrent.futures.thread._global_shutdown_lock:
+    left[0]._parent.start_prefetch()
+    collected.start()
+    collected.join(10)
+    waited = collected.is_alive()
+  assert not waited
+
+  def reading():
+    return {t for t in threading.enumerate() if t.name.startswith("grain-thread-prefetch")}
+
+  before = reading()
+  iterate(config(train=str(docs)))
+  assert before and not before & reading()
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """The iterator over batches that training and evaluation read."""
 
-import weakref
+import atexit
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,10 @@ from attnlab.data.sources import VALIDATION_SEED, open_source, resolve
 from attnlab.digest import digest
 from attnlab.errors import UserError
 
+# Iterators that read ahead, and those of them that nobody holds any more.
+_open: set[grain.DatasetIterator] = set()
+_left: list[grain.DatasetIterator] = []
+
 
 class BatchIterator(grain.DatasetIterator):
   """grain's iterator over batches, whose state is plain JSON and is refused by other data.
@@ -25,7 +29,9 @@ class BatchIterator(grain.DatasetIterator):
   def __init__(self, parent: grain.DatasetIterator, data: dict[str, Any]):
     super().__init__(parent)
     self._data = data
-    self._stop = weakref.finalize(self, _stop, parent)
+    while _left:
+      _stop(_left.pop())
+    _open.add(parent)
 
   def __next__(self) -> packing.Batch:
     return next(self._parent)
@@ -48,9 +54,15 @@ class BatchIterator(grain.DatasetIterator):
     self._parent.set_state(_tuples(state["iterator"]))
 
   def close(self) -> None:
-    """Stops the threads and processes that read ahead; at the latest, Python's end does."""
+    """Stops the threads and processes that read ahead; if not called, making another iterator does, or Python's end."""
     self._closed = True
-    self._stop()
+    _stop(self._parent)
+
+  def __del__(self):
+    # Not closed here, which waits for threads: garbage may be collected while this thread holds a lock that those
+    # need, as one that submits work to any executor does.
+    if not self._closed:
+      _left.append(self._parent)
 
   def __str__(self) -> str:
     return "BatchIterator"
@@ -61,6 +73,13 @@ def _stop(parent: grain.DatasetIterator) -> None:
   # grain closes once more when the object dies, which at the end of Python is after its own modules
   # have been taken apart, and then prints that it failed.
   parent.close = lambda: None
+  _open.discard(parent)
+
+
+@atexit.register
+def _stop_all() -> None:
+  while _open:
+    _stop(next(iter(_open)))
 
 
 def _tuples(state: Any) -> Any:
