@@ -5,6 +5,7 @@ schema: every key, its type and its default. Config files are code, so run only 
 """
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import sys
@@ -258,10 +259,15 @@ def _keys_of(prefix: str) -> str:
   return f"config.{prefix}"[:-1] + " key"
 
 
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+  return typing.get_type_hints(kind, include_extras=True)
+
+
 def _defaults(kind: type, given: Mapping[str, Any], path: str) -> ConfigDict:
   """All fields of a mixer's Config, as given or by default."""
   fields = {f.name: f for f in dataclasses.fields(kind)}
-  hints = typing.get_type_hints(kind, include_extras=True)
+  hints = _hints(kind)
   for key in given:
     if key not in fields:
       raise unknown(_keys_of(f"{path}."), key, fields)

@@ -30,7 +30,7 @@ from rich.table import Table
 from rich.text import Text
 
 from attnlab import accounting, cli, data, metrics
-from attnlab.config import check, complete, resolve, to_json
+from attnlab.config import check, resolve, to_json
 from attnlab.errors import UserError, unknown
 from experiments.cells import Cell, Experiment
 
@@ -106,7 +106,7 @@ class Plan:
       config = c.config.copy_and_resolve_references()
       with config.unlocked():
         config.seed, config.optim.learning_rate = seed, float(rate)
-      config = resolve(complete(config))
+      config = resolve(config)
       tests = tuple(t.spec for t in c.tests)
       self._runs[cell, rate, seed] = Run(c.axes, config, tests)
     return self._runs[cell, rate, seed]

@@ -149,6 +149,7 @@ def _model(s: Size, pattern: str) -> ConfigDict:
   return resolve(c).model
 
 
+@functools.lru_cache(maxsize=256)
 def _mlp(s: Size, pattern: str) -> int:
   """The MLP's width that gives a model softmax attention's parameters."""
   return equal_mlp(pattern, models(s)["softmax"], layers=s.layers, d_model=s.d_model, mlp=s.mlp)
