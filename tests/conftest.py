@@ -16,6 +16,8 @@ os.environ["XLA_FLAGS"] = (
 # Pallas's interpreter calls Python from within programs: what that computes must not wait for a
 # thread that the program holds.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
+# What is compiled is used once, and compiling is most of the time of most tests.
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 def typed_modules() -> list[str]:

@@ -73,12 +73,7 @@ def make(decay, erase, reads, bonus, *, B=2, T=37, H=2, Hv=4, K=8, V=6, rho=0.5,
   return jax.tree.map(jnp.asarray, (r, normal(B, Hv, K, V)))
 
 
-# Compiling is nearly all of the time of these tests: let it optimise less.
-quick_jit = functools.partial(
-  jax.jit,
-  static_argnames=("backend", "chunk"),
-  compiler_options={"xla_backend_optimization_level": 0},
-)
+jit = functools.partial(jax.jit, static_argnames=("backend", "chunk"))
 
 
 def call(r, S, segment_ids=None, *, backend="xla", chunk=8):
@@ -86,10 +81,10 @@ def call(r, S, segment_ids=None, *, backend="xla", chunk=8):
   return linear_recurrence(r, S, **options)
 
 
-outputs = quick_jit(call)
+outputs = jit(call)
 
 
-@quick_jit
+@jit
 def run_jit(r, S, segment_ids, do, dS, *, backend, chunk):
   forward = functools.partial(call, segment_ids=segment_ids, backend=backend, chunk=chunk)
   (o, final), vjp = jax.vjp(forward, r, S)

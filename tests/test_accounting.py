@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 from ml_collections import ConfigDict
-from quick import jit
 
 from attnlab import accounting
 from attnlab.mixers import mixers
@@ -121,7 +120,9 @@ def test_decoding_costs_what_xla_counts(name):
   model = jax.eval_shape(lambda: Model(c, jax.random.key(0)))
   cache = jax.eval_shape(lambda m: m.init_cache(B, length), model)
   tokens = jax.ShapeDtypeStruct((B,), jnp.int32)
-  program = jit(lambda m, t, cache: m.decode_step(t, cache)).lower(model, tokens, cache).compile()
+  program = (
+    jax.jit(lambda m, t, cache: m.decode_step(t, cache)).lower(model, tokens, cache).compile()
+  )
   counted, told = program.cost_analysis()["flops"] / B, accounting.costs(c, length).decode_flops
   assert told <= counted <= (1.12 if name == "mla" else 1.08) * told
 

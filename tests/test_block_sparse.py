@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from gpu_races import watch
 from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams
-from quick import jit
 
 from pallas_kernels import dispatch
 from pallas_kernels.block_sparse import (
@@ -129,7 +128,7 @@ def with_gradients(args, indices, **options):
     out = attend(q, k, v, indices, *sinks, **options)
     return weighted(*out), out
 
-  gradients, out = jit(jax.grad(run, has_aux=True))([jnp.asarray(x) for x in args], indices)
+  gradients, out = jax.jit(jax.grad(run, has_aux=True))([jnp.asarray(x) for x in args], indices)
   return out, gradients
 
 
@@ -348,7 +347,7 @@ def test_gpu_kernels_meet_a_cache():
   options = dict(block_size=64, starts=np.array([0, 40]), query_positions=np.arange(95, 100))
   run = functools.partial(attend, backend="interpret_gpu", **options)
   indices = choices(HKV, 5, 2, 2)
-  got = jit(run)(q, k, v, indices)
+  got = jax.jit(run)(q, k, v, indices)
   want = definition(*(np.asarray(x, np.float64) for x in (q, k, v)), indices, **options)
   for g, w, bound in zip(got, want, (1e-2, 1e-5), strict=True):
     np.testing.assert_allclose(np.asarray(g, np.float64), w, rtol=bound, atol=bound)
@@ -406,7 +405,7 @@ def test_caches(float64, small_chunks, window):
     options = dict(block_size=4, window=window, starts=starts)
     options["query_positions"] = np.arange(15, 20)
     indices = choices(HKV, 5, 8, 3)
-    got = jit(functools.partial(attend, **options))(q, k, v, indices, sinks)
+    got = jax.jit(functools.partial(attend, **options))(q, k, v, indices, sinks)
     for g, w in zip(got, definition(q, k, v, indices, sinks, **options), strict=True):
       np.testing.assert_allclose(g, w, rtol=1e-12, atol=1e-12)
 
@@ -416,11 +415,11 @@ def test_few_queries_read_a_cache_where_it_lies(float64):
   q, k, v, sinks = inputs(1, 70)
   options = dict(block_size=4, starts=np.array([0, 7]), query_positions=np.array([69]))
   indices = np.stack([[[[17, 2, -1]], [[0, 16, 5]]], [[[15, 3, 1]], [[14, -1, -1]]]])
-  got = jit(functools.partial(attend, **options))(q, k, v, indices, sinks)
+  got = jax.jit(functools.partial(attend, **options))(q, k, v, indices, sinks)
   for g, w in zip(got, definition(q, k, v, indices, sinks, **options), strict=True):
     np.testing.assert_allclose(g, w, rtol=1e-12, atol=1e-12)
   k = jax.ShapeDtypeStruct((B, 1 << 16, HKV, D), jnp.float32)
-  run = jit(functools.partial(attend, block_size=4, query_positions=np.array([69])))
+  run = jax.jit(functools.partial(attend, block_size=4, query_positions=np.array([69])))
   compiled = run.lower(jnp.asarray(q, jnp.float32), k, k, indices).compile()
   assert compiled.memory_analysis().temp_size_in_bytes < k.size / 10
 
@@ -437,7 +436,7 @@ def test_values_that_are_channels_of_the_keys(float64, small_chunks, backend):
     return weighted(*out), out
 
   def results(*args):
-    return jit(jax.grad(functools.partial(run, *args), (0, 1), has_aux=True))(q, k)
+    return jax.jit(jax.grad(functools.partial(run, *args), (0, 1), has_aux=True))(q, k)
 
   got = results(lambda k: V, backend)
   want = results(lambda k: k[..., :V], "reference")
@@ -455,7 +454,7 @@ def test_all_blocks_are_full_attention(float64, small_chunks):
     out = softmax_attention(*args, segment_ids=SEGMENTS)
     return weighted(*out), out
 
-  gradients, out = jit(jax.grad(full, has_aux=True))([jnp.asarray(x) for x in args])
+  gradients, out = jax.jit(jax.grad(full, has_aux=True))([jnp.asarray(x) for x in args])
   for g, w in zip(jax.tree.leaves(got), jax.tree.leaves((out, gradients)), strict=True):
     np.testing.assert_allclose(g, w, rtol=1e-9, atol=1e-12)
 
@@ -463,7 +462,7 @@ def test_all_blocks_are_full_attention(float64, small_chunks):
 def test_bitwise_causal(small_chunks):
   q, k, v, sinks = (x.astype(np.float32) for x in inputs(23))
   indices = choices(HKV, 23, 6, 3)
-  run = jit(lambda *a: attend(*a, block_size=4, window=3, segment_ids=SEGMENTS))
+  run = jax.jit(lambda *a: attend(*a, block_size=4, window=3, segment_ids=SEGMENTS))
   before = run(q, k, v, indices, sinks)
   for x in (q, k, v):
     x[:, 13:] = 1e6
@@ -499,7 +498,7 @@ def test_merging_is_attention_over_the_union(float64):
     out = merge_attention(*(attend(q, k, v, i, block_size=4) for i in halves))
     return weighted(*out), out
 
-  got = jit(jax.grad(merged, (0, 1, 2), has_aux=True))(q, k, v)
+  got = jax.jit(jax.grad(merged, (0, 1, 2), has_aux=True))(q, k, v)
   indices = np.concatenate(halves, axis=-1)
   out, gradients = with_gradients([q, k, v], indices, block_size=4)
   for g, w in zip(jax.tree.leaves(got), jax.tree.leaves((gradients, out)), strict=True):
@@ -527,7 +526,7 @@ def test_residuals_are_inputs_and_outputs():
   q, k, v, _ = (jnp.asarray(x, jnp.float32) for x in inputs(64))
   indices = jnp.asarray(choices(HKV, 64, 8, 4))
   run = lambda *a: jax.vjp(lambda *a: attend(*a, indices, block_size=8), *a)  # noqa: E731
-  (o, lse), vjp = jit(run)(q, k, v)
+  (o, lse), vjp = jax.jit(run)(q, k, v)
   kept = sum(x.size for x in jax.tree.leaves(vjp))
   layout = 64 + B * 64
   assert kept <= sum(x.size for x in (q, k, v, o, lse, indices)) + layout

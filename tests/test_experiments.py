@@ -154,7 +154,7 @@ def test_cells_can_be_run(name, size):
   assert e.name == name
   plan = Plan(e.cells(size), 3, {})
   for i, cell in enumerate(plan.cells):
-    check(plan.sweep(i)[0].config)
+    check(plan.run(i, cell.learning_rates[0], 0).config)
     for test in cell.tests:
       axes = {**cell.axes, **test.axes}.keys()
       assert {e.plot["line"], e.plot["facet"]} <= axes

@@ -73,11 +73,11 @@ def same_cost(names):
 
 
 KEYS = ("kernel", "phase", "shape", "call")
-# One of each kind, forward and backward: what every run of the tests reads.
+# One of each kind: what every run of the tests reads.
 FEW = [
   "linear_recurrence/forward_backward/kimi_linear",
   "linear_recurrence_step/float32_state/kimi_linear",
-  "block_sparse/forward_backward/nsa",
+  "block_sparse/forward/nsa",
 ]
 
 

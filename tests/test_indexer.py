@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from quick import jit
 
 from pallas_kernels import dispatch
 from pallas_kernels.index_scores import index_scores, tpu
@@ -49,7 +48,7 @@ def test_scores(monkeypatch, end):
       out = index_scores(q, w, k, end)
       return jnp.vdot(out, g), out
 
-    gradients, out = jit(jax.grad(run, (0, 1, 2), has_aux=True))(*args, end)
+    gradients, out = jax.jit(jax.grad(run, (0, 1, 2), has_aux=True))(*args, end)
   np.testing.assert_allclose(out, definition(*args, end), rtol=1e-12, atol=1e-12)
   for got, want in zip(gradients, derivatives(*args, g, end), strict=True):
     np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-12)
@@ -101,7 +100,7 @@ def test_memory_is_of_a_tile():
     jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, 16, 64, 64), (1, 16, 64), (1, 1 << 16, 64))
   )
   loss = lambda *args: index_scores(*args).sum()  # noqa: E731
-  compiled = jit(jax.grad(loss, (0, 1, 2))).lower(q, w, k).compile()
+  compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, w, k).compile()
   scores = 4 * 16 << 16
   assert (
     compiled.memory_analysis().temp_size_in_bytes < 4 * scores + 5 * dispatch._CPU < 64 * scores / 4

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from quick import jit
 
 from attnlab.errors import UserError
 from attnlab.mixers import Context, Layer, configure, mixer
@@ -27,7 +26,7 @@ def make(coarse_size=None):
 
 def read(layer, x, pieces):
   """Outputs of x in pieces, from an empty cache; in one, without."""
-  step = jit(lambda layer, x, ctx, cache: layer(x, ctx, cache))
+  step = jax.jit(lambda layer, x, ctx, cache: layer(x, ctx, cache))
   cache, at, out = (layer.init_cache(1, T) if len(pieces) > 1 else None), 0, []
   for n in pieces:
     got = step(layer, x[:, at : at + n], Context(at + jnp.arange(n)[None]), cache)

@@ -26,8 +26,8 @@ from recurrences import (
   call,
   cast,
   ids,
+  jit,
   make,
-  quick_jit,
   rounded,
   run,
   some,
@@ -114,7 +114,7 @@ def test_gate_gradients_summed_over_time():
   assert_close(*total, 1.5e-2)
 
 
-outputs = quick_jit(functools.partial(call, backend="interpret_gpu", chunk=64))
+outputs = jit(functools.partial(call, backend="interpret_gpu", chunk=64))
 
 
 @pytest.mark.parametrize("case", some(FEW[1:], [KDA]))

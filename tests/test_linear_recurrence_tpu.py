@@ -25,9 +25,9 @@ from recurrences import (
   call,
   cast,
   ids,
+  jit,
   make,
   named,
-  quick_jit,
   rounded,
   run,
   some,
@@ -139,7 +139,7 @@ def test_gate_gradients_summed_over_time():
   assert_close(*total, 1.5e-2)
 
 
-outputs = quick_jit(functools.partial(call, backend="interpret", chunk=32))
+outputs = jit(functools.partial(call, backend="interpret", chunk=32))
 
 
 @pytest.mark.parametrize("case", some(FEW[1:], [KDA]))
@@ -171,7 +171,7 @@ def test_nothing_unwritten_is_read(case, sizes):
   B, T = r.v.shape[:2]
   runs = segments.runs(jnp.asarray(SEGMENTS[:B, :T]))
 
-  @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+  @jax.jit
   def walk(r, S, do):
     o, final, boundaries = tpu.forward(r, S, runs, 32, keep=True, interpret=tpu_races.STRICT)
     return o, final, tpu.backward(r, runs, 32, boundaries, do, S, interpret=tpu_races.STRICT)

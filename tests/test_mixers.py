@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.ad_checkpoint import print_saved_residuals
-from quick import jit
 
 import pallas_kernels as pk
 from attnlab import sharding
@@ -116,7 +115,7 @@ class Case:
     self.config = configure(cls, self.settings)
     # The second and third layer of four: neither end, where layer-dependent constants may degenerate.
     self.indices, self.keys = 1 + np.arange(LAYERS), jax.random.split(jax.random.key(0), LAYERS)
-    self.built = jit(jax.vmap(self.build))(self.indices, self.keys)
+    self.built = jax.jit(jax.vmap(self.build))(self.indices, self.keys)
     self.graph, params, rest = nnx.split(self.built, nnx.Param, ...)
     leaves, tree = jax.tree.flatten(params)
     moved = [np.asarray(x) + 0.1 * random(100 + i, *x.shape) for i, x in enumerate(leaves)]
@@ -156,7 +155,7 @@ class Case:
 
   @functools.cached_property
   def compiled(self):
-    return jit(jax.grad(self.loss, argnums=(0, 1), has_aux=True))
+    return jax.jit(jax.grad(self.loss, argnums=(0, 1), has_aux=True))
 
   def gradients(self, x, cotangent, ids):
     """Outputs, and the gradients of parameters ("[0]...") and of x ("[1]")."""
@@ -183,7 +182,7 @@ class Case:
 
   @functools.cached_property
   def step(self):
-    return jit(self.apply)
+    return jax.jit(self.apply)
 
   def outputs(self, x):
     """Outputs of whole sequences, without documents."""
@@ -200,7 +199,7 @@ class Case:
   @functools.cached_property
   def prefill(self):
     """(x, positions, ids, cache) -> outputs and cache."""
-    return jit(lambda x, pos, ids, cache: self.forward(self.params, x, pos, ids, cache))
+    return jax.jit(lambda x, pos, ids, cache: self.forward(self.params, x, pos, ids, cache))
 
   @functools.cached_property
   def decode(self):
@@ -215,7 +214,7 @@ class Case:
       (_, cache), y = jax.lax.scan(body, (first, cache), jnp.moveaxis(x, 1, 0))
       return jnp.moveaxis(y, 0, 1), cache
 
-    return jit(run)
+    return jax.jit(run)
 
 
 def by_name(tree):
@@ -332,7 +331,7 @@ def test_equation(case):
     return {k: v for k, v in signals.items() if k not in layer.output_only}
 
   layer = case.layer(case.params)
-  signals = jit(signals_of)(layer, x)
+  signals = jax.jit(signals_of)(layer, x)
   state = layer.init_state(len(x))
   with jax.enable_x64(True):
     signals = jax.tree.map(lambda x: np.asarray(x, np.float64), signals)
@@ -351,7 +350,7 @@ def test_equation(case):
         parts = [jnp.vdot(x, random(30 + i, *x.shape)) for i, x in enumerate(jax.tree.leaves(out))]
         return sum(parts), out
 
-      g = jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+      g = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
 
       def run(*args):
         grads, out = jax.device_get(g(*args))
@@ -488,7 +487,7 @@ def sharded_gradients(case, **sizes):
     params = jax.device_put(case.params, sharding.shardings(case.params, mesh))
     batch = [case.x, case.cotangent, positions(SEGMENTS), SEGMENTS]
     batch = [jax.device_put(a, sharding.batch_sharding(mesh)) for a in batch]
-    g = jit(jax.grad(case.loss, argnums=(0, 1), has_aux=True))
+    g = jax.jit(jax.grad(case.loss, argnums=(0, 1), has_aux=True))
     grads, y = jax.device_get(g(params, *batch))
     return y, case.reached(by_name(grads))
 
@@ -525,7 +524,7 @@ def test_cached_on_a_mesh(case):
 @of_shapes
 def test_stacked(case):
   """Layers built by vmap over their number and scanned are those built one by one and applied in turn."""
-  one, stacked = jit(lambda key: case.build(2, key))(case.keys[1]), by_name(case.built)
+  one, stacked = jax.jit(lambda key: case.build(2, key))(case.keys[1]), by_name(case.built)
   for name, value in by_name(one).items():
     np.testing.assert_allclose(stacked[name][1], value, rtol=1e-5, atol=1e-6)
   # The first layer of a kind is handed zeros.
@@ -533,7 +532,9 @@ def test_stacked(case):
   in_turn = case.x, first
   for i in range(LAYERS):
     _, in_turn = case.step(case.unstacked(i), in_turn)
-  scan = jit(lambda x: jax.lax.scan(lambda c, l: case.apply(l, c)[::-1], (x, first), case.stacked))
+  scan = jax.jit(
+    lambda x: jax.lax.scan(lambda c, l: case.apply(l, c)[::-1], (x, first), case.stacked)
+  )
   np.testing.assert_allclose(scan(case.x)[0][0], in_turn[0], rtol=1e-4, atol=1e-4)
 
 
@@ -614,7 +615,7 @@ def inputs():
 
 def assert_same(pairs, inputs):
   """Both of each pair of results: float64, two ways to compute one thing."""
-  for a, b in jit(pairs)(inputs):
+  for a, b in jax.jit(pairs)(inputs):
     for x, y in zip(a, b, strict=True):
       np.testing.assert_allclose(x, y, rtol=1e-10, atol=1e-10)
 
@@ -654,7 +655,7 @@ def test_identities_of_the_delta_rule(inputs):
 
 def test_no_step_keeps_the_state(inputs):
   q, k, v, g, beta, S = inputs
-  run = jit(functools.partial(pk.delta_rule, return_state=True))
+  run = jax.jit(functools.partial(pk.delta_rule, return_state=True))
   o, after = run(q, k, v, 0 * beta, initial_state=S)
   np.testing.assert_array_equal(after, S)
   want = jnp.einsum("bthk,bhkv->bthv", q * k.shape[-1] ** -0.5, S)

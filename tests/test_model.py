@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from flax import nnx
 from ml_collections import ConfigDict
-from quick import jit
 
 from attnlab.errors import UserError
 from attnlab.losses import cross_entropy
@@ -37,7 +36,7 @@ def build(pattern, **settings) -> Model:
 
 
 def make(pattern, **settings) -> Model:
-  return jit(lambda: build(pattern, **settings))()
+  return jax.jit(lambda: build(pattern, **settings))()
 
 
 def batch_of(rows=2, length=6):
@@ -84,7 +83,7 @@ def test_cross_entropy_in_chunks(chunk):
       out = f(x, head)
       return sum(jnp.vdot(c, y) for c, y in zip(cotangents, out, strict=False)), out
 
-    (dx, dhead), out = jit(jax.grad(loss, (0, 1), has_aux=True))(*arrays)
+    (dx, dhead), out = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(*arrays)
     return [*out[:2], dx, dhead], out
 
   single = [np.float32(y) for y in (x, head)]
@@ -103,7 +102,7 @@ def test_the_loss_is_a_weighted_mean(z_loss):
   """Of the losses of tokens, and of log(Z)^2 besides, from the model's own logits."""
   model, batch = make("softmax", num_layers=1, z_loss=z_loss), batch_of()
 
-  @jit
+  @jax.jit
   def run(model):
     logits = model.forward(batch["inputs"], batch["positions"], batch["segment_ids"])
     return *model.loss(batch), model.token_nll(batch), logits
@@ -143,7 +142,7 @@ def unrolled():
     nll, _ = dense_cross_entropy(model.norm(x), model.embedding[...], batch["targets"])
     return (batch["weights"] * nll).sum() / batch["weights"].sum()
 
-  return jit(jax.value_and_grad(loss))(model)
+  return jax.jit(jax.value_and_grad(loss))(model)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +151,7 @@ def unrolled():
 def test_scan_and_recomputation_change_nothing(remat):
   """Loss and every gradient are those of the layers one by one. float32 sums in another order: 1e-5."""
   model, batch = make(MIXED, remat=remat), batch_of()
-  got = jit(jax.value_and_grad(lambda m: m.loss(batch)[0]))(model)
+  got = jax.jit(jax.value_and_grad(lambda m: m.loss(batch)[0]))(model)
   want = unrolled()
   np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
   flat = jax.tree_util.tree_leaves_with_path(nnx.state(got[1], nnx.Param))
@@ -238,7 +237,9 @@ def test_logits_are_products_with_the_embedding_or_a_head(tied):
   x = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + model.norm.eps)
   head = table if tied else np.asarray(model.head[...], np.float64)
   assert (model.head is None) == tied
-  np.testing.assert_allclose(jit(Model.forward)(model, tokens), x @ head.T, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(
+    jax.jit(Model.forward)(model, tokens), x @ head.T, rtol=1e-4, atol=1e-5
+  )
 
 
 def test_a_tied_table_has_both_gradients():
@@ -246,7 +247,7 @@ def test_a_tied_table_has_both_gradients():
   tied, batch = silent(), batch_of()
   untied = silent(tie_embeddings=False)
   untied.embedding[...] = untied.head[...] = tied.embedding[...]
-  gradient = jit(jax.grad(lambda m: m.loss(batch)[0]))
+  gradient = jax.jit(jax.grad(lambda m: m.loss(batch)[0]))
   one, two = gradient(tied), gradient(untied)
   both = two.embedding[...] + two.head[...]
   assert distance(one.embedding[...], both) < 1e-5

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from quick import jit
 
 from attnlab import sharding
 from attnlab.errors import UserError
@@ -63,7 +62,7 @@ def of(apply, moe, x):
     # The balance loss counts as it does in training, made large enough to be seen.
     return jnp.sum(y * weight) + 100 * balance, (y, balance)
 
-  grads, out = jit(jax.grad(loss, (0, 1), has_aux=True))(params, x)
+  grads, out = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, x)
   leaves = jax.tree_util.tree_leaves_with_path((out, grads))
   return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
@@ -104,7 +103,7 @@ def test_load(float64):
 def test_no_token_is_dropped():
   """Not even where all take the same expert: its load is all of them, and the loss that asks for balance is maximal."""
   moe, x = make(np.float32, bias=[0, 0, 9, 0, 0, 0], top_k=1, shared=0)
-  y, aux = jit(lambda moe, x: moe(x))(moe, x)
+  y, aux = jax.jit(lambda moe, x: moe(x))(moe, x)
   want = swiglu(x, *(w[...][2] for w in (moe.gate, moe.up, moe.down)))
   np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-6)
   assert aux["expert_load_max"] == 6

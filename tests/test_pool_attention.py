@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from quick import jit
 
 from pallas_kernels import dispatch
 from pallas_kernels.pool_attention import pool_attention, pool_weights, tpu
@@ -72,7 +71,7 @@ def with_gradients(args, where, backend):
     number = (o * a).sum() + jnp.where(seen, jnp.where(seen, lse, 0) * b, 0).sum()
     return number, (o, lse, p, own)
 
-  gradients, out = jit(jax.grad(run, argnums=(0, 1, 2), has_aux=True))(*map(jnp.asarray, args))
+  gradients, out = jax.jit(jax.grad(run, argnums=(0, 1, 2), has_aux=True))(*map(jnp.asarray, args))
   return out, gradients
 
 

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from quick import jit
 
 from pallas_kernels.softmax_attention import cudnn, softmax_attention, splash, xla
 from pallas_kernels.softmax_attention.visibility import Visibility
@@ -86,7 +85,7 @@ def attend(q, k, v, sinks=None, *, window=None, scale=None, backend="auto", **re
   def run(args, rest):
     return within(*args, window=window, scale=scale, backend=backend, **rest)
 
-  return jit(run)(*arrays(q, k, v, sinks, **rest))
+  return jax.jit(run)(*arrays(q, k, v, sinks, **rest))
 
 
 def within(q, k, v, sinks=None, **options):
@@ -108,7 +107,7 @@ def with_gradients(args, **options):
     out = within(*args, **options)
     return weighted(*out), out
 
-  gradients, out = jit(jax.grad(loss, has_aux=True))([jnp.asarray(x) for x in args])
+  gradients, out = jax.jit(jax.grad(loss, has_aux=True))([jnp.asarray(x) for x in args])
   return out, gradients
 
 
@@ -212,7 +211,7 @@ def test_a_query_that_sees_nothing(small_blocks, backend, with_sinks):
     o, lse = within(*args, **options, backend=backend)
     return jnp.sum(o) + jnp.sum(jnp.exp(lse)), (o, lse)
 
-  gradients, (o, lse) = jit(jax.grad(run, has_aux=True))([jnp.asarray(x) for x in args])
+  gradients, (o, lse) = jax.jit(jax.grad(run, has_aux=True))([jnp.asarray(x) for x in args])
   assert not np.any(o[0]) and np.all(np.isfinite(o))
   expected = np.broadcast_to(sinks.astype(np.float32) if with_sinks else -np.inf, lse[0].shape)
   np.testing.assert_allclose(lse[0], expected, rtol=1e-6)
@@ -273,7 +272,7 @@ def test_bfloat16():
       return weighted(o.astype(lse.dtype), lse), (o, lse)
 
     args = [x.astype(dtype) for x in rounded]
-    gradients, out = jit(jax.grad(loss, (0, 1), has_aux=True))(args, sinks)
+    gradients, out = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(args, sinks)
     assert gradients[1].dtype == sinks.dtype
     return [np.asarray(x, np.float64) for x in jax.tree.leaves((out, gradients))]
 
@@ -313,7 +312,7 @@ def reached(Tq, Tk, seen):
     blocks.append(xla._Blocks(Tq, Tk, seen))
     return blocks[0].end - blocks[0].first
 
-  return np.asarray(jit(run)(seen)), blocks[0]
+  return np.asarray(jax.jit(run)(seen)), blocks[0]
 
 
 def test_only_blocks_that_are_seen_are_computed():
@@ -331,7 +330,7 @@ def test_only_blocks_that_are_seen_are_computed():
 
 def test_residuals_are_inputs_and_outputs():
   q, k, v, _ = (jnp.asarray(x, jnp.float32) for x in inputs(64))
-  (o, lse), vjp = jit(lambda *a: jax.vjp(softmax_attention, *a))(q, k, v)
+  (o, lse), vjp = jax.jit(lambda *a: jax.vjp(softmax_attention, *a))(q, k, v)
   kept = sum(x.size for x in jax.tree.leaves(vjp))
   positions = 2 * 64
   assert kept <= sum(x.size for x in (q, k, v, o, lse)) + positions
@@ -369,11 +368,11 @@ def test_libraries_are_asked_for_the_same(name, options):
     return weighted(*within(*args, window=window, segment_ids=ids, backend="reference"))
 
   args = [jnp.asarray(x, jnp.float32) for x in args]
-  gradients, out = jit(jax.grad(run, has_aux=True))(args)
+  gradients, out = jax.jit(jax.grad(run, has_aux=True))(args)
   want = definition(*map(np.asarray, args), window=window, segment_ids=ids)
   for g, w in zip(out, want, strict=True):
     np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5)
-  for g, w in zip(gradients, jit(jax.grad(dense))(args), strict=True):
+  for g, w in zip(gradients, jax.jit(jax.grad(dense))(args), strict=True):
     np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-4)
 
 
@@ -425,8 +424,8 @@ def test_higher_derivatives_of_the_reference():
     q, k, v, _ = inputs(5)
     gradient = jax.grad(lambda q: weighted(*within(q, k, v, backend="reference")))
     direction = np.random.default_rng(5).normal(size=q.shape)
-    second = jit(jax.grad(lambda q: jnp.vdot(gradient(q), direction)))(q)
-    gradient = jit(gradient)
+    second = jax.jit(jax.grad(lambda q: jnp.vdot(gradient(q), direction)))(q)
+    gradient = jax.jit(gradient)
     difference = (gradient(q + 1e-5 * direction) - gradient(q - 1e-5 * direction)) / 2e-5
     np.testing.assert_allclose(second, difference, rtol=1e-5, atol=1e-7)
 

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from quick import jit
 
 from attnlab import sharding
 from attnlab.errors import UserError
@@ -33,12 +32,12 @@ def context(start, T, batch=B, segment_ids=None):
 
 
 def whole(layer, x, start=0):
-  return jit(lambda layer, x: layer(x, context(start, x.shape[1], x.shape[0])).y)(layer, x)
+  return jax.jit(lambda layer, x: layer(x, context(start, x.shape[1], x.shape[0])).y)(layer, x)
 
 
 def in_pieces(layer, x, pieces, max_len=None):
   """Reads x into a cache in pieces of these lengths: the outputs and the last cache."""
-  step = jit(lambda layer, x, ctx, cache: layer(x, ctx, cache))
+  step = jax.jit(lambda layer, x, ctx, cache: layer(x, ctx, cache))
   cache, start, out = layer.init_cache(x.shape[0], max_len or x.shape[1]), 0, []
   for n in pieces:
     got = step(layer, x[:, start : start + n], context(start, n, x.shape[0]), cache)
@@ -174,7 +173,7 @@ def test_latent_space_gives_what_expanded_keys_give(extra):
       o = getattr(layer, form)(q, latent, where)
       return jnp.sum(jnp.sin(o)), o
 
-    return jit(jax.grad(loss, (0, 1, 2), has_aux=True))(layer, q, latent)
+    return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(layer, q, latent)
 
   jax.tree.map(close, run("absorbed"), run("expanded"))
 
@@ -244,7 +243,7 @@ def test_sharded_caches(name, settings, sizes):
   mesh = sharding.make_mesh(dict(replica=1) | sizes)
   with jax.set_mesh(mesh):
     layer = jax.device_put(layer, sharding.shardings(layer, mesh))
-    got = jit(read)(layer, sharding.put(x, "batch", None, None))
+    got = jax.jit(read)(layer, sharding.put(x, "batch", None, None))
   close(got, want)
 
 

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from quick import jit
 
 from attnlab import sharding
 from attnlab.errors import UserError
@@ -65,7 +64,7 @@ def context(start, length, batch, ids=None, dense=False):
 
 def whole(layer, x, **options):
   run = lambda layer, x: layer(x, context(0, T, x.shape[0], **options)).y  # noqa: E731
-  return np.asarray(jit(run)(layer, x))
+  return np.asarray(jax.jit(run)(layer, x))
 
 
 @functools.cache
@@ -108,7 +107,7 @@ def test_indexer_loss(name, settings, dense):
     out = nnx.merge(graph, params, rest)(x, context(0, T, 1, dense=dense))
     return out.aux["indexer_loss"], (out.y, out.aux)
 
-  (dparams, dx), (got, aux) = jit(jax.grad(loss, (0, 1), has_aux=True))(params, x)
+  (dparams, dx), (got, aux) = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, x)
   np.testing.assert_allclose(got[0], want_y, rtol=2e-5, atol=2e-5)
   assert aux.keys() == want.keys()
   for key in want:
@@ -121,7 +120,7 @@ def test_indexer_loss(name, settings, dense):
 
 def read(layer, x, pieces, ids=None, max_len=T + 3):
   """Outputs of x in pieces, from an empty cache."""
-  step = jit(lambda layer, x, ctx, cache: layer(x, ctx, cache))
+  step = jax.jit(lambda layer, x, ctx, cache: layer(x, ctx, cache))
   cache, at, out = layer.init_cache(x.shape[0], max_len), 0, []
   for n in pieces:
     here = None if ids is None else ids[:, at : at + n]
@@ -162,7 +161,7 @@ def test_chunks_of_queries(monkeypatch, name, dense, devices):
     x, aux = jax.lax.scan(body, x, None, length=2)
     return jnp.sum(x**2) + sum(aux[k].sum() for k in aux if k.endswith("_loss"))
 
-  want = jax.device_get(jit(jax.value_and_grad(loss, (0, 1)))(params, x))
+  want = jax.device_get(jax.jit(jax.value_and_grad(loss, (0, 1)))(params, x))
   monkeypatch.setattr(dispatch, "_CPU", 1 << 13)
   mesh = sharding.make_mesh(
     dict(replica=1, data=-1, model=min(2, devices)), jax.devices()[:devices]
@@ -170,7 +169,7 @@ def test_chunks_of_queries(monkeypatch, name, dense, devices):
   with jax.set_mesh(mesh):
     params = jax.device_put(params, sharding.shardings(params, mesh))
     x = jax.device_put(x, sharding.batch_sharding(mesh))
-    got = jax.device_get(jit(jax.value_and_grad(loss, (0, 1)))(params, x))
+    got = jax.device_get(jax.jit(jax.value_and_grad(loss, (0, 1)))(params, x))
   for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
     assert np.linalg.norm(g - w) <= 1e-4 * np.linalg.norm(w)
 
@@ -209,7 +208,7 @@ def test_everything_is_full_attention(name):
       y = nnx.merge(graph, params, rest)(x, ctx).y
       return jnp.sum(y * cotangent), y
 
-    return jax.tree.leaves(jit(jax.grad(loss, (0, 1), has_aux=True))(params, x))
+    return jax.tree.leaves(jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, x))
 
   for got, want in zip(run(False), run(True), strict=True):
     assert np.linalg.norm(got - want) <= 1e-5 * np.linalg.norm(want)
@@ -255,13 +254,13 @@ def test_a_choice_handed_on():
   del params["indexer"]
   takes, x = nnx.merge(graph, params, rest), jnp.asarray(tokens())
   gives = nnx.merge(nnx.graphdef(gives), *nnx.split(own, nnx.Param, ...)[1:])
-  given = jit(lambda layer, x: layer(x, context(0, T, 1)).shared)(gives, x)
+  given = jax.jit(lambda layer, x: layer(x, context(0, T, 1)).shared)(gives, x)
   ctx = context(0, T, 1)
   run = lambda layer, x, shared: layer(x, Context(ctx.positions, shared=shared)).y  # noqa: E731
   want = alone("dsa")[2]
-  np.testing.assert_allclose(jit(run)(takes, x, given), want, rtol=1e-6, atol=1e-6)
+  np.testing.assert_allclose(jax.jit(run)(takes, x, given), want, rtol=1e-6, atol=1e-6)
   nothing = jax.tree.map(jnp.zeros_like, given)
-  assert not np.any(jit(run)(takes, x, nothing))
+  assert not np.any(jax.jit(run)(takes, x, nothing))
 
 
 @pytest.mark.slow
@@ -279,7 +278,7 @@ def test_memory_is_linear_in_length(name, dense):
   def temporary(length):
     x = jax.ShapeDtypeStruct((1, length, D), jnp.float32)
     ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
-    compiled = jit(jax.grad(loss, (0, 1))).lower(params, x, ids).compile()
+    compiled = jax.jit(jax.grad(loss, (0, 1))).lower(params, x, ids).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
   sizes = [temporary(length) for length in (8192, 16384, 32768)]
