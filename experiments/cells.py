@@ -128,16 +128,29 @@ def _sees_neighbours(pattern: str) -> bool:
   )
 
 
-def layer(name: str, *, num_heads: int, head_dim: int) -> str:
+def layer(
+  name: str, *, num_heads: int, head_dim: int, rope: bool = False, conv_size: int | None = None
+) -> str:
   """A layer of a table's mixer, as a pattern: its states are head_dim x head_dim a head.
 
   Args:
-    name: of the registry, perhaps with " ungated", without output gate. Softmax attention has no position encoding.
+    name: of the registry, perhaps with " ungated", without output gate.
+    rope: whether softmax attention has its position encoding; nothing else has one.
+    conv_size: of the convolutions of all but softmax attention, if it is not a mixer's own.
   """
   name, _, ungated = name.partition(" ")
-  own = {"softmax": "rope_fraction=0.0", "mamba2": f"state_dim={head_dim}"}
-  more = own.get(name, f"value_dim={head_dim}") + ", output_gate=False" * bool(ungated)
-  return f"{name}(num_heads={num_heads}, head_dim={head_dim}, {more})"
+  settings: dict[str, float] = {"num_heads": num_heads, "head_dim": head_dim}
+  if name == "mamba2":
+    settings["state_dim"] = head_dim
+  elif name not in ("softmax", "rwkv7"):
+    settings["value_dim"] = head_dim
+  if name == "softmax" and not rope:
+    settings["rope_fraction"] = 0.0
+  if ungated:
+    settings["output_gate"] = False
+  if conv_size is not None and name != "softmax":
+    settings["conv_size"] = conv_size
+  return f"{name}({', '.join(f'{k}={v}' for k, v in settings.items())})"
 
 
 def depth(pattern: str, layers: int) -> int:

@@ -5,7 +5,7 @@ python -m experiments.mad [--size=cpu|gpu|paper] [--only=mixer=deltanet] [--seed
 
 import dataclasses
 
-from experiments.cells import Cell, Experiment, Prediction, Test, after_shift, config
+from experiments.cells import Cell, Experiment, Prediction, Test, after_shift, config, layer
 from experiments.harness import main
 
 
@@ -83,16 +83,6 @@ PUBLISHED = {
 }
 
 
-def pattern(mixer: str, heads: int, head_dim: int) -> str:
-  shape = f"num_heads={heads}, head_dim={head_dim}"
-  values = {
-    "softmax": "",
-    "rwkv7": "",
-    "mamba2": f", state_dim={head_dim}",
-  }.get(mixer, f", value_dim={head_dim}")
-  return f"{mixer}({shape}{values})"
-
-
 def cell(size: str, label: str, mixer: str) -> Cell:
   s, task = SIZES[size], SIZES[size].tasks[label]
   args = task.args
@@ -100,7 +90,8 @@ def cell(size: str, label: str, mixer: str) -> Cell:
     size != "cpu"
   ):  # as many examples as the authors have; on two cores there is less than an epoch of them
     args = args | dict(train_examples=256 if label == "memorization" else 12_800)
-  layers = f"2*{pattern(mixer, s.heads, s.d_model // s.heads)}"
+  own = layer(mixer, num_heads=s.heads, head_dim=s.d_model // s.heads, rope=True)
+  layers = f"2*{own}"
   c = config(
     after_shift(layers) if size == "cpu" else layers, task.name, args, seq_len=task.length,
     layers=2, d_model=s.d_model, mlp=s.mlp, steps=s.steps, batch_size=s.batch_size,

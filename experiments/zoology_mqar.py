@@ -7,7 +7,7 @@ import dataclasses
 
 from attnlab import accounting
 from attnlab.config import resolve
-from experiments.cells import Cell, Experiment, Prediction, Test, after_shift, config
+from experiments.cells import Cell, Experiment, Prediction, Test, after_shift, config, layer
 from experiments.harness import main
 
 LINEAR = ("linear_attention", "mamba2", "gla", "deltanet", "gated_deltanet", "kda", "comba")
@@ -54,10 +54,7 @@ SIZES = {
 
 
 def pattern(mixer: str, width: int, shift: bool) -> str:
-  heads = f"num_heads=2, head_dim={width // 2}"
-  values = "state_dim" if mixer == "mamba2" else "value_dim"
-  more = "" if mixer == "softmax" else f", {values}={width // 2}, conv_size=4"
-  two = f"2*{mixer}({heads}{more})"
+  two = f"2*{layer(mixer, num_heads=2, head_dim=width // 2, rope=True, conv_size=4)}"
   return after_shift(two) if shift else two
 
 
