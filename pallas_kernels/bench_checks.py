@@ -33,6 +33,7 @@ RECURRENCES = {
   "k64_v64": Shape(1, 64, 2, 64, "channel", "key"),
   "k256_v256": Shape(1, 256, 2, 256, "channel", "key"),
   "k256_v512": Shape(1, 256, 2, 512, "scalar"),
+  "k128_low_rank": Shape(1, 128, 2, 128, "channel", "low_rank", "undecayed"),
   "k256_low_rank": Shape(1, 256, 2, 256, "channel", "low_rank", "undecayed"),
 }
 _BOUNDS = {"bfloat16": 2e-2, "float32": 1e-3}

@@ -2,10 +2,10 @@
 
 Pallas Mosaic GPU kernels are: what is local to a chunk, for all chunks at once (``gpu_chunk.py``: decays applied,
 triangular systems inverted), what walks chunks one after the other, the state forward and its gradient backward
-(``gpu_scan.py``), and, once the states at a chunk's ends and their gradients are there, the gradients of what it is
-computed from (``gpu_gradients.py``). XLA compiles what is elementwise: cumulative decays and other numbers a token, and
-their derivatives; and the gradients of a low-rank erase under a decay a channel in float32, whose sums and operands in
-parts are more than a Hopper GPU's shared memory.
+(``gpu_scan.py``, and ``gpu_stream.py`` where a chunk of keys is too large for it), and, once the states at a chunk's
+ends and their gradients are there, the gradients of what it is computed from (``gpu_gradients.py``). XLA compiles what
+is elementwise: cumulative decays and other numbers a token, and their derivatives; and the gradients of a low-rank
+erase in float32, whose sums and operands in parts are more than a Hopper GPU's shared memory.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.linear_recurrence import gpu_chunk, gpu_gradients, gpu_scan, xla
+from pallas_kernels.linear_recurrence import gpu_chunk, gpu_gradients, gpu_scan, gpu_stream, xla
 from pallas_kernels.linear_recurrence.gpu_scan import CHUNK, Plan
 from pallas_kernels.linear_recurrence.recurrence import KeyErase, LowRankErase, Recurrence
 
@@ -40,13 +40,9 @@ def supports(r: Recurrence, chunk: int | None) -> None:
     raise NotImplementedError(
       f"the GPU kernels take keys of 64, 128 or 256 channels and values of a multiple of 64; got {K} and {V}"
     )
-  if _plan(r) is None:
-    raise NotImplementedError(
-      f"a chunk of keys of {K} channels in {r.k.dtype} does not fit into a Hopper GPU's shared memory"
-    )
 
 
-def _plan(r: Recurrence) -> Plan | None:
+def _plan(r: Recurrence) -> Plan:
   B, T, Hv, V = r.v.shape
   K = r.k.shape[3]
   # Anything with more than eight bits is two bfloat16.
@@ -55,8 +51,13 @@ def _plan(r: Recurrence) -> Plan | None:
   for columns in (64, 32) if K <= 128 else (32,):
     p = Plan(B, Hv, K, V, -(-T // CHUNK), parts, erase, columns)
     if gpu_scan.fits(p, r.v.dtype.itemsize):
-      return p
-  return None
+      break
+  return p
+
+
+def _scan(p: Plan, o_bytes: int):
+  """The module that walks over chunks."""
+  return gpu_scan if gpu_scan.fits(p, o_bytes) else gpu_stream
 
 
 # --- what is local to a chunk ---
@@ -148,7 +149,7 @@ def forward(
   undecayed = tokens.reads == "undecayed"
   operands = gpu_chunk.operands(p, arrays, tokens.k.shape[2], undecayed, interpret)
   initial_state = initial_state.reshape(p.heads, p.K, p.V)
-  o, final, boundaries = gpu_scan.forward(
+  o, final, boundaries = _scan(p, r.v.dtype.itemsize).forward(
     p, operands, kept, _values(p, tokens.v), initial_state, r.v.dtype, boundaries=keep, interpret=interpret
   )  # fmt: skip
   o = o.reshape(p.B, p.chunks * CHUNK, p.Hv, p.V)[:, : r.v.shape[1]]
@@ -176,11 +177,11 @@ def backward(
   of_outputs = jnp.pad(do, ((0, 0), (0, p.chunks * CHUNK - do.shape[1]), (0, 0), (0, 0)))
   of_outputs = _values(p, of_outputs)
   dfinal = dfinal.reshape(p.heads, p.K, p.V)
-  dboundaries, dinitial, dy = gpu_scan.backward(
+  dboundaries, dinitial, dy = _scan(p, r.v.dtype.itemsize).backward(
     p, operands, kept, of_outputs, dfinal, interpret=interpret
   )
   dinitial = dinitial.reshape(p.B, p.Hv, p.K, p.V)
-  if not gpu_gradients.serves(p, r.decay):
+  if not gpu_gradients.serves(p):
     states = _states(p, boundaries), do, _states(p, dboundaries)
     return xla.between_states(r, runs, CHUNK, _GROUP, *states), dinitial
 

@@ -46,9 +46,9 @@ def _numbers() -> Array:
   return plgpu.layout_cast(jnp.zeros((CHUNK,), jnp.float32), _WGMMA.reduce(1))
 
 
-def serves(p: Plan, decay: str) -> bool:
+def serves(p: Plan) -> bool:
   """Whether shared memory holds the operands and sums of ``_channels_kernel``."""
-  return not (p.parts > 1 and p.erase == "low_rank" and decay == "channel")
+  return p.parts == 1 or p.erase != "low_rank"
 
 
 def _zero(i=0) -> Array:
