@@ -522,6 +522,17 @@ def test_cached_on_a_mesh(case):
 
 
 @of_shapes
+def test_one_row_on_a_mesh(case):
+  """A slice of its ids may be a single number, of which jax forgets where it lies. Traced alone."""
+  mesh = sharding.make_mesh(dict(replica=1, data=1, model=1), jax.devices()[:1])
+  with jax.set_mesh(mesh):
+    params = jax.device_put(case.params, sharding.shardings(case.params, mesh))
+    batch = [x[:1, :3] for x in (case.x, positions(WHOLE), WHOLE)]
+    batch = jax.device_put(batch, sharding.batch_sharding(mesh))
+    jax.eval_shape(lambda params, *batch: case.forward(params, *batch), params, *batch)
+
+
+@of_shapes
 def test_stacked(case):
   """Layers built by vmap over their number and scanned are those built one by one and applied in turn."""
   one, stacked = jax.jit(lambda key: case.build(2, key))(case.keys[1]), by_name(case.built)
