@@ -267,7 +267,7 @@ class TokenShift(nnx.Module):
     first = jnp.zeros_like(x[:, :1]) if state is None else sharding.like(state, x)
     before = jnp.concatenate([first, x[:, :-1]], axis=1)
     if segment_ids is not None:
-      # Of one row of two tokens each part is one number, and jax forgets where that lies.
+      # Of one row a part may be a single number, and jax forgets where that lies.
       parts = [sharding.like(ids, segment_ids) for ids in (segment_ids[:, :1], segment_ids[:, :-1])]
       before = jnp.where((jnp.concatenate(parts, axis=1) == segment_ids)[..., None], before, 0)
     return before, x[:, -1:]

@@ -32,7 +32,16 @@ from pallas_kernels.linear_recurrence.gpu_chunk import (
   _middles,
   _times,
 )
-from pallas_kernels.linear_recurrence.gpu_scan import CHUNK, Plan, parts, products, put, tiles
+from pallas_kernels.linear_recurrence.gpu_scan import (
+  CHUNK,
+  Plan,
+  joined,
+  parts,
+  products,
+  put,
+  tiles,
+  transposed,
+)
 
 _BLOCK = 64  # channels of a tile
 
@@ -54,14 +63,6 @@ def serves(p: Plan) -> bool:
 def _zero(i=0) -> Array:
   """0, but the compiler must not know: it would unroll loops, and keep in registers addresses that steps share."""
   return lax.shift_right_logical(lax.axis_index("batch") + i, jnp.int32(24))
-
-
-def _t(refs):
-  return [ref.T for ref in refs]
-
-
-def _value(refs) -> Array:
-  return functools.reduce(jnp.add, [ref[...].astype(jnp.float32) for ref in refs])
 
 
 def _fetch(sources: dict, pool, ready) -> dict:
@@ -176,9 +177,9 @@ def _values_kernel(p: Plan, tree, *refs, pool, x_refs, of_state, of_system, of_d
     if p.erase == "low_rank":
       sources |= {"removed": x.operand("removed"), "dy": x.value_tile("dy", j)}
     got = _fetch(sources, pool, of_own)
-    pairs = [(_t(got["scores"]), got["do"])]
+    pairs = [(transposed(got["scores"]), got["do"])]
     if p.erase == "low_rank":
-      pairs.append((_t(got["removed"]), got["dy"]))
+      pairs.append((transposed(got["removed"]), got["dy"]))
     dv = dv + products(_TILE, *pairs)
     outs["v"][x.chunk, :, columns] = dv.astype(outs["v"].dtype)
 
@@ -286,7 +287,7 @@ def _compared_kernel(p: Plan, tree, heads, undecayed, *refs, pairs, pool, of_val
 
     def compared(j, _, of_row=of_row, of_col=of_col):
       got = _fetch({x: at.value_tile(x, j) for x in (of_row, of_col)}, pool, of_values)
-      return [(got[of_row], _t(got[of_col]))], lambda: None
+      return [(got[of_row], transposed(got[of_col]))], lambda: None
 
     (dz,), _ = _sums(1, p.V // _BLOCK, compared)
     erases_key = p.erase == "key" and name == "k"
@@ -300,10 +301,10 @@ def _compared_kernel(p: Plan, tree, heads, undecayed, *refs, pairs, pool, of_val
     dz = jnp.where(mask, dz, 0.0)
     if erases_key:
       dz = -dz
-      gain("beta", jnp.sum(dz * _value(square), axis=1))
+      gain("beta", jnp.sum(dz * joined(square), axis=1))
       dz = dz * c.rows("beta")
     if f.scalar:
-      change = jnp.where(mask, dz * _value(square), 0.0)
+      change = jnp.where(mask, dz * joined(square), 0.0)
       gain(f"{decay}_row", jnp.sum(change, axis=1))
       gain("G_column", -jnp.sum(change, axis=0))
       dz = dz * jnp.exp(jnp.minimum(c.rows(f"{decay}_row") - c.columns("G_column"), 0.0))
@@ -373,7 +374,7 @@ def _channels_kernel(
     names = [of_row for *_, of_row in f.rows]
     sources = {name: at.value_tile(name, j) for name in names} | {"S": at.state_tile("S", i, j)}
     got = _fetch(sources, spare, of_reads)
-    return [(got[name], _t(got["S"])) for name in names], lambda: None
+    return [(got[name], transposed(got["S"])) for name in names], lambda: None
 
   def written(j, dkeep):
     names = [written for _, written in f.cols]
@@ -384,9 +385,9 @@ def _channels_kernel(
     def then():
       if not keeps:
         return None
-      return dkeep + jnp.sum(_value(got["S"]) * _value(got["D"]), axis=1)
+      return dkeep + jnp.sum(joined(got["S"]) * joined(got["D"]), axis=1)
 
-    return [(got[name], _t(got["D"])) for name in names], then
+    return [(got[name], transposed(got["D"])) for name in names], then
 
   met, _ = _sums(len(f.rows), p.V // _BLOCK, read)
   for (name, decay, start, _), dx in zip(f.rows, met, strict=True):
@@ -394,14 +395,14 @@ def _channels_kernel(
     if f.channel:
       factor = _times(jnp.exp(decay_of(decay)), factor)
     if p.erase == "key" and name == "k":
-      add("beta", -_times(dx, factor) * _value(x[name]))
+      add("beta", -_times(dx, factor) * joined(x[name]))
       dx = -dx * c.rows("beta")
     if f.scalar:
-      add(start, dx * _value(x[name]))
+      add(start, dx * joined(x[name]))
     dx = _times(dx, factor)
     gain(name, dx)
     if f.channel:
-      gain(decay, dx * _value(x[name]))
+      gain(decay, dx * joined(x[name]))
   met, dkeep = _sums(len(f.cols), p.V // _BLOCK, written, _numbers() if keeps else None)
   if keeps:
     n = lax.rem(c.here, jnp.int32(p.chunks))
@@ -411,12 +412,12 @@ def _channels_kernel(
     if f.channel:
       factor = _times(jnp.exp(c.tile("G", i, CHUNK - 1) - decay_of("G")), factor)
     if f.scalar:
-      end = jnp.sum(dx * _value(x[name]), axis=1)
+      end = jnp.sum(dx * joined(x[name]), axis=1)
       numbers["end"] = numbers["end"] + end if "end" in numbers else end
     dx = _times(dx, factor)
     gain(name, dx)
     if f.channel:
-      left = dx * _value(x[name])
+      left = dx * joined(x[name])
       last = plgpu.layout_cast(lax.broadcast_in_dim(jnp.sum(left, axis=0), _TILE, [1]), _WGMMA)
       gain("G", jnp.where(_iota(0) == CHUNK - 1, last, 0.0) - left)
   for name, value in numbers.items():
@@ -463,20 +464,20 @@ def _level(c: _Chunk, f: _Facts, i, near, h, x, decay_of, pool, gain) -> None:
 
   of_cols = factor("G", -1.0)
   for name, refs in col_refs.items():
-    put(refs, _value(x[name]) * of_cols)
+    put(refs, joined(x[name]) * of_cols)
   for name, decay, *_ in f.rows:
     of_rows = factor(decay, 1.0)
-    put(row_refs, _value(x[name]) * of_rows)
+    put(row_refs, joined(x[name]) * of_rows)
     for other, _ in f.cols:
       for z, to in zip(x[name, other], masked[other], strict=True):
         to[...] = jnp.where(here, z[...].astype(jnp.float32), 0.0).astype(to.dtype)
     plgpu.commit_smem()
     back = products(_TILE, *[(masked[other], col_refs[other]) for other, _ in f.cols])
-    gain(decay, back * _value(row_refs))
+    gain(decay, back * joined(row_refs))
     gain(name, back * (factor(decay, 1.0) if again else of_rows))
     for other, _ in f.cols:
-      forth = products(_TILE, (_t(masked[other]), row_refs))
-      gain("G", -forth * _value(col_refs[other]))
+      forth = products(_TILE, (transposed(masked[other]), row_refs))
+      gain("G", -forth * joined(col_refs[other]))
       gain(other, forth * (factor("G", -1.0) if again else of_cols))
     plgpu.commit_smem()  # all warps are done with what was multiplied
 
@@ -485,7 +486,9 @@ def _all_at_once(f: _Facts, x, gain) -> None:
   """The same where no decay is a channel's: all tokens at once."""
   for name in f.inputs:
     pairs = [(x[name, other], x[other]) for other, _ in f.cols if (name, other) in f.pairs]
-    pairs += [(_t(x[other, name]), x[other]) for other, *_ in f.rows if (other, name) in f.pairs]
+    pairs += [
+      (transposed(x[other, name]), x[other]) for other, *_ in f.rows if (other, name) in f.pairs
+    ]
     gain(name, products(_TILE, *pairs))
 
 

@@ -29,9 +29,9 @@ from jaxtyping import Array, Float
 
 CHUNK = 64
 # Of 227 KiB a block may have; barriers and alignment take the rest.
-_SMEM = 226 * 1024
+SMEM = 226 * 1024
 # Rows of the state that are updated at once.
-_ROWS = 64
+ROWS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,11 +96,11 @@ def products(shape, *pairs) -> Array:
   return pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))
 
 
-def _t(refs):
+def transposed(refs):
   return [ref.T for ref in refs]
 
 
-def _value(refs) -> Array:
+def joined(refs) -> Array:
   return functools.reduce(jnp.add, [ref[...].astype(jnp.float32) for ref in refs])
 
 
@@ -175,11 +175,11 @@ def _stages(p: Plan, names, own: int) -> int:
   """How many chunks' operands fit into shared memory beside ``own`` bytes: at most 3, 0 where none."""
   columns = {name: p.K for name in wide(p.erase)} | {name: CHUNK for name in square(p.erase)}
   each = sum(columns.get(name, p.columns) for name in names) * CHUNK * 2 * p.parts + p.K * 4
-  return min((_SMEM - own) // each, 3)
+  return min((SMEM - own) // each, 3)
 
 
 def _blocks(p: Plan, ref):
-  return [ref.at[pl.ds(i, _ROWS)] for i in range(0, p.K, _ROWS)]
+  return [ref.at[pl.ds(i, ROWS)] for i in range(0, p.K, ROWS)]
 
 
 def _put_state(p: Plan, refs, S: list[Array]) -> None:
@@ -191,7 +191,7 @@ def _next_state(p: Plan, S: list[Array], keep, *pairs) -> list[Array]:
   """``keep S`` and the sum of ``a^T b`` over pairs of operands; a block of rows at a time, to save registers."""
 
   def block(i, x):
-    rows = pl.ds(i * _ROWS, _ROWS)
+    rows = pl.ds(i * ROWS, ROWS)
     if keep is not None:
       x = x * lax.broadcast_in_dim(keep[rows], x.shape, [0])
     return x + products(x.shape, *[([y.at[:, rows].T for y in a], b) for a, b in pairs])
@@ -199,13 +199,13 @@ def _next_state(p: Plan, S: list[Array], keep, *pairs) -> list[Array]:
   return [block(i, x) for i, x in enumerate(S)]
 
 
-def _load_state(p: Plan, ref) -> list[Array]:
+def load_state(p: Plan, ref) -> list[Array]:
   return [
     plgpu.load(block, layout=plgpu.Layout.WGMMA, optimized=False) for block in _blocks(p, ref)
   ]
 
 
-def _store_state(p: Plan, ref, S: list[Array]) -> None:
+def store_state(p: Plan, ref, S: list[Array]) -> None:
   for block, x in zip(_blocks(p, ref), S, strict=True):
     block[...] = x
 
@@ -213,6 +213,21 @@ def _store_state(p: Plan, ref, S: list[Array]) -> None:
 def _own_bytes(p: Plan, o_bytes: int) -> int:
   state, rows = p.K * p.columns, CHUNK * p.columns
   return 2 * p.parts * (state + (2 * rows if p.erase != "none" else 0)) + o_bytes * rows
+
+
+def solve(p: Plan, inverse, right, solution, x: Array) -> None:
+  """A triangular system's solution for the right side x; both in shared memory, by parts."""
+  put(right, x)
+  plgpu.commit_smem()
+  put(solution, products((CHUNK, p.columns), (inverse, right)))
+  plgpu.commit_smem()
+
+
+def of_values(p: Plan, x: dict, update, plain: str, corrected: str) -> list:
+  """Pairs of operands: a chunk's values with what is named ``plain``, what its erase writes with ``corrected``."""
+  if p.erase == "key":
+    return [(x[plain], update)]
+  return [(x[plain], x["v"])] + ([(x[corrected], update)] if p.erase == "low_rank" else [])
 
 
 def _forward_names(p: Plan):
@@ -249,8 +264,9 @@ def _call(p: Plan, kernel, name, inputs, outputs, scratch, interpret):
   )(*inputs)
 
 
-def _scratch(p: Plan, o_dtype=None):
-  scratch = {"state": [_smem(p, p.K) for _ in range(p.parts)]}
+def scratch_of(p: Plan, state_rows: int, o_dtype=None) -> dict:
+  """Operands that a program makes itself: so many rows of the state, a system's sides, and forward outputs."""
+  scratch = {"state": [_smem(p, state_rows) for _ in range(p.parts)]}
   if p.erase != "none":
     for name in ("residual", "update"):
       scratch[name] = [_smem(p, CHUNK) for _ in range(p.parts)]
@@ -259,8 +275,45 @@ def _scratch(p: Plan, o_dtype=None):
   return scratch
 
 
-def _indices():
+def indices_of_program():
   return tuple(lax.axis_index(name) for name in ("batch", "head", "block"))
+
+
+def call_forward(
+  p: Plan, kernel, name, arrays, keep, initial, o_dtype, boundaries: bool, scratch, interpret
+):
+  """Calls ``kernel(arrays, keep, initial, o, final, kept, scratch)``; what ``forward`` returns."""
+  inputs, tree = jax.tree.flatten((arrays, keep, initial))
+  like_state = jax.ShapeDtypeStruct((p.heads * p.chunks, p.K, p.V), jnp.bfloat16)
+  outputs = [
+    jax.ShapeDtypeStruct(arrays["v"][0].shape, o_dtype),
+    jax.ShapeDtypeStruct((p.heads, p.K, p.V), jnp.float32),
+    *[like_state] * (p.parts if boundaries else 0),
+  ]
+
+  def entry(*refs, **scratch):
+    o, final, *kept = refs[len(inputs) :]
+    kernel(*jax.tree.unflatten(tree, refs[: len(inputs)]), o, final, kept, scratch)
+
+  o, final, *kept = _call(p, entry, name, inputs, outputs, scratch, interpret)
+  return o, final, kept
+
+
+def call_backward(p: Plan, kernel, name, arrays, keep, dfinal, scratch, interpret):
+  """Calls ``kernel(arrays, keep, dfinal, dinitial, kept, solved, scratch)``; what ``backward`` returns."""
+  inputs, tree = jax.tree.flatten((arrays, keep, dfinal))
+  like_state = jax.ShapeDtypeStruct((p.heads * p.chunks, p.K, p.V), jnp.bfloat16)
+  outputs = [jax.ShapeDtypeStruct((p.heads, p.K, p.V), jnp.float32), *[like_state] * p.parts]
+  if p.erase != "none":
+    outputs += [jax.ShapeDtypeStruct(arrays["do"][0].shape, jnp.bfloat16)] * p.parts
+
+  def entry(*refs, **scratch):
+    dinitial, *rest = refs[len(inputs) :]
+    args = jax.tree.unflatten(tree, refs[: len(inputs)])
+    kernel(*args, dinitial, rest[: p.parts], rest[p.parts :], scratch)
+
+  dinitial, *rest = _call(p, entry, name, inputs, outputs, scratch, interpret)
+  return rest[: p.parts], dinitial, rest[p.parts :]
 
 
 def forward(
@@ -276,12 +329,11 @@ def forward(
 ) -> tuple[Array, Array, list[Array]]:
   """Outputs like v, the final state, and if asked for the state before each chunk [heads * N, K, V] in parts."""
   names = _forward_names(p)
-  arrays = operands | {"v": v}
-  flat = [arrays[name] for name in names]
+  arrays = {name: (operands | {"v": v})[name] for name in names}
   rows = (CHUNK, p.columns)
 
-  def kernel(flat, keep, initial, o, final, kept, scratch):
-    batch, head, block = indices = _indices()
+  def kernel(arrays, keep, initial, o, final, kept, scratch):
+    batch, head, block = indices = indices_of_program()
     here, columns = batch * p.Hv + head, pl.ds(block * p.columns, p.columns)
 
     def body(n, x, keep, own, S):
@@ -296,62 +348,37 @@ def forward(
       plgpu.commit_smem()
       for ref, to in zip(state, kept, strict=False):
         plgpu.copy_smem_to_gmem(ref, to.at[here * p.chunks + n, :, columns])
-      written, scores, writes = x["v"], x["scores"], x["writes"]
-      if p.erase != "none":
-        if p.erase == "key":
-          R = products(rows, (x["erased"], state)) + _value(x["v"])
-        else:
-          R = products(rows, (x["erased"], state), (x["removed"], x["v"]))
-        put(residual, R)
-        plgpu.commit_smem()
-        put(update, products(rows, (x["inverse"], residual)))
-        plgpu.commit_smem()
-      pairs_o, pairs_S = [(x["q"], state)], []
-      if p.erase != "key":
-        pairs_o.append((scores, written))
-        pairs_S.append((writes, written))
       if p.erase == "key":
-        pairs_o.append((scores, update))
-        pairs_S.append((writes, update))
+        solve(
+          p, x["inverse"], residual, update, products(rows, (x["erased"], state)) + joined(x["v"])
+        )
       elif p.erase == "low_rank":
-        pairs_o.append((x["corrected"], update))
-        pairs_S.append((x["corrections"], update))
-      S = _next_state(p, S, keep, *pairs_S)
-      out[...] = products(rows, *pairs_o).astype(o_dtype)
+        R = products(rows, (x["erased"], state), (x["removed"], x["v"]))
+        solve(p, x["inverse"], residual, update, R)
+      S = _next_state(p, S, keep, *of_values(p, x, update, "writes", "corrections"))
+      pairs = [(x["q"], state), *of_values(p, x, update, "scores", "corrected")]
+      out[...] = products(rows, *pairs).astype(o_dtype)
       plgpu.commit_smem()
       column = pl.ds(head * p.V + block * p.columns, p.columns)
       plgpu.copy_smem_to_gmem(out, o.at[batch * p.chunks + n, :, column])
       return S
 
     def start():
-      return _load_state(p, initial.at[here, :, columns])
+      return load_state(p, initial.at[here, :, columns])
 
     def finish(S):
-      _store_state(p, final.at[here, :, columns], S)
+      store_state(p, final.at[here, :, columns], S)
       plgpu.wait_smem_to_gmem(0)
 
-    by_name = dict(zip(names, flat, strict=True))
     own = _own_bytes(p, jnp.dtype(o_dtype).itemsize)
     stages = _stages(p, names, own)
-    _walk(p, body, names, by_name, keep, scratch, indices, start, finish, False, stages)
+    _walk(p, body, names, arrays, keep, scratch, indices, start, finish, False, stages)
 
-  like_state = jax.ShapeDtypeStruct((p.heads * p.chunks, p.K, p.V), jnp.bfloat16)
-  inputs, tree = jax.tree.flatten((flat, keep, initial))
-  outputs = [
-    jax.ShapeDtypeStruct(v[0].shape, o_dtype),
-    jax.ShapeDtypeStruct((p.heads, p.K, p.V), jnp.float32),
-    *[like_state] * (p.parts if boundaries else 0),
-  ]
-
-  def entry(*refs, **scratch):
-    flat, keep, initial = jax.tree.unflatten(tree, refs[: len(inputs)])
-    o, final, *kept = refs[len(inputs) :]
-    kernel(flat, keep, initial, o, final, kept, scratch)
-
-  o, final, *kept = _call(
-    p, entry, "linear_recurrence_forward_scan", inputs, outputs, _scratch(p, o_dtype), interpret
+  scratch = scratch_of(p, p.K, o_dtype)
+  name = "linear_recurrence_forward_scan"
+  return call_forward(
+    p, kernel, name, arrays, keep, initial, o_dtype, boundaries, scratch, interpret
   )
-  return o, final, kept
 
 
 def backward(
@@ -368,12 +395,11 @@ def backward(
   And that of a triangular system's right side, beta for a key erase being part of it, like v in parts.
   """
   names = _backward_names(p)
-  arrays = operands | {"do": do}
-  flat = [arrays[name] for name in names]
+  arrays = {name: (operands | {"do": do})[name] for name in names}
   rows = (CHUNK, p.columns)
 
-  def kernel(flat, keep, dfinal, dinitial, kept, solved, scratch):
-    batch, head, block = indices = _indices()
+  def kernel(arrays, keep, dfinal, dinitial, kept, solved, scratch):
+    batch, head, block = indices = indices_of_program()
     here, columns = batch * p.Hv + head, pl.ds(block * p.columns, p.columns)
 
     def body(n, x, keep, own, dS):
@@ -386,10 +412,8 @@ def backward(
       pairs = [(x["q"], x["do"])]
       if p.erase != "none":
         reads, writes = ("scores", "writes") if p.erase == "key" else ("corrected", "corrections")
-        put(update, products(rows, (_t(x[reads]), x["do"]), (x[writes], state)))
-        plgpu.commit_smem()
-        put(residual, products(rows, (_t(x["inverse"]), update)))
-        plgpu.commit_smem()
+        dy = products(rows, (transposed(x[reads]), x["do"]), (x[writes], state))
+        solve(p, transposed(x["inverse"]), update, residual, dy)
         pairs.append((x["erased"], residual))
         for ref, to in zip(residual, solved, strict=True):
           column = pl.ds(head * p.V + block * p.columns, p.columns)
@@ -399,30 +423,15 @@ def backward(
       return dS
 
     def start():
-      return _load_state(p, dfinal.at[here, :, columns])
+      return load_state(p, dfinal.at[here, :, columns])
 
     def finish(dS):
-      _store_state(p, dinitial.at[here, :, columns], dS)
+      store_state(p, dinitial.at[here, :, columns], dS)
       plgpu.wait_smem_to_gmem(0)
 
-    by_name = dict(zip(names, flat, strict=True))
     stages = _stages(p, names, _own_bytes(p, 0))
-    _walk(p, body, names, by_name, keep, scratch, indices, start, finish, True, stages)
+    _walk(p, body, names, arrays, keep, scratch, indices, start, finish, True, stages)
 
-  inputs, tree = jax.tree.flatten((flat, keep, dfinal))
-  outputs = [
-    jax.ShapeDtypeStruct((p.heads, p.K, p.V), jnp.float32),
-    *[jax.ShapeDtypeStruct((p.heads * p.chunks, p.K, p.V), jnp.bfloat16)] * p.parts,
-  ]
-  if p.erase != "none":
-    outputs += [jax.ShapeDtypeStruct(do[0].shape, jnp.bfloat16)] * p.parts
-
-  def entry(*refs, **scratch):
-    flat, keep, dfinal = jax.tree.unflatten(tree, refs[: len(inputs)])
-    dinitial, *rest = refs[len(inputs) :]
-    kernel(flat, keep, dfinal, dinitial, rest[: p.parts], rest[p.parts :], scratch)
-
-  dinitial, *rest = _call(
-    p, entry, "linear_recurrence_backward_scan", inputs, outputs, _scratch(p), interpret
-  )
-  return rest[: p.parts], dinitial, rest[p.parts :]
+  scratch = scratch_of(p, p.K)
+  name = "linear_recurrence_backward_scan"
+  return call_backward(p, kernel, name, arrays, keep, dfinal, scratch, interpret)

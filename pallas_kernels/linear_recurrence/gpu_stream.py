@@ -16,19 +16,24 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.linear_recurrence.gpu_scan import (
-  _ROWS,
-  _SMEM,
   CHUNK,
+  ROWS,
+  SMEM,
   Plan,
-  _call,
-  _indices,
-  _smem,
-  _t,
-  _value,
+  call_backward,
+  call_forward,
+  indices_of_program,
+  joined,
+  load_state,
+  of_values,
   products,
   put,
+  scratch_of,
+  solve,
   square,
+  store_state,
   tiles,
+  transposed,
   wide,
 )
 
@@ -49,25 +54,21 @@ _BACKWARD = {
 def _shape(p: Plan, name: str) -> tuple[int, int]:
   """Of one operand in one step."""
   if name in wide(p.erase):
-    return CHUNK, _ROWS
+    return CHUNK, ROWS
   return CHUNK, CHUNK if name in square(p.erase) else p.columns
 
 
 def _stages(p: Plan, names: tuple[str, ...], o_bytes: int) -> int:
   """How many steps' operands fit into shared memory: at most 3."""
   values = sum(rows * columns for rows, columns in (_shape(p, name) for name in names))
-  each = 2 * p.parts * values + 4 * _ROWS
+  each = 2 * p.parts * values + 4 * ROWS
   rows = CHUNK * p.columns
-  own = 4 * p.K * p.columns + 2 * p.parts * (_ROWS * p.columns + 2 * rows) + o_bytes * rows
-  return min((_SMEM - own) // each, 3)
+  own = 4 * p.K * p.columns + 2 * p.parts * (ROWS * p.columns + 2 * rows) + o_bytes * rows
+  return min((SMEM - own) // each, 3)
 
 
-def fits(p: Plan, o_bytes: int) -> bool:
-  """Whether a step's operands fit into shared memory."""
-  if p.erase == "none":
-    return False
-  names = (sum(table[p.erase], ()) for table in (_FORWARD, _BACKWARD))
-  return all(_stages(p, n, o_bytes) > 0 for n in names)
+def _named(names: tuple[tuple[str, ...], tuple[str, ...]], arrays: dict) -> dict:
+  return {name: arrays[name] for of_chunk in names for name in of_chunk}
 
 
 def _walk(p: Plan, body, table, arrays, keep, scratch, start, finish, reverse, o_bytes):
@@ -76,7 +77,7 @@ def _walk(p: Plan, body, table, arrays, keep, scratch, start, finish, reverse, o
   ``now`` and ``before`` have the operands of this chunk and of the last one by name, each a list of parts; ``read`` is
   the tuple of sums over rows that the body returns.
   """
-  batch, head, block = _indices()
+  batch, head, block = indices_of_program()
   current, previous = table[p.erase]
   here = batch * p.Hv + head
 
@@ -96,7 +97,7 @@ def _walk(p: Plan, body, table, arrays, keep, scratch, start, finish, reverse, o
   specs = [spec(name, back) for name, back in named for _ in arrays[name]]
   refs = [x for name, _ in named for x in arrays[name]]
   if keep is not None:
-    specs.append(plgpu.BlockSpec((1, _ROWS), lambda n, i: (chunk(n, 1), i)))
+    specs.append(plgpu.BlockSpec((1, ROWS), lambda n, i: (chunk(n, 1), i)))
     refs.append(keep.at[here])
 
   def step(index, *args):
@@ -117,7 +118,7 @@ def _walk(p: Plan, body, table, arrays, keep, scratch, start, finish, reverse, o
 
   pipeline = plgpu.emit_pipeline_warp_specialized(
     step,
-    grid=(p.chunks + 1, p.K // _ROWS),
+    grid=(p.chunks + 1, p.K // ROWS),
     in_specs=specs,
     max_concurrent_steps=_stages(p, (*current, *previous), o_bytes),
     wg_axis="warpgroup",
@@ -126,10 +127,6 @@ def _walk(p: Plan, body, table, arrays, keep, scratch, start, finish, reverse, o
     compute_context=run,
   )
   pipeline(*refs)
-
-
-def _load(ref) -> Array:
-  return plgpu.load(ref, layout=plgpu.Layout.WGMMA, optimized=False)
 
 
 def _zeros(p: Plan) -> Array:
@@ -143,18 +140,14 @@ def _only(condition, x: Array) -> Array:
 
 def _begin(p: Plan, scratch, initial, nothing, count: int) -> tuple[Array, ...]:
   """The state is the initial one, and nothing (its name) is left to write; ``count`` sums of nothing."""
-  for i in range(p.K // _ROWS):
-    rows = pl.ds(i * _ROWS, _ROWS)
-    scratch["sum"].at[0].at[rows][...] = _load(initial.at[rows])
+  store_state(p, scratch["sum"].at[0], load_state(p, initial))
   put([ref.at[0] for ref in scratch[nothing]], _zeros(p))
   plgpu.commit_smem()
   return (_zeros(p),) * count
 
 
 def _end(p: Plan, scratch, final) -> None:
-  for i in range(p.K // _ROWS):
-    rows = pl.ds(i * _ROWS, _ROWS)
-    final.at[rows][...] = _load(scratch["sum"].at[0].at[rows])
+  store_state(p, final, load_state(p, scratch["sum"].at[0]))
   plgpu.wait_smem_to_gmem(0)
 
 
@@ -163,13 +156,13 @@ def _next_rows(p: Plan, n, i, keep, own, kept_at, pairs) -> None:
 
   In ``own["sum"]``, and in parts in ``own["state"]`` and where they are kept for the other pass.
   """
-  rows = own["sum"].at[pl.ds(i * _ROWS, _ROWS)]
-  x = _load(rows)
-  shape = (_ROWS, p.columns)
+  rows = own["sum"].at[pl.ds(i * ROWS, ROWS)]
+  x = plgpu.load(rows, layout=plgpu.Layout.WGMMA, optimized=False)
+  shape = (ROWS, p.columns)
   if keep is not None:
     kept = x * lax.broadcast_in_dim(keep[...], shape, [0])
     x = jnp.where(lax.broadcast_in_dim(n > 0, shape, []), kept, x)
-  x = x + _only(n > 0, products(shape, *[(_t(a), b) for a, b in pairs]))
+  x = x + _only(n > 0, products(shape, *[(transposed(a), b) for a, b in pairs]))
   rows[...] = x
   plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of what the last step stored
   put(own["state"], x)
@@ -181,14 +174,9 @@ def _next_rows(p: Plan, n, i, keep, own, kept_at, pairs) -> None:
       plgpu.copy_smem_to_gmem(ref, to)
 
 
-def _scratch(p: Plan, o_dtype=None):
-  scratch = {"state": [_smem(p, _ROWS) for _ in range(p.parts)]}
-  scratch["sum"] = plgpu.SMEM((1, p.K, p.columns), jnp.float32)
-  for name in ("residual", "update"):
-    scratch[name] = [_smem(p, CHUNK) for _ in range(p.parts)]
-  if o_dtype is not None:
-    scratch["out"] = _smem(p, CHUNK, o_dtype)
-  return scratch
+def _scratch(p: Plan, o_dtype=None) -> dict:
+  state = plgpu.SMEM((1, p.K, p.columns), jnp.float32)
+  return scratch_of(p, ROWS, o_dtype) | {"sum": state}
 
 
 def forward(
@@ -203,38 +191,32 @@ def forward(
   interpret,
 ) -> tuple[Array, Array, list[Array]]:
   """As ``gpu_scan.forward``."""
-  names = tuple(dict.fromkeys(sum(_FORWARD[p.erase], ())))
-  arrays = operands | {"v": v}
+  arrays = _named(_FORWARD[p.erase], operands | {"v": v})
   rows = (CHUNK, p.columns)
-  low = p.erase == "low_rank"
 
   def kernel(arrays, keep, initial, o, final, kept, scratch):
-    batch, head, block = _indices()
+    batch, head, block = indices_of_program()
     here, columns = batch * p.Hv + head, pl.ds(block * p.columns, p.columns)
     column = pl.ds(head * p.V + block * p.columns, p.columns)
 
     def body(n, i, now, before, keep, own, read):
-      if low:
-        pairs = [(before["writes"], before["v"]), (before["corrections"], own["update"])]
-      else:
-        pairs = [(before["writes"], own["update"])]
+      pairs = of_values(p, before, own["update"], "writes", "corrections")
       at = here * p.chunks + jnp.minimum(n, p.chunks - 1)
-      kept_at = [ref.at[at, pl.ds(i * _ROWS, _ROWS), columns] for ref in kept]
+      kept_at = [ref.at[at, pl.ds(i * ROWS, ROWS), columns] for ref in kept]
       _next_rows(p, n, i, keep, own, kept_at, pairs)
       o_sum, R = (_only(i > 0, x) for x in read)
       R = R + products(rows, (now["erased"], own["state"]))
       o_sum = o_sum + products(rows, (now["q"], own["state"]))
 
-      @pl.when((i == p.K // _ROWS - 1) & (n < p.chunks))
+      @pl.when((i == p.K // ROWS - 1) & (n < p.chunks))
       def _():
-        own_pairs = [(now["removed"], now["v"])] if low else []
-        system = R + (products(rows, *own_pairs) if low else _value(now["v"]))
-        put(own["residual"], system)
-        plgpu.commit_smem()
-        put(own["update"], products(rows, (now["inverse"], own["residual"])))
-        plgpu.commit_smem()
-        pairs = [(now["scores"], now["v"]), (now["corrected"], own["update"])] if low else []
-        out = o_sum + products(rows, *(pairs or [(now["scores"], own["update"])]))
+        if p.erase == "key":
+          right = R + joined(now["v"])
+        else:
+          right = R + products(rows, (now["removed"], now["v"]))
+        solve(p, now["inverse"], own["residual"], own["update"], right)
+        pairs = of_values(p, now, own["update"], "scores", "corrected")
+        out = o_sum + products(rows, *pairs)
         own["out"][...] = out.astype(o_dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(own["out"], o.at[batch * p.chunks + n, :, column])
@@ -247,23 +229,11 @@ def forward(
     o_bytes = jnp.dtype(o_dtype).itemsize
     _walk(p, body, _FORWARD, arrays, keep, scratch, start, finish, False, o_bytes)
 
-  like_state = jax.ShapeDtypeStruct((p.heads * p.chunks, p.K, p.V), jnp.bfloat16)
-  inputs, tree = jax.tree.flatten(({name: arrays[name] for name in names}, keep, initial))
-  outputs = [
-    jax.ShapeDtypeStruct(v[0].shape, o_dtype),
-    jax.ShapeDtypeStruct((p.heads, p.K, p.V), jnp.float32),
-    *[like_state] * (p.parts if boundaries else 0),
-  ]
-
-  def entry(*refs, **scratch):
-    arrays, keep, initial = jax.tree.unflatten(tree, refs[: len(inputs)])
-    o, final, *kept = refs[len(inputs) :]
-    kernel(arrays, keep, initial, o, final, kept, scratch)
-
-  o, final, *kept = _call(
-    p, entry, "linear_recurrence_forward_stream", inputs, outputs, _scratch(p, o_dtype), interpret
+  scratch = _scratch(p, o_dtype)
+  name = "linear_recurrence_forward_stream"
+  return call_forward(
+    p, kernel, name, arrays, keep, initial, o_dtype, boundaries, scratch, interpret
   )
-  return o, final, kept
 
 
 def backward(
@@ -276,29 +246,26 @@ def backward(
   interpret,
 ) -> tuple[list[Array], Array, list[Array]]:
   """As ``gpu_scan.backward``."""
-  names = tuple(dict.fromkeys(sum(_BACKWARD[p.erase], ())))
-  arrays = operands | {"do": do}
+  arrays = _named(_BACKWARD[p.erase], operands | {"do": do})
   rows = (CHUNK, p.columns)
   reads, writes = ("scores", "writes") if p.erase == "key" else ("corrected", "corrections")
 
   def kernel(arrays, keep, dfinal, dinitial, kept, solved, scratch):
-    batch, head, block = _indices()
+    batch, head, block = indices_of_program()
     here, columns = batch * p.Hv + head, pl.ds(block * p.columns, p.columns)
     column = pl.ds(head * p.V + block * p.columns, p.columns)
 
     def body(n, i, now, before, keep, own, read):
       at = p.chunks - 1 - jnp.minimum(n, p.chunks - 1)
-      kept_at = [ref.at[here * p.chunks + at, pl.ds(i * _ROWS, _ROWS), columns] for ref in kept]
+      kept_at = [ref.at[here * p.chunks + at, pl.ds(i * ROWS, ROWS), columns] for ref in kept]
       pairs = [(before["q"], before["do"]), (before["erased"], own["residual"])]
       _next_rows(p, n, i, keep, own, kept_at, pairs)
       dy = _only(i > 0, read[0]) + products(rows, (now[writes], own["state"]))
 
-      @pl.when((i == p.K // _ROWS - 1) & (n < p.chunks))
+      @pl.when((i == p.K // ROWS - 1) & (n < p.chunks))
       def _():
-        put(own["update"], dy + products(rows, (_t(now[reads]), now["do"])))
-        plgpu.commit_smem()
-        put(own["residual"], products(rows, (_t(now["inverse"]), own["update"])))
-        plgpu.commit_smem()
+        right = dy + products(rows, (transposed(now[reads]), now["do"]))
+        solve(p, transposed(now["inverse"]), own["update"], own["residual"], right)
         for ref, to in zip(own["residual"], solved, strict=True):
           plgpu.copy_smem_to_gmem(ref, to.at[batch * p.chunks + at, :, column])
 
@@ -309,20 +276,6 @@ def backward(
     finish = functools.partial(_end, p, scratch, dinitial.at[here, :, columns])
     _walk(p, body, _BACKWARD, arrays, keep, scratch, start, finish, True, 0)
 
-  inputs, tree = jax.tree.flatten(({name: arrays[name] for name in names}, keep, dfinal))
-  like_state = jax.ShapeDtypeStruct((p.heads * p.chunks, p.K, p.V), jnp.bfloat16)
-  outputs = [
-    jax.ShapeDtypeStruct((p.heads, p.K, p.V), jnp.float32),
-    *[like_state] * p.parts,
-    *[jax.ShapeDtypeStruct(do[0].shape, jnp.bfloat16)] * p.parts,
-  ]
-
-  def entry(*refs, **scratch):
-    arrays, keep, dfinal = jax.tree.unflatten(tree, refs[: len(inputs)])
-    dinitial, *rest = refs[len(inputs) :]
-    kernel(arrays, keep, dfinal, dinitial, rest[: p.parts], rest[p.parts :], scratch)
-
-  dinitial, *rest = _call(
-    p, entry, "linear_recurrence_backward_stream", inputs, outputs, _scratch(p), interpret
-  )
-  return rest[: p.parts], dinitial, rest[p.parts :]
+  scratch = _scratch(p)
+  name = "linear_recurrence_backward_stream"
+  return call_backward(p, kernel, name, arrays, keep, dfinal, scratch, interpret)
