@@ -10,13 +10,19 @@ import pytest
 
 # Before jax starts its backend: flags are read once.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = (
-  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# XLA's older emitters of fusions and one piece of code a program compile four times as fast, to code as good as the
+# tests need: what is compiled is used once, and compiling is most of the time of most tests.
+os.environ["XLA_FLAGS"] = " ".join(
+  [
+    os.environ.get("XLA_FLAGS", ""),
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
+    "--xla_cpu_parallel_codegen_split_count=1",
+  ]
 )
 # Pallas's interpreter calls Python from within programs: what that computes must not wait for a
 # thread that the program holds.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
-# What is compiled is used once, and compiling is most of the time of most tests.
 jax.config.update("jax_disable_most_optimizations", True)
 
 

@@ -92,16 +92,40 @@ def run_jit(r, S, segment_ids, do, dS, *, backend, chunk):
   return {"o": o, "final": final, "d": dr, "dinitial": dinitial}
 
 
+def cotangents(r, S):
+  """Random gradients of outputs and final state."""
+  rng = np.random.default_rng(7)
+  return tuple(rng.normal(size=x.shape).astype(np.float32) for x in (r.v, S))
+
+
 def run(r, S, segment_ids=None, do=None, dS=None, *, backend="xla", chunk=8):
   """Outputs and final state, then the gradients of everything for these cotangents (or random)."""
-  rng = np.random.default_rng(7)
-  do = rng.normal(size=r.v.shape).astype(np.float32) if do is None else do
-  dS = rng.normal(size=S.shape).astype(np.float32) if dS is None else dS
+  drawn = cotangents(r, S)
+  do, dS = (x if given is None else given for x, given in zip(drawn, (do, dS), strict=True))
   return run_jit(r, S, segment_ids, do, dS, backend=backend, chunk=chunk)
 
 
 def reference(*args):
   return run(*args, backend="reference", chunk=None)
+
+
+def reference_in_pieces(r, S, size):
+  """``reference``, ``size`` tokens at a time: each piece from the state before it, and back from the gradient after it.
+
+  The tests' compiler copies an array that a loop writes to at each step: one loop would take a square of the time.
+  """
+  pieces = [slice(i, i + size) for i in range(0, r.v.shape[1], size)]
+  cut = lambda piece: jax.tree.map(lambda x: x[:, piece], r)  # noqa: E731
+  do, dS = cotangents(r, S)
+  states, got = [S], []
+  for piece in pieces:
+    states.append(outputs(cut(piece), states[-1], backend="reference", chunk=None)[1])
+  for piece, state in zip(reversed(pieces), reversed(states[:-1]), strict=True):
+    got.insert(0, reference(cut(piece), state, None, do[:, piece], dS))
+    dS = got[0]["dinitial"]
+  in_time = [{k: x[k] for k in ("o", "d")} for x in got]
+  whole = jax.tree.map(lambda *xs: np.concatenate(xs, axis=1), *in_time)
+  return whole | {"final": states[-1], "dinitial": dS}
 
 
 def cast(tree, dtype):

@@ -189,7 +189,7 @@ def _attend_forward(q, k, v, sinks, blocks, scale, width):
 def _attend_backward(scale, width, residuals, cotangents):
   q, k, v, sinks, blocks, o, lse = residuals
   do, dlse = cotangents
-  dtype, inputs = lse.dtype, _inputs(q, k, v)
+  dtype, inputs, given = lse.dtype, _inputs(q, k, v), q.dtype
   chunks = _Chunks(q, k, v, blocks, once=False)
   # The softmax's derivative: dlogits = p (do . v - delta).
   delta = jnp.sum(do.astype(dtype) * o.astype(dtype), axis=-1) - dlse
@@ -221,7 +221,7 @@ def _attend_backward(scale, width, residuals, cotangents):
     else:
       dv = _scatter_add(dv, first, dv_rows)
     dk = _scatter_add(dk, first, dk_rows)
-    return (dk, dv), _product(dtype, "bhgqrk,bhgqkd->bhgqrd", dlogits, k)
+    return (dk, dv), _product(dtype, "bhgqrk,bhgqkd->bhgqrd", dlogits, k).astype(given)
 
   if width is not None:
     do = jnp.pad(do, ((0, 0),) * 3 + ((0, k.shape[3] - width),))
@@ -235,7 +235,7 @@ def _attend_backward(scale, width, residuals, cotangents):
     return jnp.moveaxis(dx[:, :, : chunks.Tk], 1, 2).astype(x.dtype)
 
   dk, dv = as_given(dk, k), None if v is None else as_given(dv, v)
-  return chunks.join(dq).astype(q.dtype), dk, dv, dsinks, None
+  return chunks.join(dq), dk, dv, dsinks, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
