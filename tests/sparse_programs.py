@@ -18,7 +18,8 @@ def gradients(argument: str):
   def run(q, k, v, indices, ids, do):
     def forward(q, k, v):
       options = dict(block_size=s.block_size, segment_ids=ids, backend="tpu")
-      return block_sparse_attention(q, k, v, indices, **options)[0]
+      values = s.value_dim if name == "dsa" else v  # of latents, which are keys and values
+      return block_sparse_attention(q, k, values, indices, **options)[0]
 
     o, vjp = jax.vjp(forward, q, k, v)
     return o, vjp(do)

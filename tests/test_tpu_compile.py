@@ -158,7 +158,8 @@ def test_scores_compile(chip):
 def test_block_sparse_compiles(chip, monkeypatch):
   """With and without documents, forward and backward; a v4's 16 MB of VMEM hold none of MoBA's blocks."""
   monkeypatch.chdir(ROOT)
-  shapes = ["nsa:2048", "minimax_m3:2048", "infllm_v2:8192"] + ["moba:65536"] * (chip != "v4")
+  shapes = ["nsa:2048", "minimax_m3:2048", "infllm_v2:8192", "dsa:4096"]
+  shapes += ["moba:65536"] * (chip != "v4")
   compiled(chip, [f"{SPARSE}:{shape}:{ids}" for shape in shapes for ids in ("", "packed")])
 
 

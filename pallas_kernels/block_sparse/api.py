@@ -14,13 +14,14 @@ from pallas_kernels.block_sparse.layout import Layout
 from pallas_kernels.softmax_attention import softmax_attention
 
 _FORWARD: dict[str, Callable[..., tuple[Array, Array]]] = {
-  "reference": reference.forward,
   "xla": xla.forward,
   "tpu": tpu.forward,
   "interpret": functools.partial(tpu.forward, interpret=True),
   "gpu": gpu.forward,
   "interpret_gpu": functools.partial(gpu.forward, interpret=plgpu.InterpretGPUParams()),
 }
+# Read keys whose first channels are the values once.
+_SHARED = ("xla", "tpu", "interpret")
 _CHECKS = {
   "reference": reference.check,
   "xla": xla.check,
@@ -61,7 +62,7 @@ def block_sparse_attention(
 
   Args:
     q, k, v: queries, keys and values; V need not be D. Query head h reads key head ``h // (H / Hkv)``. A number V: the
-      values are the keys' first V channels, as in latent attention, and "xla" reads both at once.
+      values are the keys' first V channels, as in latent attention, and gathered blocks are read once for both.
     block_indices: the blocks of each group of query heads and each query, every block once, -1 for none. G is a
       multiple of Hkv and divides H; neighbouring heads are a group.
     block_size: tokens of a block.
@@ -74,9 +75,9 @@ def block_sparse_attention(
       same tokens.
     starts: with query_positions: the first key of each row's document. What comes before is padding; a query there sees
       nothing. ``None`` is 0.
-    backend: "auto", "tpu" (a Pallas kernel; a head's keys and values must fit VMEM, with their gradients), "gpu"
-      (Pallas kernels; bfloat16, blocks of multiples of 64), "interpret" and "interpret_gpu" (the same, on any machine,
-      slowly), "xla" (gathers the blocks of some queries at a time) or "reference" (a dense mask, all logits at once).
+    backend: "auto", "tpu" (Pallas kernels; for blocks of no multiple of 16 tokens of what is gathered), "gpu" (Pallas
+      kernels; bfloat16, blocks of multiples of 64), "interpret" and "interpret_gpu" (the same, on any machine, slowly),
+      "xla" (gathers the blocks of some queries at a time) or "reference" (a dense mask, all logits at once).
 
   Returns:
     o in q's dtype, zero where a query sees nothing, and lse, the logarithm of the softmax's denominator in float32,
@@ -107,15 +108,22 @@ def block_sparse_attention(
   supports = {name: functools.partial(f, q, k, values, blocks) for name, f in _CHECKS.items()}
   few = query_positions is not None and xla.few(q, k, blocks)
   name = dispatch.choose(backend, supports, _FEW if few else _ORDER)
-  forward = _FORWARD[name]
-  if name != "xla":
-    v = values
-  if not window or name == "reference":
-    return forward(q, k, v, sinks, blocks, scale)
+  if name == "reference":
+    return reference.forward(q, k, values, sinks, blocks, scale)
   # The blocks without what the window shows, and the window.
-  far = forward(q, k, v, None, blocks, scale)
+  far = _FORWARD[name](q, k, v if name in _SHARED else values, blocks, scale)
+  if not window:
+    return _with_sinks(*far, sinks)
   near = softmax_attention(q, k, values, scale=scale, window=window, sinks=sinks, **where)
   return merge_attention(far, near)
+
+
+def _with_sinks(o, lse, sinks):
+  if sinks is None:
+    return o, lse
+  with_sink = jnp.logaddexp(lse, sinks.astype(lse.dtype))
+  share = jnp.where(lse > -jnp.inf, jnp.exp(lse - with_sink), 0)
+  return (o * share[..., None]).astype(o.dtype), with_sink
 
 
 def merge_attention(

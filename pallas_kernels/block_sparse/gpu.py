@@ -381,14 +381,9 @@ def _padded(p: _Plan, x: Array) -> Array:
   return jnp.pad(x, ((0, 0), (0, p.Tk - x.shape[1]), (0, 0), (0, 0)))
 
 
-def forward(q, k, v, sinks, blocks: Blocks, scale: float, interpret=None):
-  """As ``reference.forward``, but without the keys of the window."""
-  o, lse = _attend(q, k, v, blocks, scale, interpret)
-  if sinks is None:
-    return o, lse
-  with_sink = jnp.logaddexp(lse, sinks.astype(lse.dtype))
-  share = jnp.where(lse > -jnp.inf, jnp.exp(lse - with_sink), 0)
-  return (o * share[..., None]).astype(o.dtype), with_sink
+def forward(q, k, v, blocks: Blocks, scale: float, interpret=None):
+  """As ``reference.forward``, but without sinks and the keys of the window."""
+  return _attend(q, k, v, blocks, scale, interpret)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
-from pallas_kernels.block_sparse import tpu_backward, tpu_by_block, tpu_by_query
+from pallas_kernels.block_sparse import tpu_backward, tpu_by_block, tpu_by_query, tpu_rows, xla
 from pallas_kernels.block_sparse import tpu_tiles as tiles
 from pallas_kernels.block_sparse.reference import Blocks
 
@@ -24,7 +24,7 @@ def limitations(q, k, v, blocks: Blocks) -> None:
   """The part of ``check`` that does not ask where it runs."""
   dispatch.needs_float32(jnp.result_type(q, k, v))
   if blocks.size % tiles.TILE:
-    raise NotImplementedError(f"the Pallas kernel has blocks of multiples of {tiles.TILE} tokens")
+    return tpu_rows.limitations(q, k, v, blocks, dispatch.vmem())
   if by_query(q, blocks):
     tpu_by_query.Plan.of(q, k, v, blocks, dispatch.vmem())
   else:
@@ -37,14 +37,11 @@ def by_query(q, blocks: Blocks) -> bool:
   return q.shape[2] // blocks.indices.shape[1] >= _HEADS
 
 
-def forward(q, k, v, sinks, blocks: Blocks, scale: float, interpret=False):
-  """As ``reference.forward``, but without the keys of the window."""
-  o, lse = _attend(q, k, v, blocks, scale, interpret)
-  if sinks is None:
-    return o, lse
-  with_sink = jnp.logaddexp(lse, sinks.astype(lse.dtype))
-  share = jnp.where(lse > -jnp.inf, jnp.exp(lse - with_sink), 0)
-  return (o * share[..., None]).astype(o.dtype), with_sink
+def forward(q, k, v, blocks: Blocks, scale: float, interpret=False):
+  """As ``reference.forward``, without sinks and the keys of the window; v may be a number: so many channels of k."""
+  if blocks.size % tiles.TILE:
+    return xla.attend(q, k, v, blocks, scale, tpu_rows.Kernels(dispatch.vmem(), interpret))
+  return _attend(q, k, k[..., :v] if isinstance(v, int) else v, blocks, scale, interpret)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))

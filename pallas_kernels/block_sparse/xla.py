@@ -1,16 +1,21 @@
-"""Block-sparse attention in plain jax.numpy: the blocks of some queries at a time are gathered, on any platform.
+"""Block-sparse attention to gathered blocks, those of some queries at a time: in plain jax.numpy, on any platform.
 
 Memory is linear in Tq and Tk: the gathered blocks of one chunk of queries are all there is besides inputs and outputs.
 The backward pass gathers again, and adds the gradients of gathered blocks to those of k and v where they came from.
 Values that are channels of the keys are gathered, and their gradients added, with them. For few queries the chosen
 rows alone are read.
 
-Tokens that are chosen one by one are rows, not parts of tiles: for DeepSeek-V3.2's 2048 of 65536 tokens with 128 heads
-on latents of 576 channels, v6e's compiler counts 39 MB and 0.6 GFLOP a query; with tiles of 16 tokens 52 MB if all of
-128 tiles are chosen, and 593 MB and 6.9 GFLOP if each of 2048 tiles has one of them.
+What is made of gathered keys is a parameter: einsums here, and on TPUs kernels (``tpu_rows.py``), for what they lack
+is memory for the logits of all heads.
+
+Tokens that are chosen one by one are rows, not parts of tiles: DeepSeek-V3.2's 2048 of 65536 tokens, latents of 576
+channels for 128 heads, are 2.4 MB and 0.6 GFLOP a query; in tiles of 16 tokens as much if 128 tiles hold them all, and
+38 MB and 9.1 GFLOP if each is in a tile of its own.
 """
 
+import dataclasses
 import functools
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -32,10 +37,30 @@ def few(q, k, blocks: Blocks) -> bool:
   return q.shape[1] * chosen <= k.shape[1]
 
 
-def forward(q, k, v, sinks, blocks: Blocks, scale: float):
-  """As ``reference.forward``, but without the keys of the window; v may be a number: so many channels of k."""
+class Core(Protocol):
+  """What is made of the keys and values of some queries, [B, Hkv, groups, rows, keys, D]: v None are the keys.
+
+  Queries are [B, Hkv, groups, rows, heads of a group, D], masks [B, Hkv, groups, rows, 1, keys].
+  """
+
+  def forward(self, q, k, v, mask, scale: float) -> tuple[Array, Array]:
+    """Outputs in float32 or more, and lse."""
+    ...
+
+  def backward(self, q, do, lse, delta, k, v, mask, scale: float):
+    """The gradients of queries, keys and values (None: they are in the keys'), in float32 or more."""
+    ...
+
+
+def forward(q, k, v, blocks: Blocks, scale: float):
+  """As ``reference.forward``, without sinks and the keys of the window; v may be a number: so many channels of k."""
+  return attend(q, k, v, blocks, scale, Einsums())
+
+
+def attend(q, k, v, blocks: Blocks, scale: float, core: Core):
+  """``forward``, by any core."""
   width = v if isinstance(v, int) else None
-  return _attend(q, k, None if width else v, sinks, blocks, scale, width)
+  return _attend(q, k, None if width else v, blocks, scale, width, core)
 
 
 def _product(dtype, subscripts: str, x: Array, y: Array) -> Array:
@@ -58,6 +83,11 @@ def _rows(x: Array, first: Array, size: int) -> Array:
 
 def _scatter_add(x: Array, first: Array, rows: Array) -> Array:
   """x [B, h, T, D] with rows [B, h, n, size, D] added where ``_gather`` took them from."""
+  B, h, T, D = x.shape
+  if rows.shape[3] == 1:
+    # Rows by number, which TPUs sort and add up at once; of windows of a row XLA makes a loop with a turn for each.
+    first = first + T * jnp.arange(B * h).reshape(B, h, 1)
+    return x.reshape(-1, D).at[first.ravel()].add(rows.reshape(-1, D)).reshape(x.shape)
   numbers = jax.lax.ScatterDimensionNumbers(
     update_window_dims=(1, 2), inserted_window_dims=(), scatter_dims_to_operand_dims=(0,)
   )
@@ -125,11 +155,14 @@ class _Chunks:
     first = jnp.where(indices >= 0, jnp.minimum(first, self.Tk - 1), 0)
     return first.reshape(self.B, self.Hkv, -1)
 
-  def take(self, first: Array, dtype) -> tuple[Array, Array]:
-    """The keys and values of all blocks of each query: [B, Hkv, groups, rows, keys, D]."""
-    k = self._take(self.k, first, dtype)
-    # Of keys that are values all channels: some of them would be a copy.
-    return k, k if self.v is None else self._take(self.v, first, dtype)
+  def take(self, first: Array, dtype) -> tuple[Array, Array | None]:
+    """The keys and values of all blocks of each query: [B, Hkv, groups, rows, keys, D].
+
+    Of keys that are values all channels, and no values: some of them would be a copy.
+    """
+    return self._take(self.k, first, dtype), self.v if self.v is None else self._take(
+      self.v, first, dtype
+    )
 
   def _take(self, x: Array, first: Array, dtype) -> Array:
     x = _rows(x, first, self.size) if self.in_place else _gather(x, first, self.size)
@@ -149,83 +182,83 @@ def _inputs(q, k, v):
   return jnp.result_type(q, k, *(() if v is None else (v,)))
 
 
-def _forward(q, k, v, sinks, blocks, scale, width):
-  dtype, inputs = jnp.promote_types(q.dtype, jnp.float32), _inputs(q, k, v)
+@dataclasses.dataclass(frozen=True)
+class Einsums:
+  """``Core``."""
+
+  def forward(self, q, k, v, mask, scale):
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    logits = scale * _product(dtype, "bhgqrd,bhgqkd->bhgqrk", q, k)
+    logits = jnp.where(mask, logits, -jnp.inf)
+    top = jnp.max(logits, axis=-1)
+    top = jnp.where(top == -jnp.inf, 0, top)
+    p = jnp.exp(logits - top[..., None])
+    total = jnp.sum(p, axis=-1)
+    some = total > 0
+    total = jnp.where(some, total, 1)
+    o = _product(dtype, "bhgqrk,bhgqkv->bhgqrv", p, k if v is None else v) / total[..., None]
+    return o, jnp.where(some, top + jnp.log(total), -jnp.inf)
+
+  def backward(self, q, do, lse, delta, k, v, mask, scale):
+    dtype, values = lse.dtype, k if v is None else v
+    logits = scale * _product(dtype, "bhgqrd,bhgqkd->bhgqrk", q, k)
+    p = jnp.where(mask, jnp.exp(jnp.where(mask, logits - lse[..., None], 0)), 0)
+    dp = _product(dtype, "bhgqrv,bhgqkv->bhgqrk", do, values)
+    dlogits = scale * p * (dp - delta[..., None])
+    dq = _product(dtype, "bhgqrk,bhgqkd->bhgqrd", dlogits, k)
+    dk = _product(dtype, "bhgqrk,bhgqrd->bhgqkd", dlogits, q)
+    dv = _product(dtype, "bhgqrk,bhgqrv->bhgqkv", p, do)
+    return dq, *((dk + dv, None) if v is None else (dk, dv))
+
+
+def _forward(q, k, v, blocks, scale, width, core):
+  inputs = _inputs(q, k, v)
   chunks = _Chunks(q, k, v, blocks, once=True)
 
   def one(xs):
     q, blocks = xs
-    first = chunks.first(blocks)
-    k, v = chunks.take(first, inputs)
-    logits = scale * _product(dtype, "bhgqrd,bhgqkd->bhgqrk", q.astype(inputs), k)
-    mask = chunks.mask(blocks)
-    logits = jnp.where(mask, logits, -jnp.inf)
-    top = jnp.max(logits, axis=-1)
-    if sinks is not None:
-      sink = sinks.astype(dtype).reshape(chunks.Hkv, chunks.groups, 1, chunks.heads)
-      top = jnp.maximum(top, sink)
-    top = jnp.where(top == -jnp.inf, 0, top)
-    p = jnp.exp(logits - top[..., None])
-    total = jnp.sum(p, axis=-1) + (0 if sinks is None else jnp.exp(sink - top))
-    some = total > 0
-    total = jnp.where(some, total, 1)
-    o = _product(dtype, "bhgqrk,bhgqkv->bhgqrv", p, v)[..., :width] / total[..., None]
-    return o.astype(q.dtype), jnp.where(some, top + jnp.log(total), -jnp.inf)
+    keys, values = chunks.take(chunks.first(blocks), inputs)
+    o, lse = core.forward(q.astype(inputs), keys, values, chunks.mask(blocks), scale)
+    return o[..., :width].astype(q.dtype), lse
 
   o, lse = jax.lax.map(one, (chunks.queries(q), chunks.blocks))
   return chunks.join(o), chunks.join(lse)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _attend(q, k, v, sinks, blocks, scale, width):
-  return _forward(q, k, v, sinks, blocks, scale, width)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _attend(q, k, v, blocks, scale, width, core):
+  return _forward(q, k, v, blocks, scale, width, core)
 
 
-def _attend_forward(q, k, v, sinks, blocks, scale, width):
-  o, lse = _forward(q, k, v, sinks, blocks, scale, width)
-  return (o, lse), (q, k, v, sinks, blocks, o, lse)
+def _attend_forward(q, k, v, blocks, scale, width, core):
+  o, lse = _forward(q, k, v, blocks, scale, width, core)
+  return (o, lse), (q, k, v, blocks, o, lse)
 
 
-def _attend_backward(scale, width, residuals, cotangents):
-  q, k, v, sinks, blocks, o, lse = residuals
+def _attend_backward(scale, width, core, residuals, cotangents):
+  q, k, v, blocks, o, lse = residuals
   do, dlse = cotangents
   dtype, inputs, given = lse.dtype, _inputs(q, k, v), q.dtype
   chunks = _Chunks(q, k, v, blocks, once=False)
   # The softmax's derivative: dlogits = p (do . v - delta).
   delta = jnp.sum(do.astype(dtype) * o.astype(dtype), axis=-1) - dlse
-  dsinks = None
-  if sinks is not None:
-    share = jnp.exp(sinks.astype(dtype) - lse)
-    dsinks = -jnp.sum(share * delta, axis=(0, 1)).astype(sinks.dtype)
 
   def one(carry, xs):
-    dk, dv = carry
     q, do, lse, delta, blocks = xs
     first = chunks.first(blocks)
-    k, v = chunks.take(first, inputs)
+    keys, values = chunks.take(first, inputs)
     q, do = q.astype(inputs), do.astype(inputs)
-    logits = scale * _product(dtype, "bhgqrd,bhgqkd->bhgqrk", q, k)
-    mask = chunks.mask(blocks)
-    p = jnp.where(mask, jnp.exp(jnp.where(mask, logits - lse[..., None], 0)), 0)
-    dp = _product(dtype, "bhgqrv,bhgqkv->bhgqrk", do, v)
-    dlogits = scale * p * (dp - delta[..., None])
+    dq, *rows = core.backward(q, do, lse, delta, keys, values, chunks.mask(blocks), scale)
 
-    def back(subscripts, x, y):
-      rows = _product(dtype, subscripts, x, y)
-      return rows.reshape(*first.shape, chunks.size, -1)
+    def add(x, rows):
+      return _scatter_add(x, first, rows.reshape(*first.shape, chunks.size, -1))
 
-    dk_rows = back("bhgqrk,bhgqrd->bhgqkd", dlogits, q)
-    dv_rows = back("bhgqrk,bhgqrv->bhgqkv", p, do)
-    if dv is None:
-      dk_rows = dk_rows + dv_rows
-    else:
-      dv = _scatter_add(dv, first, dv_rows)
-    dk = _scatter_add(dk, first, dk_rows)
-    return (dk, dv), _product(dtype, "bhgqrk,bhgqkd->bhgqrd", dlogits, k).astype(given)
+    carry = [x if x is None else add(x, r) for x, r in zip(carry, rows, strict=True)]
+    return carry, dq.astype(given)
 
   if width is not None:
     do = jnp.pad(do, ((0, 0),) * 3 + ((0, k.shape[3] - width),))
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), (chunks.k, chunks.v))
+  zeros = [x if x is None else jnp.zeros(x.shape, dtype) for x in (chunks.k, chunks.v)]
   # A padding query sees nothing: whatever finite lse it has.
   finite = jnp.where(lse == -jnp.inf, 0, lse)
   xs = *(chunks.queries(x) for x in (q, do, finite, delta)), chunks.blocks
@@ -235,7 +268,7 @@ def _attend_backward(scale, width, residuals, cotangents):
     return jnp.moveaxis(dx[:, :, : chunks.Tk], 1, 2).astype(x.dtype)
 
   dk, dv = as_given(dk, k), None if v is None else as_given(dv, v)
-  return chunks.join(dq), dk, dv, dsinks, None
+  return chunks.join(dq), dk, dv, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -5,10 +5,15 @@
     python -m pallas_kernels.cost.attention --out benchmarks/records    also block_sparse_64k.md
 
 Both are compiled by the real compiler for one group of key heads: ours, and splash attention, the kernel that comes
-with JAX. Bundles are those of all grid steps, a cycle each at the least; of splash attention's those that it runs, the
-half of the square that a causal mask leaves. FLOPs are of the matrix products as the kernels do them, masked parts
-included; bytes are of operands and results. Blocks are chosen at random (``pallas_kernels.cost.loops``), which is what
-costs most where neighbours could share them. What limits a kernel is the unit with the fewest idle slots.
+with JAX (of at most 16 heads, and so often). Bundles are those of all grid steps, a cycle each at the least; of splash
+attention's those that it runs, the half of the square that a causal mask leaves. FLOPs are of the matrix products as
+the kernels do them, masked parts included; bytes are of operands and results. Blocks are chosen at random
+(``pallas_kernels.cost.loops``), which is what costs most where neighbours could share them. What limits a kernel is the
+unit with the fewest idle slots.
+
+DSA's tokens are gathered before its kernels by XLA, and their gradients added up after them: the least that this reads
+and writes is among the bytes. They take longer than the kernels' bundles: where that is so, "full / ours" and "ms at
+least" are of the bytes.
 """
 
 import argparse
@@ -19,29 +24,31 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.block_sparse.shapes import SHAPES
+from pallas_kernels.block_sparse.shapes import SHAPES, Shape
+from pallas_kernels.block_sparse.tpu_tiles import TILE
 from pallas_kernels.cost import report
+from pallas_kernels.cost.cases import cases
 from pallas_kernels.cost.chips import CHIPS
 from pallas_kernels.cost.compiler import measure
 from pallas_kernels.softmax_attention import splash
 from pallas_kernels.softmax_attention.visibility import Visibility
 
-_SHAPES = ("nsa", "minimax_m3", "infllm_v2", "moba")
+_SHAPES = ("nsa", "minimax_m3", "infllm_v2", "moba", "dsa")
 _PHASES = ("forward", "forward_backward")
-# Of splash attention, on each side of its square.
-_BLOCK = 512
+# Of splash attention, on each side of its square, and heads: 128 of DSA's at once do not fit HBM.
+_BLOCK, _HEADS = 512, 16
 _FULL = "pallas_kernels.cost.attention:full:"
 
 
 def full(argument: str):
-  """Splash attention for one group of key heads of a shape: "SHAPE,PHASE", as ``--spec`` of cost takes it."""
+  """Splash attention for one group of key heads of a shape, or some of it: "SHAPE,PHASE"."""
   name, phase = argument.split(",")
   s = SHAPES[name]
 
   def array(heads, dim):
     return jax.ShapeDtypeStruct((1, s.length, heads, dim), jnp.bfloat16)
 
-  heads = s.heads // s.kv_heads
+  heads = min(s.heads // s.kv_heads, _HEADS)
   q, k, v = array(heads, s.key_dim), array(1, s.key_dim), array(1, s.value_dim)
 
   def forward(q, k, v):
@@ -63,7 +70,7 @@ class Figures:
   """Of one group of key heads.
 
   Attributes:
-    bundles, flops, bytes: of all kernels of a program.
+    bundles, flops, bytes: of all kernels of a program; bytes also of what is gathered for them.
     limits: the unit that each kernel keeps busiest, in program order.
   """
 
@@ -72,19 +79,36 @@ class Figures:
   bytes: float
   limits: tuple[str, ...]
 
+  def seconds(self, chip: str) -> float:
+    """The least that bundles or bytes take."""
+    c = CHIPS[chip]
+    return max(self.bundles / c.clock, self.bytes / c.bandwidth) / 1e9
 
-def _figures(answer: dict, run: float, groups: int) -> Figures | str:
-  """Of an answer of ``measure``, of whose grid steps a part is run; or why there are none."""
+
+def _figures(answer: dict, times: float, run: float = 1, gathered: float = 0) -> Figures | str:
+  """Of an answer of ``measure``, so often, and of whose grid steps a part is run; or why there are none."""
   if "error" in answer:
     return answer["error"]
   rows = answer["rows"]
-  total = lambda f: sum(map(f, rows)) / groups  # noqa: E731
+  total = lambda f: times * sum(map(f, rows))  # noqa: E731
   return Figures(
     run * total(lambda r: r["bundles"] * r["grid_steps"]),
     run * total(lambda r: r["flops"]),
-    total(lambda r: r["bytes"]),
+    total(lambda r: r["bytes"]) + gathered,
     tuple(r.get("busiest", "") for r in rows),
   )
+
+
+def _gathered(s: Shape, phase: str) -> float:
+  """The bytes that XLA moves before and after the kernels of a key head, whose blocks are no parts of tiles.
+
+  Each key is read and written as bfloat16, twice with gradients; that of each is float32 and is read, and its sum read
+  and written.
+  """
+  if s.block_size % TILE == 0:
+    return 0
+  keys = s.length * s.top_k * s.block_size * s.key_dim
+  return keys * (4 if phase == "forward" else 2 * 4 + 3 * 4)
 
 
 def survey(chip: str, shapes: list[str]) -> dict[tuple[str, str], tuple]:
@@ -97,12 +121,16 @@ def survey(chip: str, shapes: list[str]) -> dict[tuple[str, str], tuple]:
     print(f"{len(found)}/{2 * len(own)} {name}", file=sys.stderr, flush=True)
   out = {}
   for name in shapes:
-    blocks = SHAPES[name].length // _BLOCK
+    s = SHAPES[name]
+    blocks, heads = s.length // _BLOCK, s.heads // s.kv_heads
     for phase in _PHASES:
-      full_, sparse = found[f"{_FULL}{name},{phase}"], found[f"block_sparse/{phase}/{name}"]
+      case = f"block_sparse/{phase}/{name}"
+      of_group = s.length * s.groups / s.kv_heads / cases()[case].units
       out[name, phase] = (
-        _figures(full_, (blocks + 1) / (2 * blocks), 1),
-        _figures(sparse, 1, SHAPES[name].kv_heads),
+        _figures(
+          found[f"{_FULL}{name},{phase}"], heads / min(heads, _HEADS), (blocks + 1) / (2 * blocks)
+        ),
+        _figures(found[case], of_group, gathered=_gathered(s, phase)),
       )
   return out
 
@@ -125,11 +153,11 @@ def table(chip: str, found: dict[tuple[str, str], tuple]) -> str:
     cells = [
       f"{full_.bundles / 1e6:.1f}",
       f"{ours.bundles / 1e6:.1f}",
-      f"{full_.bundles / ours.bundles:.1f}",
+      f"{full_.seconds(chip) / ours.seconds(chip):.1f}",
       f"{full_.flops / ours.flops:.1f}",
       f"{ours.flops / 1e12:.2f}",
       f"{ours.bytes / 1e9:.2f}",
-      f"{ours.bundles / CHIPS[chip].clock / 1e6:.1f}",
+      f"{1e3 * ours.seconds(chip):.1f}",
       ", ".join(ours.limits),
     ]
     lines.append("| " + " | ".join([*first, *cells]) + " |")

@@ -170,6 +170,33 @@ def _block_sparse_cases(backend: str) -> Iterator[Case]:
       yield Case("block_sparse", phase, name, unit, units, run, chips=chips, trips=trips)
 
 
+def _token_cases(backend: str) -> Iterator[Case]:
+  """DeepSeek-V3.2's attention to chosen latents: the last queries of 64k, as many as XLA gathers for at a time."""
+  s, t = BLOCK_SPARSE["dsa"], 56
+
+  def array(T, heads, dim):
+    return jax.ShapeDtypeStruct((1, T, heads, dim), jnp.bfloat16)
+
+  def build(phase):
+    def forward(q, k, indices):
+      options = dict(block_size=1, query_positions=s.length - t + jnp.arange(t), backend=backend)
+      return block_sparse_attention(q, k, s.value_dim, indices, **options)[0]
+
+    def both(q, k, indices, do):
+      o, vjp = jax.vjp(lambda *a: forward(*a, indices), q, k)
+      return o, vjp(do)
+
+    q, k = array(t, s.heads, s.key_dim), array(s.length, s.kv_heads, s.key_dim)
+    args = q, k, jax.ShapeDtypeStruct((1, s.groups, t, s.top_k), jnp.int32)
+    return (
+      (forward, args) if phase == "forward" else (both, (*args, array(t, s.heads, s.value_dim)))
+    )
+
+  for phase in ("forward", "forward_backward"):
+    run = functools.partial(build, phase)
+    yield Case("block_sparse", phase, "dsa", "1 token x group of heads", t, run, chips=("v6e",))
+
+
 def _pool_cases(backend: str) -> Iterator[Case]:
   """NSA's compressed attention: a pool for 16 tokens. All pools of all queries: those that are hidden count too."""
   s, stride, some = BLOCK_SPARSE["nsa"], 16, 1024
@@ -235,6 +262,7 @@ _MAKERS = {
     _step_cases,
     _short_conv_cases,
     _block_sparse_cases,
+    _token_cases,
     _pool_cases,
     _index_cases,
   ),
