@@ -17,9 +17,8 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.block_sparse.reference import Blocks
 from pallas_kernels.block_sparse.tpu_tiles import LANES, NOTHING, dot
 
-# Keys of a step, at most; and of VMEM the part that a step takes.
-_KEYS = 2048
-_PART = 0.6
+# Keys of a step, at most; and the part of VMEM that a step takes.
+_KEYS, _PART = 2048, 0.6
 
 
 def limitations(q, k, v, blocks: Blocks, vmem: int) -> None:
@@ -40,18 +39,17 @@ def _lanes(n: int) -> int:
 
 def _tile(rows: int, keys: int, D: int, V: int, size: int, vmem: int) -> int:
   """Keys of a step: as many as VMEM has room for, backward."""
-  tile = next((n for n in (2048, 1024, 512, 256, 128) if n <= _KEYS and keys % n == 0), LANES)
   of_query = rows * (_lanes(D) + _lanes(V)) * (4 * size + 4)
 
   def taken(tile):
     # Keys, values and their gradients, this step's and the next's; of logits what is made of them.
     return of_query + tile * (2 * (_lanes(D) + _lanes(V)) * (size + 4) + 5 * 4 * rows)
 
-  while tile > LANES and taken(tile) > _PART * vmem:
-    tile //= 2
-  if taken(tile) > _PART * vmem:
+  tiles = [n for n in range(LANES, min(keys, _KEYS) + 1, LANES) if keys % n == 0]
+  fitting = [n for n in tiles if taken(n) <= _PART * vmem]
+  if not fitting:
     raise NotImplementedError(f"{rows} heads of {D} channels do not fit the {vmem} bytes of VMEM")
-  return tile
+  return fitting[-1]
 
 
 def _logits(scale, q, k, seen):
@@ -137,7 +135,7 @@ class Kernels:
     return dq, dk, *(dv or [None])
 
   def _call(self, kernel, scale, ins, outs, scratch, keys):
-    """A query a program, and some of its keys a step: of arrays [..., n, m] those whose n, or m, is ``keys``."""
+    """A query and some of its ``keys`` a step, the queries of all leading axes; what is by key is cut along them."""
     q, k, v = ins["q"], ins["k"], ins["v"]
     leading, (R, D), V = q.shape[:4], q.shape[4:], (k if v is None else v).shape[5]
     tile = _tile(R, keys, D, V, q.dtype.itemsize, self.vmem)
