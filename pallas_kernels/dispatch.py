@@ -51,8 +51,12 @@ _CPU, _ELSEWHERE = 1 << 23, 1 << 27
 
 
 def at_a_time(bytes_of_one: int) -> int:
-  """How many queries, or keys, to take at a time, of so many bytes each; at least one."""
-  return max(1, (_CPU if platform() == "cpu" else _ELSEWHERE) // bytes_of_one)
+  """How many queries, or keys, to take at a time, of so many bytes each: a power of two, which divides most lengths.
+
+  What does not is padded, by a copy.
+  """
+  most = max(1, (_CPU if platform() == "cpu" else _ELSEWHERE) // bytes_of_one)
+  return 1 << (most.bit_length() - 1)
 
 
 def needs_hopper() -> None:
