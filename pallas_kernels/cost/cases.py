@@ -171,8 +171,8 @@ def _block_sparse_cases(backend: str) -> Iterator[Case]:
 
 
 def _token_cases(backend: str) -> Iterator[Case]:
-  """DeepSeek-V3.2's attention to chosen latents: the last queries of 64k, as many as XLA gathers for at a time."""
-  s, t = BLOCK_SPARSE["dsa"], 56
+  """DeepSeek-V3.2's attention to chosen latents, for the last queries of 64k."""
+  s, t = BLOCK_SPARSE["dsa"], 64
 
   def array(T, heads, dim):
     return jax.ShapeDtypeStruct((1, T, heads, dim), jnp.bfloat16)
