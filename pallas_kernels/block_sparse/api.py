@@ -20,8 +20,6 @@ _FORWARD: dict[str, Callable[..., tuple[Array, Array]]] = {
   "gpu": gpu.forward,
   "interpret_gpu": functools.partial(gpu.forward, interpret=plgpu.InterpretGPUParams()),
 }
-# Read keys whose first channels are the values once.
-_SHARED = ("xla", "tpu", "interpret")
 _CHECKS = {
   "reference": reference.check,
   "xla": xla.check,
@@ -87,7 +85,7 @@ def block_sparse_attention(
     ValueError: arguments that do not fit.
     NotImplementedError: a backend that was named cannot serve the call.
   """
-  values = k[..., :v] if isinstance(v, int) else v
+  values = reference.values_of(k, v)
   _check(q, k, values, block_indices, block_size, query_block, window, sinks)
   _check_places(q, k, segment_ids, query_positions, starts)
   scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -109,9 +107,9 @@ def block_sparse_attention(
   few = query_positions is not None and xla.few(q, k, blocks)
   name = dispatch.choose(backend, supports, _FEW if few else _ORDER)
   if name == "reference":
-    return reference.forward(q, k, values, sinks, blocks, scale)
+    return reference.forward(q, k, v, sinks, blocks, scale)
   # The blocks without what the window shows, and the window.
-  far = _FORWARD[name](q, k, v if name in _SHARED else values, blocks, scale)
+  far = _FORWARD[name](q, k, v, blocks, scale)
   if not window:
     return _with_sinks(*far, sinks)
   near = softmax_attention(q, k, values, scale=scale, window=window, sinks=sinks, **where)
@@ -119,6 +117,7 @@ def block_sparse_attention(
 
 
 def _with_sinks(o, lse, sinks):
+  """``(o, lse)`` of a softmax that sinks have a part of."""
   if sinks is None:
     return o, lse
   with_sink = jnp.logaddexp(lse, sinks.astype(lse.dtype))

@@ -25,7 +25,7 @@ from jaxtyping import Array
 
 from pallas_kernels import dispatch
 from pallas_kernels.block_sparse import gpu_tables
-from pallas_kernels.block_sparse.reference import Blocks
+from pallas_kernels.block_sparse.reference import Blocks, values_of
 
 # Rows of a warpgroup's matrices, and keys of a step.
 _ROWS = 64
@@ -382,8 +382,8 @@ def _padded(p: _Plan, x: Array) -> Array:
 
 
 def forward(q, k, v, blocks: Blocks, scale: float, interpret=None):
-  """As ``reference.forward``, but without sinks and the keys of the window."""
-  return _attend(q, k, v, blocks, scale, interpret)
+  """As ``reference.forward``, without sinks and the keys of the window."""
+  return _attend(q, k, values_of(k, v), blocks, scale, interpret)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))

@@ -42,6 +42,11 @@ class Blocks:
     return jnp.pad(last, ((0, 0), (0, T - last.shape[1])), constant_values=-1).astype(jnp.int32)
 
 
+def values_of(k: Float[Array, "B Tk Hkv D"], v: Array | int) -> Float[Array, "B Tk Hkv V"]:
+  """The values, where they may be given as a number: so many channels of the keys."""
+  return k[..., :v] if isinstance(v, int) else v
+
+
 def check(*args) -> None:
   """Serves every call."""
 
@@ -49,12 +54,12 @@ def check(*args) -> None:
 def forward(
   q: Float[Array, "B Tq H D"],
   k: Float[Array, "B Tk Hkv D"],
-  v: Float[Array, "B Tk Hkv V"],
+  v: Float[Array, "B Tk Hkv V"] | int,
   sinks: Float[Array, " H"] | None,
   blocks: Blocks,
   scale: float,
 ) -> tuple[Float[Array, "B Tq H V"], Float[Array, "B Tq H"]]:
-  """Softmax attention of each query over its blocks and window: the outputs, and lse."""
+  """Softmax attention of each query over its blocks and window: the outputs, and lse. v as in ``values_of``."""
   mask = blocks.mask(k.shape[1])
   mask = jnp.repeat(mask, q.shape[2] // mask.shape[1], axis=1)
-  return attend(q, k, v, sinks, mask, scale)
+  return attend(q, k, values_of(k, v), sinks, mask, scale)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from pallas_kernels import dispatch
 from pallas_kernels.block_sparse import tpu_backward, tpu_by_block, tpu_by_query, tpu_rows, xla
 from pallas_kernels.block_sparse import tpu_tiles as tiles
-from pallas_kernels.block_sparse.reference import Blocks
+from pallas_kernels.block_sparse.reference import Blocks, values_of
 
 # Heads of a group that a query takes the matrix unit for; of fewer, several queries share a block.
 _HEADS = 8
@@ -38,10 +38,10 @@ def by_query(q, blocks: Blocks) -> bool:
 
 
 def forward(q, k, v, blocks: Blocks, scale: float, interpret=False):
-  """As ``reference.forward``, without sinks and the keys of the window; v may be a number: so many channels of k."""
+  """As ``reference.forward``, without sinks and the keys of the window."""
   if blocks.size % tiles.TILE:
     return xla.attend(q, k, v, blocks, scale, tpu_rows.Kernels(dispatch.vmem(), interpret))
-  return _attend(q, k, k[..., :v] if isinstance(v, int) else v, blocks, scale, interpret)
+  return _attend(q, k, values_of(k, v), blocks, scale, interpret)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))

@@ -2,9 +2,8 @@
 
 XLA gathers the keys of some queries and adds up their gradients (``xla.py``). With einsums between, it writes logits
 and weights of every head to memory and reads them again, several times; a program here has one query, whose heads are
-the rows of a matrix, and holds them in VMEM. For DeepSeek-V3.2's 2048 tokens with 128 heads on latents of 576 channels
-XLA's program for a v6e moves 12 MB a query forward and about 75 with gradients, with these kernels 7.4 and 34. Of that
-2.7 and 10 are the kernels' own, which takes longer than their bundles.
+the rows of a matrix, and holds them in VMEM. What its operands take to read is then more than its bundles
+(``python -m pallas_kernels.cost --kernels block_sparse --shapes dsa``).
 """
 
 import dataclasses
@@ -56,8 +55,8 @@ def _logits(scale, q, k, seen):
   return jnp.where(seen, scale * dot(q, k, (1, 1)), NOTHING)
 
 
-def _forward(scale, q, k, v, seen, o, lse, top, total, out):
-  """Some keys of a query; the softmax is online over its steps. v None: the keys."""
+def _forward(scale, q, k, seen, o, lse, top, total, out, v=None):
+  """Some keys of a query; the softmax is online over its steps. Without v the keys are the values."""
   step, steps = pl.program_id(1), pl.num_programs(1)
 
   @pl.when(step == 0)
@@ -84,7 +83,7 @@ def _forward(scale, q, k, v, seen, o, lse, top, total, out):
     lse[0] = jnp.where(some, top[...] + jnp.log(sums), -jnp.inf)
 
 
-def _backward(scale, q, do, lse, delta, k, v, seen, dq, dk, dv, sum_dq):
+def _backward(scale, q, do, lse, delta, k, seen, dq, dk, sum_dq, v=None, dv=None):
   """Some keys of a query and their gradients; that of the query is the sum over its steps."""
   step, steps = pl.program_id(1), pl.num_programs(1)
 
@@ -119,19 +118,19 @@ class Kernels:
   def forward(self, q, k, v, mask, scale):
     R, (keys, V) = q.shape[4], (k if v is None else v).shape[4:]
     outs = {"o": ((R, V), q.dtype), "lse": ((R, 1), jnp.float32)}
-    scratch = [(R, 1), (R, 1), (R, V)]
+    scratch = {"top": (R, 1), "total": (R, 1), "out": (R, V)}
     ins = {"q": q, "k": k, "v": v, "seen": mask.astype(jnp.int32)}
     o, lse = self._call(_forward, scale, ins, outs, scratch, keys)
     return o, lse[..., 0]
 
   def backward(self, q, do, lse, delta, k, v, mask, scale):
     keys, D = k.shape[4:]
-    outs = {"dq": ((*q.shape[4:],), q.dtype), "dk": ((keys, D), jnp.float32)}
+    outs = {"dq": (q.shape[4:], q.dtype), "dk": ((keys, D), jnp.float32)}
     if v is not None:
       outs["dv"] = v.shape[4:], jnp.float32
     ins = {"q": q, "do": do, "lse": lse[..., None], "delta": delta[..., None]}
     ins |= {"k": k, "v": v, "seen": mask.astype(jnp.int32)}
-    dq, dk, *dv = self._call(_backward, scale, ins, outs, [q.shape[4:]], keys)
+    dq, dk, *dv = self._call(_backward, scale, ins, outs, {"sum_dq": q.shape[4:]}, keys)
     return dq, dk, *(dv or [None])
 
   def _call(self, kernel, scale, ins, outs, scratch, keys):
@@ -152,11 +151,7 @@ class Kernels:
     N = given["q"].shape[0]
 
     def run(*refs):
-      refs = iter(refs)
-      of_ins = [None if x is None else next(refs) for x in ins.values()]
-      of_outs = [next(refs) for _ in outs]
-      missing = [None] * (kernel is _backward and v is None)
-      kernel(scale, *of_ins, *of_outs, *missing, *refs)
+      kernel(scale, **dict(zip((*given, *outs, *scratch), refs, strict=True)))
 
     results = pl.pallas_call(
       run,
@@ -165,7 +160,7 @@ class Kernels:
       in_specs=[spec(name, x.shape[1:]) for name, x in given.items()],
       out_specs=[spec(name, shape) for name, (shape, _) in outs.items()],
       out_shape=[jax.ShapeDtypeStruct((N, *shape), dtype) for shape, dtype in outs.values()],
-      scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
+      scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch.values()],
       compiler_params=pltpu.CompilerParams(
         dimension_semantics=("parallel", "arbitrary"),
         vmem_limit_bytes=None if self.interpret else self.vmem,

@@ -5,8 +5,8 @@ The backward pass gathers again, and adds the gradients of gathered blocks to th
 Values that are channels of the keys are gathered, and their gradients added, with them. For few queries the chosen
 rows alone are read.
 
-What is made of gathered keys is a parameter: einsums here, and on TPUs kernels (``tpu_rows.py``), for what they lack
-is memory for the logits of all heads.
+What is made of gathered keys is a parameter: einsums here, and on TPUs kernels (``tpu_rows.py``), which
+hold the logits that einsums write to memory.
 
 Tokens that are chosen one by one are rows, not parts of tiles: DeepSeek-V3.2's 2048 of 65536 tokens, latents of 576
 channels for 128 heads, are 2.4 MB and 0.6 GFLOP a query; in tiles of 16 tokens as much if 128 tiles hold them all, and
@@ -44,16 +44,16 @@ class Core(Protocol):
   """
 
   def forward(self, q, k, v, mask, scale: float) -> tuple[Array, Array]:
-    """Outputs in float32 or more, and lse."""
+    """Outputs, and lse in float32 or more."""
     ...
 
   def backward(self, q, do, lse, delta, k, v, mask, scale: float):
-    """The gradients of queries, keys and values (None: they are in the keys'), in float32 or more."""
+    """The gradients of queries, and, in float32 or more, of keys and values (None: they are in the keys')."""
     ...
 
 
 def forward(q, k, v, blocks: Blocks, scale: float):
-  """As ``reference.forward``, without sinks and the keys of the window; v may be a number: so many channels of k."""
+  """As ``reference.forward``, without sinks and the keys of the window."""
   return attend(q, k, v, blocks, scale, Einsums())
 
 
@@ -160,9 +160,8 @@ class _Chunks:
 
     Of keys that are values all channels, and no values: some of them would be a copy.
     """
-    return self._take(self.k, first, dtype), self.v if self.v is None else self._take(
-      self.v, first, dtype
-    )
+    k, v = (None if x is None else self._take(x, first, dtype) for x in (self.k, self.v))
+    return k, v
 
   def _take(self, x: Array, first: Array, dtype) -> Array:
     x = _rows(x, first, self.size) if self.in_place else _gather(x, first, self.size)

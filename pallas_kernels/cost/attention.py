@@ -119,13 +119,13 @@ def survey(chip: str, shapes: list[str]) -> dict[tuple[str, str], tuple]:
   for name, answer in measure(chip, [*own, *theirs]):
     found[name] = answer
     print(f"{len(found)}/{2 * len(own)} {name}", file=sys.stderr, flush=True)
-  out = {}
+  out, known = {}, cases()
   for name in shapes:
     s = SHAPES[name]
     blocks, heads = s.length // _BLOCK, s.heads // s.kv_heads
     for phase in _PHASES:
       case = f"block_sparse/{phase}/{name}"
-      of_group = s.length * s.groups / s.kv_heads / cases()[case].units
+      of_group = s.length * s.groups / s.kv_heads / known[case].units
       out[name, phase] = (
         _figures(
           found[f"{_FULL}{name},{phase}"], heads / min(heads, _HEADS), (blocks + 1) / (2 * blocks)

@@ -22,7 +22,7 @@ class _Tiles:
   def __init__(self, q, k):
     B, t, h = q.shape[:3]
     self.dtype, self.N = jnp.promote_types(q.dtype, jnp.float32), k.shape[1]
-    self.size = min(max(dispatch.at_a_time(4 * B * t * h) // _LANES * _LANES, _LANES), self.N)
+    self.size = min(max(dispatch.at_a_time(4 * B * t * h), _LANES), self.N)
 
   def count(self, end):
     return -(-jnp.minimum(end, self.N) // self.size)
