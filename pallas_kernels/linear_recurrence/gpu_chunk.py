@@ -13,6 +13,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -26,9 +27,12 @@ from pallas_kernels.linear_recurrence.gpu_scan import (
   put,
   square,
   tiles,
+  transposed,
   wide,
 )
 
+# As many as a program reads, or more.
+ZEROS = np.zeros(64, np.int32)
 # Tokens of the blocks on the diagonal, and the smallest decay of a channel, by parts of an operand.
 _BASES = {1: (16, -10.0), 2: (8, -20.0)}
 # Parts of the operands of a triangular inverse: 16 bits, or 24 where inputs have more than 8.
@@ -49,6 +53,21 @@ def _levels(p: Plan) -> list[int]:
 
 def _iota(axis: int) -> Array:
   return plgpu.broadcasted_iota(jnp.int32, _TILE, axis, layout=_WGMMA)
+
+
+def _apart(zero: Array | int = 0) -> Array:
+  """Row xor column: less than h within a block of h, less than 2 h between its neighbour and it."""
+  return (_iota(0) + zero) ^ _iota(1)
+
+
+def within(h: int) -> Array:
+  """Where row and column are of one block of h."""
+  return _apart() < h
+
+
+def halves(h: int) -> Array:
+  """Where they are of two blocks of h that are halves of one."""
+  return (_apart() >= h) & (_apart() < 2 * h)
 
 
 def _load(ref) -> Array:
@@ -75,6 +94,16 @@ class _Chunk:
     self.chunk = batch * p.chunks + n
     self.here = (batch * p.Hv + self.head) * p.chunks + n
     self.ratio = p.Hv // heads
+    self._zeros = 0
+
+  def zero(self) -> Array:
+    """0, another one at each call, which no compiler knows: it is read from memory (``ZEROS``, an operand).
+
+    What is added to it, addresses of shared memory above all, is computed where it is needed. Kept from use to use,
+    such numbers were up to two thirds of all registers.
+    """
+    self._zeros += 1
+    return self.refs["zeros"][self._zeros - 1]
 
   def tile(self, name: str, i: int | Array, row: int | Array | None = None) -> Array:
     """Tile i of 64 channels of this head; of one row of it in all rows, if given."""
@@ -112,16 +141,23 @@ def _middles(c: _Chunk, h: int, i: int | Array, near: bool) -> Array:
   return lax.fori_loop(1, CHUNK // size, select, c.tile("G", i, size // 2 - 1))
 
 
-def _compare(c: _Chunk, name: str, decay: str, col: str, row_refs, col_refs) -> Array:
+def _compare(c: _Chunk, name: str, decay: str, col: str, pool) -> Array:
   """Products of what has a name with ``col`` under the decay between them, or without one a channel plain products.
 
   What lies above the diagonal means nothing. ``decay``: the name of the rows' cumulative decay.
   """
-  count = c.p.K // 64
+  count, n = c.p.K // 64, c.p.parts
   channel = "G" in c.refs
   out = None
   for level, h in enumerate(_levels(c.p) if channel else [0]):
     near = level == 0
+    zero = c.zero()
+
+    def rows(i, zero=zero):
+      return [pool.at[zero + 2 * n * i + j] for j in range(n)]
+
+    def columns(i, zero=zero):
+      return [pool.at[zero + 2 * n * i + n + j] for j in range(n)]
 
     def factor(decay, sign, i, h=h, near=near):
       if not channel:
@@ -130,34 +166,25 @@ def _compare(c: _Chunk, name: str, decay: str, col: str, row_refs, col_refs) -> 
       return jnp.exp(difference if near else jnp.minimum(difference, 0.0))
 
     @pl.loop(0, count)
-    def _(i, factor=factor):
-      put([ref.at[i] for ref in row_refs], _times(c.tile(name, i), factor(decay, 1.0, i)))
-      put([ref.at[i] for ref in col_refs], _times(c.tile(col, i), factor("G", -1.0, i)))
+    def _(i, factor=factor, rows=rows, columns=columns):
+      put(rows(i), _times(c.tile(name, i), factor(decay, 1.0, i)))
+      put(columns(i), _times(c.tile(col, i), factor("G", -1.0, i)))
 
     plgpu.commit_smem()
-    pairs = [([r.at[i] for r in row_refs], [r.at[i].T for r in col_refs]) for i in range(count)]
-    z = products(_TILE, *pairs)
-    if channel:
-      row, column = _iota(0), _iota(1)
-      size = h if near else 2 * h
-      here = lax.div(row, size) == lax.div(column, size)
-      if not near:
-        here &= (lax.rem(row, size) >= h) & (lax.rem(column, size) < h)
-      z = jnp.where(here, z, 0.0 if out is None else out)
-    out = z
+    z = products(_TILE, *[(rows(i), transposed(columns(i))) for i in range(count)])
+    # What is farther apart is another level's, which comes later.
+    out = z if near else jnp.where(_apart(zero) >= h, z, out)
     plgpu.commit_smem()  # all warps are done with what was multiplied
   return out
 
 
 def _inverse(L: Array, x_refs, l_refs, z_refs) -> Array:
   """``(I + L)^-1``; see ``triangular.py``: blocks are joined two by two, by products in bfloat16 parts."""
-  row, col = _iota(0), _iota(1)
   put(l_refs, L)
-  X = jnp.where(row == col, 1.0, 0.0)
+  X = jnp.where(within(1), 1.0, 0.0)
   h = 1
   while h < CHUNK:
-    joint = lax.div(row, 2 * h) == lax.div(col, 2 * h)
-    joint &= (lax.rem(row, 2 * h) >= h) & (lax.rem(col, 2 * h) < h)
+    joint = halves(h)  # with nothing above the diagonal
     if h == 1:
       X = X - jnp.where(joint, L, 0.0)
     else:
@@ -171,7 +198,7 @@ def _inverse(L: Array, x_refs, l_refs, z_refs) -> Array:
   return X
 
 
-def _kernel(p: Plan, tree, heads, undecayed, gradients, *refs, row_refs, col_refs, inverse=()):
+def _kernel(p: Plan, tree, heads, undecayed, gradients, *refs, pool, inverse=()):
   c = _Chunk(p, *jax.tree.unflatten(tree, refs), heads)
   bonus = "own" in c.refs
   channel, scalar = "G" in c.refs, "G_row" in c.refs
@@ -190,7 +217,7 @@ def _kernel(p: Plan, tree, heads, undecayed, gradients, *refs, row_refs, col_ref
   results = {("q", "k"): "scores", ("q", corrects): "corrected", (erases, "k"): "removed"}
   for (name, decay), mask in zip(rows, masks, strict=False):
     for other in cols:
-      z = _compare(c, name, decay, other, row_refs, col_refs)
+      z = _compare(c, name, decay, other, pool)
       if scalar:
         z = z * jnp.exp(jnp.minimum(c.rows(f"{decay}_row") - c.columns("G_column"), 0.0))
       z = jnp.where(mask, z, 0.0)
@@ -261,17 +288,14 @@ def operands(
   for name in (*wide(p.erase), *square(p.erase), *(["erasing"] if gradients and erases else [])):
     shape = p.heads * p.chunks, CHUNK, p.K if name in wide(p.erase) else CHUNK
     outs[name] = [jax.ShapeDtypeStruct(shape, jnp.bfloat16)] * p.parts
+  arrays = arrays | {"zeros": jnp.asarray(ZEROS)}
   tree = jax.tree.structure((arrays, outs))
 
   def tile(count=None):
     shape = _TILE if count is None else (count, *_TILE)
     return plgpu.SMEM(shape, jnp.bfloat16, transforms=tiles(128))
 
-  count = p.K // 64
-  scratch = {
-    "row_refs": [tile(count) for _ in range(p.parts)],
-    "col_refs": [tile(count) for _ in range(p.parts)],
-  }
+  scratch = {"pool": tile(2 * p.parts * (p.K // 64))}
   if erases:
     scratch["inverse"] = [tile() for _ in range(3 * _INVERSE_PARTS[p.parts])]
   flat = plgpu.kernel(

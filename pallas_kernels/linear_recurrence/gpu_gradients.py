@@ -25,12 +25,15 @@ from jaxtyping import Array
 from pallas_kernels.linear_recurrence.gpu_chunk import (
   _TILE,
   _WGMMA,
+  ZEROS,
   _Chunk,
   _iota,
   _levels,
   _load,
   _middles,
   _times,
+  halves,
+  within,
 )
 from pallas_kernels.linear_recurrence.gpu_scan import (
   CHUNK,
@@ -60,16 +63,16 @@ def serves(p: Plan) -> bool:
   return p.parts == 1 or p.erase != "low_rank"
 
 
-def _zero(i=0) -> Array:
-  """0, but the compiler must not know: it would unroll loops, and keep in registers addresses that steps share."""
-  return lax.shift_right_logical(lax.axis_index("batch") + i, jnp.int32(24))
+def _placed(sources: dict, pool) -> dict:
+  """Where ``_fetch`` puts tiles; by name, each a list of parts."""
+  free = list(pool)
+  return {name: [free.pop(0) for _ in refs] for name, refs in sources.items()}
 
 
 def _fetch(sources: dict, pool, ready) -> dict:
-  """Copies tiles into shared memory; by name, each a list of parts. ``ready`` expects as many copies."""
-  out, free = {}, list(pool)
+  """Copies tiles into shared memory. ``ready`` expects as many copies."""
+  out = _placed(sources, pool)
   for name, refs in sources.items():
-    out[name] = [free.pop(0) for _ in refs]
     for ref, to in zip(refs, out[name], strict=True):
       plgpu.copy_gmem_to_smem(ref, to, ready)
   plgpu.barrier_wait(ready)
@@ -94,7 +97,7 @@ def _sums(count: int, steps, products_of, start=None):
       plgpu.commit_smem()  # all warps are done with what was multiplied
       return carry
 
-    carry = lax.fori_loop(0, steps + _zero(), step, start)
+    carry = lax.fori_loop(0, steps, step, start)
     return tuple(acc[...] for acc in sums), carry
 
   return pl.run_scoped(run, *[plgpu.ACC(_TILE, jnp.float32)] * count)
@@ -314,15 +317,75 @@ def _compared_kernel(p: Plan, tree, heads, undecayed, *refs, pairs, pool, of_val
     outs[name][c.here] = value
 
 
+class _Held:
+  """What a program of ``_channels_kernel`` has in shared memory: what is read again and again takes no registers.
+
+  Nor do its addresses: from one ``anew`` to the next they are others (``_Chunk.zero``).
+
+  Args:
+    c, i: the program, and its block of channels.
+    sources: inputs and gradients of comparisons, by name; the first of the ``pool``, and after them what is ``spare``.
+    resident: decays, the first of ``exact``, tiles in float32 (None: there are none).
+    summed: gradients, the others of ``exact``; those of other inputs are in registers.
+  """
+
+  def __init__(self, c: _Chunk, i: Array, sources: dict, resident, summed, pool, exact):
+    self._c, self._i, self._sources, self._pool, self._exact = c, i, sources, pool, exact
+    self._resident, self._summed = resident, summed
+    self._begun: set[str] = set()
+    self.sums: dict = {}
+    self.anew()
+
+  def anew(self) -> None:
+    """Begins a stage."""
+    zero = self._c.zero()
+    tiles = [self._pool.at[zero + n] for n in range(self._pool.shape[0])]
+    self.x = _placed(self._sources, tiles)
+    self.spare = tiles[sum(map(len, self._sources.values())) :]
+    count = len(self._resident) + len(self._summed)
+    exact = [self._exact.at[zero + n] for n in range(count)]
+    self.decays = dict(zip(self._resident, exact, strict=False))
+    self._totals = dict(zip(self._summed, exact[len(self._resident) :], strict=True))
+
+  def decay(self, name: str) -> Array:
+    return self.decays[name][...] if self.decays else self._c.tile(name, self._i)
+
+  def gain(self, name: str, value: Array) -> None:
+    """Adds to a gradient."""
+    if name in self._totals:
+      ref = self._totals[name]
+      value = ref[...] + value if name in self._begun else value
+      ref[...] = value
+    else:
+      self.sums[name] = self.sums[name] + value if name in self._begun else value
+    self._begun.add(name)
+
+  def write(self, outs: dict) -> None:
+    """Gradients to where they go, ``outs`` by name, through shared memory."""
+    self.anew()
+    plgpu.commit_smem()
+    small = [ref for refs in self.x.values() for ref in refs] + self.spare
+    for name, out in outs.items():
+      ref = self._totals.get(name)
+      if ref is None or out.dtype != jnp.float32:
+        value = self.sums[name] if ref is None else ref[...]
+        ref = small.pop(0)
+        ref[...] = value.astype(ref.dtype)
+      plgpu.commit_smem()
+      plgpu.copy_smem_to_gmem(ref, out)
+    plgpu.wait_smem_to_gmem(0)
+
+
 def _channels_kernel(
   p: Plan,
   tree,
   heads,
   undecayed,
   *refs,
+  resident,
+  summed,
   pool,
-  g_refs,
-  wide,
+  exact=None,
   of_inputs,
   of_reads,
   of_writes,
@@ -337,32 +400,15 @@ def _channels_kernel(
   f = _Facts(p, refs, undecayed)
   columns, keeps = pl.ds(c.head * p.K + _BLOCK * i, _BLOCK), "keep" in outs
 
-  # Inputs, and gradients of comparisons, in shared memory: what is read again and again takes no registers.
   sources = {}
   for name in f.inputs:
     sources[name] = at.key_tile(name, i, lax.div(c.head, c.ratio) if name in ("q", "k") else c.head)
   for pair, name in f.pairs.items():
     sources[pair] = at.operand(f"d_{name}")
-  resident = dict(zip(f.decays, g_refs, strict=False))
-  for name, ref in resident.items():
+  held = _Held(c, i, sources, resident, summed, pool, exact)
+  for name, ref in held.decays.items():
     plgpu.copy_gmem_to_smem(refs[name].at[c.chunk, :, columns], ref, of_inputs)
-  x = _fetch(sources, pool, of_inputs)
-  spare = pool[len(sources) * p.parts :]
-
-  def decay_of(name):
-    return resident[name][...] if resident else c.tile(name, i)
-
-  # Gradients of inputs and their decays: where there are many, shared memory holds them.
-  names = [*f.inputs, *(f.decays if f.channel else [])]
-  sums: dict = {}
-
-  def gain(name, value):
-    if wide:
-      ref = wide[names.index(name)]
-      ref[...] = ref[...] + value if name in sums else value
-      sums[name] = ref
-    else:
-      sums[name] = sums[name] + value if name in sums else value
+  _fetch(sources, [*itertools.chain(*held.x.values())], of_inputs)
 
   numbers: dict = {}
 
@@ -373,14 +419,14 @@ def _channels_kernel(
   def read(j, _):
     names = [of_row for *_, of_row in f.rows]
     sources = {name: at.value_tile(name, j) for name in names} | {"S": at.state_tile("S", i, j)}
-    got = _fetch(sources, spare, of_reads)
+    got = _fetch(sources, held.spare, of_reads)
     return [(got[name], transposed(got["S"])) for name in names], lambda: None
 
   def written(j, dkeep):
     names = [written for _, written in f.cols]
     sources = {name: at.value_tile(name, j) for name in names}
     sources |= {name: at.state_tile(name, i, j) for name in (("D", "S") if keeps else ("D",))}
-    got = _fetch(sources, spare, of_writes)
+    got = _fetch(sources, held.spare, of_writes)
 
     def then():
       if not keeps:
@@ -391,105 +437,96 @@ def _channels_kernel(
 
   met, _ = _sums(len(f.rows), p.V // _BLOCK, read)
   for (name, decay, start, _), dx in zip(f.rows, met, strict=True):
+    held.anew()
     factor = c.rows(start)
     if f.channel:
-      factor = _times(jnp.exp(decay_of(decay)), factor)
+      factor = _times(jnp.exp(held.decay(decay)), factor)
     if p.erase == "key" and name == "k":
-      add("beta", -_times(dx, factor) * joined(x[name]))
+      add("beta", -_times(dx, factor) * joined(held.x[name]))
       dx = -dx * c.rows("beta")
     if f.scalar:
-      add(start, dx * joined(x[name]))
+      add(start, dx * joined(held.x[name]))
     dx = _times(dx, factor)
-    gain(name, dx)
+    held.gain(name, dx)
     if f.channel:
-      gain(decay, dx * joined(x[name]))
+      held.gain(decay, dx * joined(held.x[name]))
   met, dkeep = _sums(len(f.cols), p.V // _BLOCK, written, _numbers() if keeps else None)
   if keeps:
     n = lax.rem(c.here, jnp.int32(p.chunks))
     outs["keep"][lax.div(c.here, jnp.int32(p.chunks)), n, pl.ds(_BLOCK * i, _BLOCK)] = dkeep
   for (name, _), dx in zip(f.cols, met, strict=True):
+    held.anew()
     factor = c.rows("end")
     if f.channel:
-      factor = _times(jnp.exp(c.tile("G", i, CHUNK - 1) - decay_of("G")), factor)
+      factor = _times(jnp.exp(c.tile("G", i, CHUNK - 1) - held.decay("G")), factor)
     if f.scalar:
-      end = jnp.sum(dx * joined(x[name]), axis=1)
+      end = jnp.sum(dx * joined(held.x[name]), axis=1)
       numbers["end"] = numbers["end"] + end if "end" in numbers else end
     dx = _times(dx, factor)
-    gain(name, dx)
+    held.gain(name, dx)
     if f.channel:
-      left = dx * joined(x[name])
+      left = dx * joined(held.x[name])
       last = plgpu.layout_cast(lax.broadcast_in_dim(jnp.sum(left, axis=0), _TILE, [1]), _WGMMA)
-      gain("G", jnp.where(_iota(0) == CHUNK - 1, last, 0.0) - left)
+      held.gain("G", jnp.where(_iota(0) == CHUNK - 1, last, 0.0) - left)
   for name, value in numbers.items():
     outs[name][i, c.here] = value
 
   # What tokens are to each other.
   for level, h in enumerate(_levels(p) if f.channel else []):
-    _level(c, f, i, level == 0, h, x, decay_of, spare, gain)
+    _level(c, f, i, level == 0, h, held)
   if not f.channel:
-    _all_at_once(f, x, gain)
-
-  plgpu.commit_smem()
-  small = list(pool)
-  for name in names:
-    ref, exact = sums[name], outs[name].dtype == jnp.float32
-    if not (wide and exact):
-      value = ref[...] if wide else ref
-      ref = small.pop(0)
-      ref[...] = value.astype(ref.dtype)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(ref, outs[name].at[c.chunk, :, columns])
-  plgpu.wait_smem_to_gmem(0)
+    _all_at_once(f, held)
+  names = [*f.inputs, *(f.decays if f.channel else [])]
+  held.write({name: outs[name].at[c.chunk, :, columns] for name in names})
 
 
-def _level(c: _Chunk, f: _Facts, i, near, h, x, decay_of, pool, gain) -> None:
+def _level(c: _Chunk, f: _Facts, i, near, h, held: _Held) -> None:
   """A level of ``gpu_chunk._compare``: what tokens of neighbouring blocks, or of one, are to each other."""
-  n, free = c.p.parts, list(pool)
-  again = (
-    n > 1
-  )  # factors are computed twice: registers do not hold them besides the products of parts
-  col_refs = {name: [free.pop(0) for _ in range(n)] for name, _ in f.cols}
-  masked = {name: [free.pop(0) for _ in range(n)] for name, _ in f.cols}
-  row_refs = [free.pop(0) for _ in range(n)]
+  cols = [name for name, _ in f.cols]
+
+  def places():
+    """Of columns and rows times their factors, and of what is masked."""
+    held.anew()
+    tiles = itertools.batched(held.spare, c.p.parts)
+    return {name: next(tiles) for name in cols}, next(tiles), {name: next(tiles) for name in cols}
 
   def factor(decay, sign):
-    difference = sign * (decay_of(decay) - _middles(c, h, i, near))
+    difference = sign * (held.decay(decay) - _middles(c, h, i, near))
     return jnp.exp(difference if near else jnp.minimum(difference, 0.0))
 
-  row, col = _iota(0), _iota(1)
-  size = h if near else 2 * h
-  here = lax.div(row, size) == lax.div(col, size)
-  if not near:
-    here &= (lax.rem(row, size) >= h) & (lax.rem(col, size) < h)
-
+  here = within(h) if near else halves(h)
+  col_refs, _, _ = places()
   of_cols = factor("G", -1.0)
   for name, refs in col_refs.items():
-    put(refs, joined(x[name]) * of_cols)
+    put(refs, joined(held.x[name]) * of_cols)
   for name, decay, *_ in f.rows:
     of_rows = factor(decay, 1.0)
-    put(row_refs, joined(x[name]) * of_rows)
-    for other, _ in f.cols:
-      for z, to in zip(x[name, other], masked[other], strict=True):
+    col_refs, row_refs, masked = places()
+    put(row_refs, joined(held.x[name]) * of_rows)
+    for other in cols:
+      for z, to in zip(held.x[name, other], masked[other], strict=True):
         to[...] = jnp.where(here, z[...].astype(jnp.float32), 0.0).astype(to.dtype)
     plgpu.commit_smem()
-    back = products(_TILE, *[(masked[other], col_refs[other]) for other, _ in f.cols])
-    gain(decay, back * joined(row_refs))
-    gain(name, back * (factor(decay, 1.0) if again else of_rows))
-    for other, _ in f.cols:
+    back = products(_TILE, *[(masked[other], col_refs[other]) for other in cols])
+    held.gain(decay, back * joined(row_refs))
+    held.gain(name, back * of_rows)
+    for other in cols:
+      col_refs, row_refs, masked = places()
       forth = products(_TILE, (transposed(masked[other]), row_refs))
-      gain("G", -forth * joined(col_refs[other]))
-      gain(other, forth * (factor("G", -1.0) if again else of_cols))
+      held.gain("G", -forth * joined(col_refs[other]))
+      held.gain(other, forth * of_cols)
     plgpu.commit_smem()  # all warps are done with what was multiplied
 
 
-def _all_at_once(f: _Facts, x, gain) -> None:
+def _all_at_once(f: _Facts, held: _Held) -> None:
   """The same where no decay is a channel's: all tokens at once."""
+  x = held.x
   for name in f.inputs:
     pairs = [(x[name, other], x[other]) for other, _ in f.cols if (name, other) in f.pairs]
     pairs += [
       (transposed(x[other, name]), x[other]) for other, *_ in f.rows if (other, name) in f.pairs
     ]
-    gain(name, products(_TILE, *pairs))
+    held.gain(name, products(_TILE, *pairs))
 
 
 def gradients(
@@ -563,16 +600,15 @@ def gradients(
   levels = (2 * len(f.cols) + 1) * f.channel
   # Sums in shared memory: more of them than registers hold, or what leaves from there.
   large = f.channel or bool(f.corrects) or dtype == jnp.float32
+  summed = [*f.inputs, *(f.decays if f.channel else [])] if large else []
   # As much as fits: with a low-rank erase decays stay in global memory.
-  resident = f.channel and not f.corrects and (p.parts == 1 or len(f.decays) == 1)
-  copies = (len(f.inputs) + len(f.pairs)) * p.parts + len(f.decays) * resident
+  fits = f.channel and not f.corrects and (p.parts == 1 or len(f.decays) == 1)
+  resident = f.decays if fits else []
+  copies = (len(f.inputs) + len(f.pairs)) * p.parts + len(resident)
   small = len(f.inputs) + len(f.pairs) + max(levels, len(f.rows) + 1, len(f.cols) + 1 + keeps)
-  scratch = {
-    "pool": [_tile() for _ in range(small * p.parts)],
-    "g_refs": [_tile(dtype=jnp.float32) for _ in range(len(f.decays) * resident)],
-    "wide": [
-      _tile(dtype=jnp.float32) for _ in range(large * (len(f.inputs) + len(f.decays) * f.channel))
-    ],
+  scratch = {"exact": _tile(len(resident) + len(summed), dtype=jnp.float32)} if large else {}
+  scratch |= {
+    "pool": _tile(small * p.parts),
     "of_inputs": plgpu.Barrier(num_arrivals=copies),
     "of_reads": plgpu.Barrier(num_arrivals=(len(f.rows) + 1) * p.parts),
     "of_writes": plgpu.Barrier(num_arrivals=(len(f.cols) + 1 + keeps) * p.parts),
@@ -580,10 +616,10 @@ def gradients(
   inputs = some(
     (*f.values, "S", "D", "before", "start", "erase_start", "end", "own", "G", "G_row", "beta")
   )
+  inputs["zeros"] = jnp.asarray(ZEROS)
   inputs |= squares | {name: parts(arrays[name], p.parts) for name in f.inputs}
-  of_channels = call(
-    _channels_kernel, "channels", {"head_block": p.Hv * blocks}, inputs, outs, scratch
-  )
+  kernel = functools.partial(_channels_kernel, resident=resident, summed=summed)
+  of_channels = call(kernel, "channels", {"head_block": p.Hv * blocks}, inputs, outs, scratch)
   for name in names:
     x = jnp.sum(of_channels[name], axis=0)
     of_channels[name] = got.pop(name) + x if name in got else x
