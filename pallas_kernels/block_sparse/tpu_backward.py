@@ -56,7 +56,8 @@ def gradients(q, k, v, do, lse, delta, blocks: Blocks, scale: float, vmem: int, 
     zero = jnp.zeros(by_query[0].shape, jnp.float32)
     (dq,), dkv = jax.lax.scan(run, (zero,), (lows, k, v))
 
-  def whole(x):  # what is after a range is the beginning of the next; after the last there are no keys
+  def whole(x):
+    # What is after a range is the beginning of the next. After the last there are no keys.
     out, after = x[:, :, : p.keys], x[:-1, :, p.keys :]
     out = out.at[1:, :, : p.span].add(after)
     out = jnp.moveaxis(out, 0, 1).reshape(B, Hkv, -1, x.shape[3])
