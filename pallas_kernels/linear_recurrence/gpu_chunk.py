@@ -55,19 +55,19 @@ def _iota(axis: int) -> Array:
   return plgpu.broadcasted_iota(jnp.int32, _TILE, axis, layout=_WGMMA)
 
 
-def _apart(zero: Array | int = 0) -> Array:
-  """Row xor column: less than h within a block of h, less than 2 h between its neighbour and it."""
-  return (_iota(0) + zero) ^ _iota(1)
+def _block(axis: int, h: int, zero: Array | int = 0) -> Array:
+  """Which block of h, a power of two, a row or column is in."""
+  return lax.shift_right_logical(_iota(axis) + zero, jnp.int32(h.bit_length() - 1))
 
 
 def within(h: int) -> Array:
   """Where row and column are of one block of h."""
-  return _apart() < h
+  return _block(0, h) == _block(1, h)
 
 
 def halves(h: int) -> Array:
   """Where they are of two blocks of h that are halves of one."""
-  return (_apart() >= h) & (_apart() < 2 * h)
+  return (_block(0, h) != _block(1, h)) & within(2 * h)
 
 
 def _load(ref) -> Array:
@@ -96,12 +96,14 @@ class _Chunk:
     self.ratio = p.Hv // heads
     self._zeros = 0
 
-  def zero(self) -> Array:
-    """0, another one at each call, which no compiler knows: it is read from memory (``ZEROS``, an operand).
+  def zero(self) -> Array | int:
+    """0; of float32 inputs another one at each call, which no compiler knows: it is read from ``ZEROS``, an operand.
 
     What is added to it, addresses of shared memory above all, is computed where it is needed. Kept from use to use,
-    such numbers were up to two thirds of all registers.
+    such numbers were up to two thirds of all registers, which two parts of each operand do not leave room for.
     """
+    if self.p.parts == 1:
+      return 0
     self._zeros += 1
     return self.refs["zeros"][self._zeros - 1]
 
@@ -173,7 +175,7 @@ def _compare(c: _Chunk, name: str, decay: str, col: str, pool) -> Array:
     plgpu.commit_smem()
     z = products(_TILE, *[(rows(i), transposed(columns(i))) for i in range(count)])
     # What is farther apart is another level's, which comes later.
-    out = z if near else jnp.where(_apart(zero) >= h, z, out)
+    out = z if near else jnp.where(_block(0, h, zero) != _block(1, h), z, out)
     plgpu.commit_smem()  # all warps are done with what was multiplied
   return out
 
