@@ -97,12 +97,13 @@ class _Chunk:
     self._zeros = 0
 
   def zero(self) -> Array | int:
-    """0; of float32 inputs another one at each call, which no compiler knows: it is read from ``ZEROS``, an operand.
+    """0; where operands are many, another one at each call, which no compiler knows: it is read from ``ZEROS``.
 
     What is added to it, addresses of shared memory above all, is computed where it is needed. Kept from use to use,
-    such numbers were up to two thirds of all registers, which two parts of each operand do not leave room for.
+    such numbers were up to two thirds of all registers, which a low-rank erase, and two parts of each operand, do not
+    leave room for.
     """
-    if self.p.parts == 1:
+    if self.p.parts == 1 and self.p.erase != "low_rank":
       return 0
     self._zeros += 1
     return self.refs["zeros"][self._zeros - 1]
