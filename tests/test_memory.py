@@ -1,6 +1,8 @@
 """Temporary memory of attnlab's own train step: at twice the length at most 2.1 times the bytes."""
 
 import importlib.util
+import json
+from pathlib import Path
 
 import pytest
 
@@ -33,3 +35,15 @@ def test_every_mechanism_on_a_tpu(name):
     pytest.skip("libtpu, the TPU compiler, is not installed")
   row = memory.table([name], chip="v6e")[name]
   assert memory.growth(row) <= 2.1, row
+
+
+def test_the_record_is_of_every_mechanism():
+  """At the size of a 1.3b model, on a v6e: two to twelve minutes a program, and the README's table."""
+  root = Path(__file__).parent.parent
+  record = json.loads((root / "benchmarks/records/train_memory_v6e.json").read_text())["bytes"]
+  assert sorted(record) == sorted(SPARSE)
+  readme = (root / "README.md").read_text()
+  for name, row in record.items():
+    assert memory.growth({int(n): size for n, size in row.items()}) <= 2.1, name
+    cells = " | ".join(str(round(size / 2**20)) for size in row.values())
+    assert f"| `{name}` | {cells} |" in readme
