@@ -333,7 +333,7 @@ class _Held:
     self._c, self._i, self._sources, self._pool, self._exact = c, i, sources, pool, exact
     self._resident, self._summed = resident, summed
     self._begun: set[str] = set()
-    self.sums: dict = {}
+    self._in_registers: dict = {}
     self.anew()
 
   def anew(self) -> None:
@@ -357,7 +357,7 @@ class _Held:
       value = ref[...] + value if name in self._begun else value
       ref[...] = value
     else:
-      self.sums[name] = self.sums[name] + value if name in self._begun else value
+      self._in_registers[name] = self._in_registers[name] + value if name in self._begun else value
     self._begun.add(name)
 
   def write(self, outs: dict) -> None:
@@ -368,7 +368,7 @@ class _Held:
     for name, out in outs.items():
       ref = self._totals.get(name)
       if ref is None or out.dtype != jnp.float32:
-        value = self.sums[name] if ref is None else ref[...]
+        value = self._in_registers[name] if ref is None else ref[...]
         ref = small.pop(0)
         ref[...] = value.astype(ref.dtype)
       plgpu.commit_smem()
