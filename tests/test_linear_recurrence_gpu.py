@@ -285,7 +285,7 @@ def test_every_specialisation_compiles(monkeypatch):
 @pytest.mark.compile
 @pytest.mark.xdist_group("gpu_compiler")
 def test_long_float32_keys_compile(monkeypatch):
-  """And the walk over chunks spills nothing; what is local to a chunk does, with a decay a channel."""
+  """And the walk over chunks spills nothing; what is local to a chunk may, with a low-rank erase."""
   monkeypatch.chdir(ROOT)
   erase = {"key": "key", "low": "low_rank"}
   names = [
