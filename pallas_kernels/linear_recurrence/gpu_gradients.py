@@ -339,9 +339,9 @@ class _Held:
   def anew(self) -> None:
     """Begins a stage."""
     zero = self._c.zero()
-    tiles = [self._pool.at[zero + n] for n in range(self._pool.shape[0])]
-    self.x = _placed(self._sources, tiles)
-    self.spare = tiles[sum(map(len, self._sources.values())) :]
+    self.tiles = [self._pool.at[zero + n] for n in range(self._pool.shape[0])]
+    self.x = _placed(self._sources, self.tiles)
+    self.spare = self.tiles[sum(map(len, self._sources.values())) :]
     count = len(self._resident) + len(self._summed)
     exact = [self._exact.at[zero + n] for n in range(count)]
     self.decays = dict(zip(self._resident, exact, strict=False))
@@ -364,7 +364,7 @@ class _Held:
     """Gradients to where they go, ``outs`` by name, through shared memory."""
     self.anew()
     plgpu.commit_smem()
-    small = [ref for refs in self.x.values() for ref in refs] + self.spare
+    small = list(self.tiles)
     for name, out in outs.items():
       ref = self._totals.get(name)
       if ref is None or out.dtype != jnp.float32:
@@ -408,7 +408,7 @@ def _channels_kernel(
   held = _Held(c, i, sources, resident, summed, pool, exact)
   for name, ref in held.decays.items():
     plgpu.copy_gmem_to_smem(refs[name].at[c.chunk, :, columns], ref, of_inputs)
-  _fetch(sources, [*itertools.chain(*held.x.values())], of_inputs)
+  _fetch(sources, held.tiles, of_inputs)
 
   numbers: dict = {}
 
