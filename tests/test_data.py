@@ -343,6 +343,11 @@ def test_task_batches(tmp_path):
 
 def test_garbage_waits_for_nobody(docs):
   """An iterator is collected while its threads need a lock that the collecting thread may hold; another stops them."""
+
+  def reading():
+    return {t for t in threading.enumerate() if t.name.startswith("grain-thread-prefetch")}
+
+  others = reading()  # of iterators that other tests hold
   left = [iterate(config(train=str(docs)))]
   collected = threading.Thread(target=left.clear, daemon=True)
   with concurrent.futures.thread._global_shutdown_lock:
@@ -351,13 +356,10 @@ def test_garbage_waits_for_nobody(docs):
     collected.join(10)
     waited = collected.is_alive()
   assert not waited
-
-  def reading():
-    return {t for t in threading.enumerate() if t.name.startswith("grain-thread-prefetch")}
-
-  before = reading()
+  ours = reading() - others
+  assert ours
   iterate(config(train=str(docs)))
-  assert before and not before & reading()
+  assert not ours & reading()
 
 
 @pytest.mark.slow
