@@ -206,8 +206,12 @@ def expand_heads(x: Float[Array, "B T heads"], size: int) -> Float[Array, "B T D
   return sharding.local(lambda x: heads.expand(x, size), (axes,), axes)(x)
 
 
-def by_channel(p: nnx.Param) -> Float[Array, " D"]:
-  """A parameter [heads, size] for heads that lie side by side."""
+def by_channel(
+  p: nnx.Param | Float[Array, "heads ..."], size: int | None = None
+) -> Float[Array, " D"]:
+  """A parameter [heads, size], or [heads] for each of ``size`` channels, for heads that lie side by side."""
+  if size is not None:
+    return sharding.put(jnp.repeat(sharding.put(p[...], None), size), "heads")
   return sharding.put(sharding.merge(sharding.put(p[...], "heads", None), 2), "heads")
 
 

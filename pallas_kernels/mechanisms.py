@@ -126,7 +126,8 @@ def comba(
 
   The same as a delta rule of step ``c beta`` towards ``v / c``.
   """
-  v = (v / c[:, None]).astype(v.dtype)
+  side_by_side = v.reshape(*v.shape[:2], -1)
+  v = (side_by_side / jnp.repeat(c, v.shape[3])).astype(v.dtype).reshape(v.shape)
   fields = dict(log_decay=g[..., None], erase=KeyErase(beta * c), reads="undecayed")
   return _run(q, k, v, scale, options, **fields)
 

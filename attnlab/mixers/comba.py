@@ -6,10 +6,9 @@ from typing import Annotated
 import jax
 import jax.numpy as jnp
 
-from attnlab import sharding
 from attnlab.mixers.base import Layer, register
 from attnlab.mixers.gated_deltanet import GatedDeltaNet
-from attnlab.nn import param
+from attnlab.nn import by_channel, param
 from attnlab.settings import Range
 from pallas_kernels import comba
 
@@ -47,13 +46,14 @@ class Comba(GatedDeltaNet):
     self.c = param(key, constant(1.0), (self.H,), ("heads",))
     self.D = param(key, constant(config.correction), (self.H,), ("heads",))
 
+  def qkv(self, x, recent):
+    q, k, v = self.side_by_side(x, recent)
+    weight = by_channel(self.D, self.K) * jax.nn.sigmoid(by_channel(self.c, self.K))
+    return self.in_heads((q - weight * k).astype(x.dtype), k, v)
+
   def signals(self, x, recent, ctx):
-    signals = super().signals(x, recent, ctx)
-    q, k, c = signals["q"], signals["k"], jax.nn.sigmoid(self.c[...])
-    D = sharding.put(self.D[...], "heads") * sharding.put(c, "heads")
-    c = jnp.repeat(sharding.put(c, None), self.Hv // self.H)
-    q = (q - D[:, None] * k).astype(x.dtype)
-    return signals | dict(q=q, c=sharding.put(c, "heads"))
+    c = by_channel(jax.nn.sigmoid(self.c[...]), self.Hv // self.H)
+    return super().signals(x, recent, ctx) | dict(c=c)
 
   @staticmethod
   def equation(S, q, k, v, g, beta, c):

@@ -9,7 +9,7 @@ from attnlab import sharding
 from attnlab.mixers.base import Layer, register
 from attnlab.mixers.gates import inverse_softplus_step, log_uniform_rate, softplus_decay, step_size
 from attnlab.mixers.linear import LinearMixer
-from attnlab.nn import Linear, LowRank, param
+from attnlab.nn import Linear, LowRank, by_channel, param
 from pallas_kernels import gdn2
 
 
@@ -53,12 +53,11 @@ class GatedDeltaNet2(LinearMixer):
 
   def signals(self, x, recent, ctx):
     q, k, v = self.qkv(x, recent)
-    A_log = sharding.put(self.A_log[...], "heads")[:, None]
-    dt_bias = sharding.put(self.dt_bias[...], "heads", None)
-    g = softplus_decay(sharding.split(self.f_proj(x), self.Hv, self.K), A_log, dt_bias)
-    b = sharding.split(self.b_proj(x), self.Hv, self.K)
-    w = sharding.split(self.w_proj(x), self.Hv, self.V)
-    b, w = step_size(b, self.config.negative_eigenvalues), step_size(w, False)
+    A_log, dt_bias = by_channel(self.A_log, self.K), by_channel(self.dt_bias)
+    g = softplus_decay(self.f_proj(x), A_log, dt_bias)
+    b = step_size(self.b_proj(x), self.config.negative_eigenvalues)
+    w = sharding.split(step_size(self.w_proj(x), False), self.Hv, self.V)
+    g, b = (sharding.split(y, self.Hv, self.K) for y in (g, b))
     return dict(q=q, k=k, v=v, g=g, b=b, w=w)
 
   @staticmethod

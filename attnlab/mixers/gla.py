@@ -41,8 +41,8 @@ class GLA(LinearMixer):
 
   def signals(self, x, recent, ctx):
     q, k, v = self.qkv(x, recent)
-    f = sharding.split(self.g_proj(x), self.Hv, self.K).astype(jnp.float32)
-    return dict(q=q, k=k, v=v, g=jax.nn.log_sigmoid(f) / self.config.gate_normalizer)
+    g = jax.nn.log_sigmoid(self.g_proj(x).astype(jnp.float32)) / self.config.gate_normalizer
+    return dict(q=q, k=k, v=v, g=sharding.split(g, self.Hv, self.K))
 
   @staticmethod
   def equation(S, q, k, v, g):

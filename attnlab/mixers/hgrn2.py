@@ -5,11 +5,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from attnlab import sharding
 from attnlab.errors import UserError
 from attnlab.mixers.base import Layer, Mixer, register
 from attnlab.mixers.linear import LinearMixer
-from attnlab.nn import Constant, HeadNorm, param
+from attnlab.nn import Constant, HeadNorm, by_channel, param
 from attnlab.settings import Natural
 from pallas_kernels import gla
 
@@ -69,11 +68,12 @@ class HGRN2(LinearMixer):
     return HeadNorm(self.Hv, self.V, groups=1, eps=layer.norm_eps)
 
   def signals(self, x, recent, ctx):
-    q, f, v = self.qkv(x, recent)
-    f, bound = f.astype(jnp.float32), sharding.put(self.bound[...], "heads", None)
-    free = jax.nn.log_sigmoid(f)
+    q, f, v = self.side_by_side(x, recent)
+    free, bound = jax.nn.log_sigmoid(f.astype(jnp.float32)), by_channel(self.bound)
     bounded = jnp.logaddexp(jax.nn.log_sigmoid(bound), jax.nn.log_sigmoid(-bound) + free)
-    return dict(q=jax.nn.silu(q), v=v, g=jnp.where(self.first[...] > 0, free, bounded))
+    g = jnp.where(self.first[...] > 0, free, bounded)
+    q, g, v = self.in_heads(jax.nn.silu(q), g, v)
+    return dict(q=q, v=v, g=g)
 
   @staticmethod
   def equation(S, q, v, g):

@@ -10,7 +10,7 @@ from attnlab import sharding
 from attnlab.mixers.base import Layer, register
 from attnlab.mixers.gates import inverse_softplus_step, log_uniform_rate, softplus_decay, step_size
 from attnlab.mixers.linear import LinearMixer
-from attnlab.nn import Linear, LowRank, param
+from attnlab.nn import Linear, LowRank, by_channel, param
 from attnlab.settings import Range
 from pallas_kernels import kda
 
@@ -62,9 +62,7 @@ class KDA(LinearMixer):
   def signals(self, x, recent, ctx):
     q, k, v = self.qkv(x, recent)
     # In [B, T, heads * K] as long as possible, for the reason of attnlab.nn's norms of heads.
-    f = self.f_proj(x)
-    A_log = sharding.put(jnp.repeat(sharding.put(self.A_log[...], None), self.K), "heads")
-    dt_bias = sharding.put(sharding.put(self.dt_bias[...], None, None).reshape(-1), "heads")
+    f, A_log, dt_bias = self.f_proj(x), by_channel(self.A_log, self.K), by_channel(self.dt_bias)
     if self.config.decay_gate == "safe":
       gate = jax.nn.sigmoid(jnp.exp(A_log) * (f.astype(jnp.float32) + dt_bias))
       g = self.config.lower_bound * gate

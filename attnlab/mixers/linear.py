@@ -151,12 +151,20 @@ class LinearMixer(Mixer):
 
   def qkv(self, x: Float[Array, "B T D"], recent: Recent) -> tuple[Array, Array, Array]:
     """q, k [B, T, H, K] and v [B, T, Hv, V] from the residual stream."""
+    return self.in_heads(*self.side_by_side(x, recent))
 
-    q, k = (self.project(name, x, recent) for name in ("q", "k"))
+  def side_by_side(self, x: Float[Array, "B T D"], recent: Recent) -> tuple[Array, Array, Array]:
+    """q, k [B, T, H K] and v [B, T, Hv V]: for what changes them further, which costs a TPU no copy before heads are
+    split (pallas_kernels/heads.py says why)."""
+    q, k, v = (self.project(name, x, recent) for name in ("q", "k", "v"))
     if self.qk_norm:
       q, k = l2norm_heads(q, self.K), l2norm_heads(k, self.K)
+    return q, k, v
+
+  def in_heads(self, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
+    """q, k [B, T, H, K] and v [B, T, Hv, V] from heads side by side."""
     q, k = (sharding.split(y, self.H, self.K) for y in (q, k))
-    return q, k, self.project("v", x, recent, self.Hv, self.V)
+    return q, k, sharding.split(v, self.Hv, self.V)
 
   def signals(self, x: Float[Array, "B T D"], recent: Recent, ctx: Context) -> Signals:
     """The arguments of ``core`` by name: [B, T, heads, ...], or [heads, ...] where constant over tokens.

@@ -42,9 +42,10 @@ class LinearAttention(LinearMixer):
     feature_map: Literal["elu", "relu", "identity"] = "elu"
 
   def signals(self, x, recent, ctx):
-    q, k, v = self.qkv(x, recent)
+    q, k, v = self.side_by_side(x, recent)
     features = FEATURES[self.config.feature_map]
-    return dict(q=features(q), k=features(k), v=v)
+    q, k, v = self.in_heads(features(q), features(k), v)
+    return dict(q=q, k=k, v=v)
 
   @staticmethod
   def equation(S, q, k, v):

@@ -12,7 +12,7 @@ from attnlab.errors import UserError
 from attnlab.mixers.base import Layer, Mixer, register
 from attnlab.mixers.gates import inverse_softplus_step, log_uniform_rate
 from attnlab.mixers.linear import LinearMixer
-from attnlab.nn import HeadNorm, Linear, ShortConv, param
+from attnlab.nn import HeadNorm, Linear, ShortConv, by_channel, param
 from attnlab.settings import Natural, Range
 from pallas_kernels import ssd
 
@@ -91,8 +91,7 @@ class Mamba2(LinearMixer):
 
   def output(self, o, x, signals):
     """``W_o norm((o + D x) * silu(z))``: the norm is after the gate."""
-    D = sharding.put(jnp.repeat(sharding.put(self.D[...], None), self.V), "heads")
-    z = self.gate_proj(x).astype(jnp.float32)
+    D, z = by_channel(self.D, self.V), self.gate_proj(x).astype(jnp.float32)
     y = (sharding.merge(o, 2) + D * sharding.merge(signals["x"], 2)) * jax.nn.silu(z)
     return self.out_proj(self.out_norm.heads(y).astype(x.dtype))
 

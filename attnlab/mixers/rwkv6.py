@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from attnlab import sharding
 from attnlab.mixers.base import Layer, Mixer, register
 from attnlab.mixers.linear import LinearMixer
-from attnlab.nn import HeadNorm, Linear, LowRank, TokenShift, param
+from attnlab.nn import HeadNorm, Linear, LowRank, TokenShift, by_channel, param
 from pallas_kernels import rwkv6
 
 _SHIFTED = ("w", "k", "v", "r", "g")
@@ -97,8 +97,8 @@ class RWKV6(LinearMixer):
     r, k, v = (
       sharding.split(getattr(self, f"{name}_proj")(mixed[name]), self.H, self.K) for name in "rkv"
     )
-    w = sharding.split(self.w_lora(mixed["w"]), self.H, self.K).astype(jnp.float32)
-    g = -jnp.exp(sharding.put(self.decay[...], "heads", None) + w)
+    g = -jnp.exp(by_channel(self.decay) + self.w_lora(mixed["w"]).astype(jnp.float32))
+    g = sharding.split(g, self.H, self.K)
     gate = self.gate_proj(mixed["g"])
     return dict(r=r, k=k, v=v, g=g, u=sharding.put(self.bonus[...], "heads", None), gate=gate)
 
