@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from attnlab import sharding
-from pallas_kernels import heads
+from pallas_kernels import heads, rope
 from pallas_kernels.short_conv import short_conv
 
 Init = Callable[..., Array]
@@ -281,22 +281,21 @@ def _uniform(bound: float, key: Array, shape: Sequence[int], dtype) -> Array:
   return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-def rope(
-  x: Float[Array, "B T H D"],
+def rope_heads(
+  x: Float[Array, "B T D"],
   positions: Int[Array, "B T"],
+  size: int,
   theta: float = 10000.0,
   fraction: float = 1.0,
-) -> Float[Array, "B T H D"]:
-  """Rotary position embedding (arXiv:2104.09864) of the first ``fraction`` of the channels; halves are paired."""
-  size = int(x.shape[-1] * fraction) // 2 * 2
-  if size == 0:
-    return x
-  frequency = theta ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
-  angle = positions[..., None, None].astype(jnp.float32) * frequency
-  cos, sin = jnp.cos(angle), jnp.sin(angle)
-  first, second = jnp.split(x[..., :size].astype(jnp.float32), 2, axis=-1)
-  rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-  return jnp.concatenate([rotated.astype(x.dtype), x[..., size:]], axis=-1)
+  axis: str | None = "heads",
+) -> Float[Array, "B T D"]:
+  """RoPE of heads of ``size`` channels side by side (``pallas_kernels.rope``), which lie along a logical axis."""
+  count, axes = x.shape[-1] // size, ("batch", None, axis)
+  if axis is not None and count % sharding.size(axis):  # devices hold parts of heads
+    turned = rope.rope(sharding.split(x, count, size), positions, theta, fraction)
+    return sharding.merge(turned, 2)
+  run = lambda x, positions: rope.rope_heads(x, positions, size, theta, fraction)  # noqa: E731
+  return sharding.local(run, (axes, ("batch", None)), axes)(x, positions)
 
 
 class SwiGLU(nnx.Module):

@@ -6,7 +6,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from attnlab import sharding
-from attnlab.nn import Linear, RMSNorm, param, rope
+from attnlab.nn import Linear, RMSNorm, param
+from pallas_kernels.rope import rope
 
 Arrays = dict[str, Array]
 

@@ -15,7 +15,7 @@ from attnlab.mixers.base import MixerOutput, register
 from attnlab.mixers.indexer import all_weights, chosen_weights, kl, recall, sampled
 from attnlab.mixers.mla import MultiHeadLatentAttention
 from attnlab.mixers.sparse import SparseCore, extend_tails
-from attnlab.nn import Linear, param, rope
+from attnlab.nn import Linear, param, rope_heads
 from attnlab.settings import Natural, Weight
 from pallas_kernels.block_sparse import at_a_time, over_queries, select_blocks
 from pallas_kernels.index_scores import index_scores
@@ -59,19 +59,19 @@ class LightningIndexer(nnx.Module):
   def queries(self, x, query_input, ctx):
     """Queries [B, T, 1, heads, dim] and their weights [B, T, 1, heads], scaled."""
     c, x, y = self.config, *map(jax.lax.stop_gradient, (x, query_input))
-    q = self.q_proj(y).reshape(*x.shape[:2], c.index_heads, c.index_dim)
+    q = self.rotated(self.q_proj(y), ctx).reshape(*x.shape[:2], 1, c.index_heads, c.index_dim)
     w = self.w_proj(x).astype(jnp.float32) * (c.index_heads * c.index_dim) ** -0.5
-    return {"index_q": self.rotated(q, ctx)[:, :, None], "index_w": w[:, :, None]}
+    return {"index_q": q, "index_w": w[:, :, None]}
 
   def keys(self, x, ctx):
     """Of tokens: keys [B, T, 1, dim], and gates if they are pooled."""
     x = jax.lax.stop_gradient(x)
-    out = {"index_k": self.rotated(self.k_norm(self.k_proj(x))[:, :, None], ctx)}
+    out = {"index_k": self.rotated(self.k_norm(self.k_proj(x)), ctx)[:, :, None]}
     return out if self.config.pool == 1 else out | {"index_u": self.gate_proj(x)[:, :, None]}
 
   def rotated(self, y, ctx):
-    c = self.config
-    return rope(y, ctx.positions, c.rope_theta, c.index_rope_dim / c.index_dim)
+    c, fraction = self.config, self.config.index_rope_dim / self.config.index_dim
+    return rope_heads(y, ctx.positions, c.index_dim, c.rope_theta, fraction, axis=None)
 
   @staticmethod
   def pooled(weights, tokens):

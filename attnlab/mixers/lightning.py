@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from attnlab import sharding
 from attnlab.mixers.base import Layer, register
 from attnlab.mixers.linear import LinearMixer
-from attnlab.nn import Constant, HeadNorm, rope
+from attnlab.nn import Constant, HeadNorm, rope_heads
 from attnlab.settings import Fraction, Natural
 from pallas_kernels import lightning_attention
 
@@ -55,8 +55,9 @@ class Lightning(LinearMixer):
     return HeadNorm(self.Hv, self.V, groups=1, eps=layer.norm_eps)
 
   def signals(self, x, recent, ctx):
-    c, (q, k, v) = self.config, self.qkv(x, recent)
-    q, k = (rope(y, ctx.positions, c.rope_theta, c.rope_fraction) for y in (q, k))
+    c, (q, k, v) = self.config, self.side_by_side(x, recent)
+    turn = (ctx.positions, self.K, c.rope_theta, c.rope_fraction)
+    q, k, v = self.in_heads(rope_heads(q, *turn), rope_heads(k, *turn), v)
     return dict(q=q, k=k, v=v, g=-sharding.put(self.slope[...], "heads"))
 
   @staticmethod

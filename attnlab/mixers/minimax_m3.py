@@ -17,7 +17,7 @@ from attnlab.mixers.indexer import (
   sampled,
 )
 from attnlab.mixers.sparse import SparseMixer, products
-from attnlab.nn import Linear, RMSNorm, rope
+from attnlab.nn import Linear, RMSNorm, rope_heads
 from attnlab.settings import Weight
 from pallas_kernels.block_sparse import at_a_time, over_queries, select_blocks
 from pallas_kernels.pool_attention import weights_at_a_time
@@ -69,17 +69,18 @@ class MiniMaxM3(SparseMixer):
     self.index_k_proj = Linear(b, layer.d_model, d, ("embed", None))
     self.index_q_norm, self.index_k_norm = (RMSNorm(d, layer.norm_eps) for _ in range(2))
 
-  def _index(self, x, ctx, name, heads):
-    c, x = self.config, jax.lax.stop_gradient(x)
-    y = sharding.split(getattr(self, f"index_{name}_proj")(x), heads, c.index_dim)
-    y = getattr(self, f"index_{name}_norm")(y)
-    return rope(y, ctx.positions, c.rope_theta, c.rope_fraction)
+  def _turned(self, y, ctx, axis):
+    c = self.config
+    return rope_heads(y, ctx.positions, c.index_dim, c.rope_theta, c.rope_fraction, axis)
 
   def signals(self, x, ctx):
-    return {"index_q": self._index(x, ctx, "q", self.Hkv)}
+    q = self.index_q_norm.heads(self.index_q_proj(jax.lax.stop_gradient(x)))
+    q = self._turned(q, ctx, "heads")
+    return {"index_q": sharding.split(q, self.Hkv, self.config.index_dim)}
 
   def kept(self, x, ctx):
-    return {"index_k": self._index(x, ctx, "k", 1)}
+    k = self.index_k_norm(self.index_k_proj(jax.lax.stop_gradient(x)))
+    return {"index_k": self._turned(k, ctx, None)[:, :, None]}
 
   def kept_shapes(self):
     return super().kept_shapes() | {"index_k": (1, self.config.index_dim)}

@@ -10,8 +10,9 @@ from attnlab import sharding
 from attnlab.mixers import references
 from attnlab.mixers.attention import Where, append, axes_of, new_cache, together
 from attnlab.mixers.base import Cache, Context, Layer, Mixer, MixerOutput, register
-from attnlab.nn import Linear, RMSNorm, rope
+from attnlab.nn import Linear, RMSNorm
 from attnlab.settings import Natural
+from pallas_kernels.rope import rope
 from pallas_kernels.softmax_attention import softmax_attention
 
 

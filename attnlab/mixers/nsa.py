@@ -13,7 +13,7 @@ from attnlab.mixers.attention import append_to_ring, attend, new_cache, together
 from attnlab.mixers.base import MixerOutput, register
 from attnlab.mixers.infllm2 import check_sizes, overlapping
 from attnlab.mixers.sparse import SparseMixer, by_document, extend_tails
-from attnlab.nn import Linear, fan_in, param, rope
+from attnlab.nn import Linear, fan_in, param, rope_heads
 from attnlab.settings import Natural
 from pallas_kernels.block_sparse import over_queries, select_blocks
 from pallas_kernels.pool_attention import pool_attention, pool_weights, weights_at_a_time
@@ -189,24 +189,16 @@ class NativeSparseAttention(NSABase):
   def __call__(self, x, ctx, cache=None):
     c = self.config
 
-    def heads(name, n, norm):
-      y = sharding.split(getattr(self, name)(x), n, self.K)
-      return norm(y) if c.qk_norm else y
+    def heads(name, norm=None, turned=False):
+      y = getattr(self, name)(x)
+      y = y if norm is None else norm.heads(y)
+      if turned:
+        y = rope_heads(y, ctx.positions, self.K, c.rope_theta, c.rope_fraction)
+      return sharding.split(y, y.shape[-1] // self.K, self.K)
 
-    plain, values = heads("q_proj", self.H, self.q_norm), lambda y: y
-    q, k, k_near = (
-      rope(y, ctx.positions, c.rope_theta, c.rope_fraction)
-      for y in (
-        plain,
-        heads("k_proj", self.Hkv, self.k_norm),
-        heads("k_near_proj", self.Hkv, self.k_norm),
-      )
-    )
-    near = {"k": k_near, "v": heads("v_near_proj", self.Hkv, values)}
-    pool = {
-      "k_pool": heads("k_pool_proj", self.Hkv, self.k_norm),
-      "v_pool": heads("v_pool_proj", self.Hkv, values),
-    }
+    plain, q = (heads("q_proj", self.q_norm, turned) for turned in (False, True))
+    near = {"k": heads("k_near_proj", self.k_norm, True), "v": heads("v_near_proj")}
+    pool = {"k_pool": heads("k_pool_proj", self.k_norm), "v_pool": heads("v_pool_proj")}
     where = together(ctx)
     if cache is not None:
       ring, near, where = append_to_ring(cache["near"], near, ctx)
@@ -215,7 +207,7 @@ class NativeSparseAttention(NSABase):
     near = attend(q, near["k"], near["v"], where, window=c.window)
     gates = self.gates(x)
     signals = {"plain": plain, "gates": gates}
-    new = {"k": k, "v": heads("v_proj", self.Hkv, values)}
+    new = {"k": heads("k_proj", self.k_norm, True), "v": heads("v_proj")}
     o, cache, aux = self.sparse(q, signals, new, pool, ctx, cache)
     o = o + (gates[..., 2:] * near).astype(o.dtype)
     return MixerOutput(self.output(o, x), cache, aux)

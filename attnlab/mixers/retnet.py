@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from attnlab import sharding
 from attnlab.mixers.base import register
 from attnlab.mixers.linear import LinearMixer
-from attnlab.nn import rope
+from attnlab.nn import rope_heads
 from attnlab.settings import Fraction, Natural
 from pallas_kernels import retention
 
@@ -36,9 +36,9 @@ class RetNet(LinearMixer):
     rope_theta: float = 10000.0
 
   def signals(self, x, recent, ctx):
-    q, k, v = self.qkv(x, recent)
-    c = self.config
-    q, k = (rope(y, ctx.positions, c.rope_theta, c.rope_fraction) for y in (q, k))
+    c, (q, k, v) = self.config, self.side_by_side(x, recent)
+    turn = (ctx.positions, self.K, c.rope_theta, c.rope_fraction)
+    q, k, v = self.in_heads(rope_heads(q, *turn), rope_heads(k, *turn), v)
     g = jnp.log1p(-(2.0 ** (-5.0 - jnp.arange(self.Hv))))
     return dict(q=q, k=k, v=v, g=sharding.put(g, "heads"))
 

@@ -1,0 +1,65 @@
+"""Rotary position embedding (RoPE, arXiv:2104.09864) of heads, also side by side as projections write them."""
+
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import dispatch
+from pallas_kernels.rope import tpu, xla
+
+
+def rope(
+  x: Float[Array, "B T H D"],
+  positions: Int[Array, "B T"],
+  theta: float = 10000.0,
+  fraction: float = 1.0,
+) -> Float[Array, "B T H D"]:
+  """Rotates the first ``fraction`` of each head's channels by position times frequency; halves are paired.
+
+  Channel i < n / 2 of the n that rotate makes a pair with channel i + n / 2, and turns by
+  ``position * theta^(-2 i / n)``. In float32, returned in x's dtype.
+  """
+  return xla.rotate(x, positions, theta, _rotated(x.shape[-1], fraction))
+
+
+def rope_heads(
+  x: Float[Array, "B T D"],
+  positions: Int[Array, "B T"],
+  size: int,
+  theta: float = 10000.0,
+  fraction: float = 1.0,
+  *,
+  backend: str = "auto",
+) -> Float[Array, "B T D"]:
+  """``rope`` of heads of ``size`` channels side by side. Differentiable in x.
+
+  Args:
+    backend: "auto", "xla", "tpu" (a Pallas kernel, which reads and writes x once), or "interpret": the same on any
+      machine, slowly.
+
+  Raises:
+    ValueError: heads of ``size`` channels do not make D.
+    NotImplementedError: a backend that was named cannot serve the call.
+  """
+  B, T, D = x.shape
+  if D % size:
+    raise ValueError(f"{D} channels are no whole number of heads of {size}")
+  rotated = _rotated(size, fraction)
+
+  def kernel():
+    dispatch.needs_tpu(x.dtype)
+    tpu.supports(x, size, rotated)
+
+  backends = {
+    "xla": lambda: None,
+    "tpu": kernel,
+    "interpret": lambda: tpu.supports(x, size, rotated),
+  }
+  order = {"cpu": ["xla"], "gpu": ["xla"], "tpu": ["tpu", "xla"]}
+  name = dispatch.choose(backend, backends, order)
+  if name == "xla" or not rotated:
+    return xla.rotate(x.reshape(B, T, -1, size), positions, theta, rotated).reshape(x.shape)
+  return tpu.rotate(x, positions, size, theta, rotated, name == "interpret")
+
+
+def _rotated(size: int, fraction: float) -> int:
+  """How many of a head's channels rotate: pairs."""
+  return int(size * fraction) // 2 * 2
