@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import pytest
 from recurrence_programs import temporary_bound
 
+from attnlab.mixers import mixers
 from pallas_kernels import dispatch
 from pallas_kernels.cost import CHIPS, cases, environment, measure, report
 from pallas_kernels.cost.__main__ import INSTALL, RECORD
@@ -123,6 +124,7 @@ FEW = {
     "linear_recurrence/forward_backward/kimi_linear",
     "linear_recurrence_step/float32_state/qwen3_next",
     "short_conv/forward_backward/qwen3_next_packed",
+    "rope/forward/half",
   ],
   "7x": ["linear_recurrence/forward_backward/ssd_128"],
 }
@@ -248,17 +250,30 @@ def test_heads_that_are_no_whole_lanes_are_refused(monkeypatch):
     tpu.supports(r, None)
 
 
-def test_compiles_in_a_sharded_program():
-  """For 128 chips, gradients included: each device runs the kernels on its part, and nothing moves between them."""
+def told(module, *arguments):
+  """The JSON lines of a program that compiles for chips that are not here."""
   child = subprocess.run(
-    [sys.executable, "-m", "tests.tpu_programs", "v5p:4x4x8", "recurrence", "step", "conv"],
+    [sys.executable, "-m", module, *arguments],
     env=environment(),
     cwd=ROOT,
     capture_output=True,
     text=True,
   )
   assert child.returncode == 0, child.stderr[-2000:]
-  recurrence, step, conv = map(json.loads, child.stdout.splitlines()[-3:])
+  return [json.loads(line) for line in child.stdout.splitlines() if line.startswith("{")]
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("name", [name for name, m in mixers().items() if m.family == "linear"])
+def test_layers_copy_nothing_large(name):
+  """From projections to kernels and back heads lie side by side, so that XLA need not lay them out again."""
+  (layer,) = told("tests.layer_programs", "v6e", name)
+  assert layer["copies"] == []
+
+
+def test_compiles_in_a_sharded_program():
+  """For 128 chips, gradients included: each device runs the kernels on its part, and nothing moves between them."""
+  recurrence, step, conv = told("tests.tpu_programs", "v5p:4x4x8", "recurrence", "step", "conv")
   assert recurrence["kernels"] == 2 and recurrence["collectives"] == []
   # A row and 4 of Kimi Linear's heads a device: the bound of all programs, in test_tpu_cost.py.
   heads, T, D = 4, 4096, 128

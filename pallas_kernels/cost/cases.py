@@ -17,6 +17,7 @@ from pallas_kernels.index_scores import index_scores
 from pallas_kernels.linear_recurrence import linear_recurrence, linear_recurrence_step
 from pallas_kernels.linear_recurrence.shapes import SHAPES, inputs
 from pallas_kernels.pool_attention import pool_attention, pool_weights
+from pallas_kernels.rope import rope_heads
 from pallas_kernels.short_conv import short_conv
 
 
@@ -132,6 +133,22 @@ def _short_conv_cases(backend: str) -> Iterator[Case]:
         run = functools.partial(build, D, phase, packed)
         unit = "128 tokens x 128 channels"
         yield Case("short_conv", phase, shape, unit, T * D / 128**2, run)
+
+
+def _rope_cases(backend: str) -> Iterator[Case]:
+  """32 heads, whole or a half of each; the gradient is the same kernel."""
+  T, heads, size = 8192, 32, 128
+
+  def build(fraction):
+    def forward(x, positions):
+      return rope_heads(x, positions, size, fraction=fraction, backend=backend)
+
+    x = jax.ShapeDtypeStruct((1, T, heads * size), jnp.bfloat16)
+    return forward, (x, jax.ShapeDtypeStruct((1, T), jnp.int32))
+
+  for shape, fraction in {"whole": 1.0, "half": 0.5}.items():
+    run = functools.partial(build, fraction)
+    yield Case("rope", "forward", shape, "128 tokens x head", heads * T / 128, run)
 
 
 def _block_sparse_cases(backend: str) -> Iterator[Case]:
@@ -261,6 +278,7 @@ _MAKERS = {
     _recurrence_cases,
     _step_cases,
     _short_conv_cases,
+    _rope_cases,
     _block_sparse_cases,
     _token_cases,
     _pool_cases,

@@ -1,0 +1,113 @@
+"""RoPE against rotations of complex numbers in numpy, float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tpu_races
+
+from pallas_kernels.rope import rope, rope_heads, tpu
+
+THETA = 100.0
+
+
+def turned(x, positions, fraction, sign=1):
+  """Section 3.4.2: a pair of channels as a complex number times e^(i position theta^(-2 j / n)). [B, T, H, D]"""
+  x = np.asarray(x, np.float64).copy()
+  n = int(x.shape[-1] * fraction) // 2 * 2
+  for j in range(n // 2):
+    angle = sign * np.asarray(positions, np.float64) * THETA ** (-2 * j / n)
+    z = (x[..., j] + 1j * x[..., j + n // 2]) * np.exp(1j * angle)[..., None]
+    x[..., j], x[..., j + n // 2] = z.real, z.imag
+  return x
+
+
+def inputs(T, heads, size, dtype):
+  x, dy = (jax.random.normal(jax.random.key(i), (2, T, heads * size), dtype) for i in range(2))
+  # As packed documents have them: from 0 again, and the other row somewhere within one.
+  return x, dy, jnp.stack([jnp.arange(T) % 29, 7 + jnp.arange(T)])
+
+
+def close(got, want, positions):
+  """Frequencies are powers in float32, right to two units in the last place; bfloat16 results are rounded to 2^-9."""
+  angle = float(jnp.max(positions)) * 2**-22
+  rtol = 2**-8 if got.dtype == jnp.bfloat16 else 0
+  got = np.asarray(got, np.float64).reshape(want.shape)
+  np.testing.assert_allclose(got, want, rtol=rtol, atol=angle * np.abs(want).max() + 1e-6)
+
+
+# One head a register of 128 lanes, several, and several registers a head; heads that turn in part; with tokens that
+# fill a step of the kernel, and that leave some.
+CASES = [
+  (64, 2, 128, 1.0),
+  (33, 2, 128, 0.25),
+  (40, 4, 64, 1.0),
+  (32, 4, 64, 0.5),
+  (50, 8, 32, 1.0),
+  (640, 1, 256, 1.0),
+  (35, 2, 256, 0.5),
+  (35, 3, 256, 0.25),
+]
+
+
+@pytest.mark.parametrize("backend", ["xla", "interpret"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("T, heads, size, fraction", CASES)
+def test_heads_side_by_side(T, heads, size, fraction, dtype, backend):
+  """Outputs, and the gradient, which is the rotation back."""
+  x, dy, positions = inputs(T, heads, size, dtype)
+  run = lambda x: rope_heads(x, positions, size, THETA, fraction, backend=backend)  # noqa: E731
+  y, vjp = jax.vjp(run, x)
+  assert y.dtype == dtype
+  heads_of = lambda y: np.asarray(y, np.float64).reshape(2, T, heads, size)  # noqa: E731
+  close(y, turned(heads_of(x), positions, fraction), positions)
+  close(vjp(dy)[0], turned(heads_of(dy), positions, fraction, -1), positions)
+
+
+@pytest.mark.parametrize("fraction", [0, 0.5, 1])
+def test_heads_with_an_axis(fraction):
+  x, _, positions = inputs(5, 3, 6, jnp.float32)
+  x = x.reshape(2, 5, 3, 6)
+  close(rope(x, positions, THETA, fraction), turned(x, positions, fraction), positions)
+
+
+def test_products_depend_on_distances():
+  """What RoPE is for: q . k is the same wherever both are moved to."""
+  x = jax.random.normal(jax.random.key(0), (1, 2, 1, 64))
+  products = []
+  for start in (0, 1000):
+    q, k = rope(x, start + jnp.array([[0, 5]]))[0, :, 0]
+    products.append(q @ k)
+  np.testing.assert_allclose(*products, rtol=1e-3)
+
+
+def test_the_kernel_has_no_races():
+  for T, heads, size in ((70, 2, 128), (40, 4, 64)):
+    x, _, positions = inputs(T, heads, size, jnp.bfloat16)
+    with tpu_races.none(kernels=1):
+      y = tpu.rotate(x, positions, size, THETA, size, tpu_races.STRICT)
+      jax.block_until_ready(y)
+    want = turned(np.asarray(x, np.float64).reshape(2, T, heads, size), positions, 1)
+    close(y, want, positions)
+
+
+@pytest.mark.parametrize(
+  "T, heads, size, fraction, message",
+  [
+    (8, 2, 128, 1.0, "needs 32 tokens or more; got 8"),
+    (64, 3, 64, 1.0, "got 3 of 64 channels"),
+    (64, 4, 96, 1.0, "got 4 of 96 channels"),
+    (64, 2, 256, 0.75, "half of 192 channels"),
+  ],
+)
+def test_what_the_kernel_does_not_serve(T, heads, size, fraction, message):
+  """A backend that is named says why; "auto" takes XLA."""
+  x, _, positions = inputs(T, heads, size, jnp.float32)
+  with pytest.raises(NotImplementedError, match=message):
+    rope_heads(x, positions, size, THETA, fraction, backend="interpret")
+  assert rope_heads(x, positions, size, THETA, fraction).shape == x.shape
+
+
+def test_heads_that_do_not_fit():
+  with pytest.raises(ValueError, match="100 channels are no whole number of heads of 64"):
+    rope_heads(jnp.zeros((1, 4, 100)), jnp.zeros((1, 4), jnp.int32), 64)
