@@ -273,7 +273,8 @@ def test_layers_copy_nothing_large(name):
 
 def test_compiles_in_a_sharded_program():
   """For 128 chips, gradients included: each device runs the kernels on its part, and nothing moves between them."""
-  recurrence, step, conv = told("tests.tpu_programs", "v5p:4x4x8", "recurrence", "step", "conv")
+  names = "recurrence", "step", "conv", "rope"
+  recurrence, step, conv, rope = told("tests.tpu_programs", "v5p:4x4x8", *names)
   assert recurrence["kernels"] == 2 and recurrence["collectives"] == []
   # A row and 4 of Kimi Linear's heads a device: the bound of all programs, in test_tpu_cost.py.
   heads, T, D = 4, 4096, 128
@@ -286,3 +287,4 @@ def test_compiles_in_a_sharded_program():
   # Each device's rows give a part of the weight's gradient.
   assert conv["kernels"] == 1 and conv["collectives"] == ["all-reduce"]
   assert conv["temp"] < conv["largest"] / 4
+  assert rope["kernels"] == 1 and rope["collectives"] == []

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attnlab.nn import rope_heads
 from pallas_kernels.linear_recurrence import linear_recurrence, linear_recurrence_step
 from pallas_kernels.linear_recurrence.shapes import SHAPES, inputs
 from pallas_kernels.short_conv import short_conv
@@ -66,6 +67,18 @@ def conv(local, rows):
     return vjp(dy)
 
   return program, (x, weight, ids, x), (of_x, of_weight, of_ids, of_x)
+
+
+def rope(local, rows):
+  """The gradient of 32 heads' rotation, as mixers ask for it."""
+  del local
+  x = jax.ShapeDtypeStruct((rows, 4096, 32 * 128), jnp.bfloat16)
+  positions = jax.ShapeDtypeStruct((rows, 4096), jnp.int32)
+
+  def program(dy, positions):
+    return jax.vjp(lambda x: rope_heads(x, positions, 128), dy)[1](dy)
+
+  return program, (x, positions), (("batch", None, "heads"), ("batch", None))
 
 
 def compiled(topology: str, make) -> dict:
