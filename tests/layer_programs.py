@@ -77,10 +77,16 @@ def copies(text: str) -> list[str]:
   ]
 
 
+def cycles(text: str) -> int:
+  """XLA's own estimate for its operations; kernels, and loops, are not in it."""
+  entry = text[text.index("\nENTRY ") :].split("\n}")[0]
+  return sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', entry)))
+
+
 if __name__ == "__main__":
   for name in sys.argv[2:]:
     start = time.monotonic()
     executable = compiled(sys.argv[1], name)
-    temp = executable.memory_analysis().temp_size_in_bytes
-    out = {"name": name, "copies": copies(executable.as_text()), "temp": temp}
+    text, temp = executable.as_text(), executable.memory_analysis().temp_size_in_bytes
+    out = dict(name=name, copies=copies(text), cycles=cycles(text), temp=temp)
     print(json.dumps(out | {"seconds": round(time.monotonic() - start)}), flush=True)
