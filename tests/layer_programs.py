@@ -1,10 +1,14 @@
-"""A mixer of a 1.3b model through the TPU compiler, for a chip that is not here: see test_tpu_compile.py.
+"""A mixer of a 1.3b model, forward and backward, through the TPU compiler, for a chip that is not here.
+
+Tells, a line a mixer, what XLA copies from one layout to another, its estimate of cycles for what is no kernel, and
+temporary memory in bytes. Used by test_tpu_compile.py.
 
 python -m tests.layer_programs v6e kda retnet
 """
 
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -19,7 +23,7 @@ from attnlab.mixers import mixer
 from attnlab.mixers.base import Context, Layer
 from attnlab.model import layer_specs, mixer_config
 from attnlab.nn import RMSNorm
-from pallas_kernels.cost import CHIPS
+from pallas_kernels.cost import CHIPS, environment
 
 # Tokens so many that every array of a number a token and channel is larger than any of parameters.
 B, T = 4, 4096
@@ -84,6 +88,11 @@ def cycles(text: str) -> int:
 
 
 if __name__ == "__main__":
+  if (
+    "TPU_SKIP_MDS_QUERY" not in os.environ
+  ):  # not started by the tests, which set what libtpu needs
+    command = [sys.executable, "-m", "tests.layer_programs", *sys.argv[1:]]
+    os.execve(sys.executable, command, environment())
   for name in sys.argv[2:]:
     start = time.monotonic()
     executable = compiled(sys.argv[1], name)
