@@ -72,12 +72,23 @@ def needs_hopper() -> None:
       )
 
 
-def xla_or_tpu(backend: str, dtype: jax.typing.DTypeLike) -> str:
-  """``choose`` of "xla", "tpu" and "interpret", for what a TPU's kernel serves whatever the shapes."""
+def xla_or_tpu(
+  backend: str, dtype: jax.typing.DTypeLike, serves: Callable[[], None] = lambda: None
+) -> str:
+  """``choose`` of "xla", "tpu" and "interpret".
+
+  Args:
+    serves: raises NotImplementedError, saying why, for shapes that the kernel does not serve; by default it serves all.
+  """
+
+  def kernel(needs):
+    needs(dtype)
+    serves()
+
   backends = {
     "xla": lambda: None,
-    "tpu": functools.partial(needs_tpu, dtype),
-    "interpret": functools.partial(needs_float32, dtype),
+    "tpu": functools.partial(kernel, needs_tpu),
+    "interpret": functools.partial(kernel, needs_float32),
   }
   return choose(backend, backends, {"cpu": ["xla"], "gpu": ["xla"], "tpu": ["tpu", "xla"]})
 

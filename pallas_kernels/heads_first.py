@@ -45,12 +45,7 @@ def _backend(x: Array, backend: str) -> str:
         f"the TPU kernel needs heads of whole {_LANES} lanes; got {x.shape[3]} channels"
       )
 
-  def kernel():
-    dispatch.needs_tpu(x.dtype)
-    serves()
-
-  backends = {"xla": lambda: None, "tpu": kernel, "interpret": serves}
-  return dispatch.choose(backend, backends, {"cpu": ["xla"], "gpu": ["xla"], "tpu": ["tpu", "xla"]})
+  return dispatch.xla_or_tpu(backend, x.dtype, serves)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

@@ -43,18 +43,7 @@ def rope_heads(
   if D % size:
     raise ValueError(f"{D} channels are no whole number of heads of {size}")
   rotated = _rotated(size, fraction)
-
-  def kernel():
-    dispatch.needs_tpu(x.dtype)
-    tpu.supports(x, size, rotated)
-
-  backends = {
-    "xla": lambda: None,
-    "tpu": kernel,
-    "interpret": lambda: tpu.supports(x, size, rotated),
-  }
-  order = {"cpu": ["xla"], "gpu": ["xla"], "tpu": ["tpu", "xla"]}
-  name = dispatch.choose(backend, backends, order)
+  name = dispatch.xla_or_tpu(backend, x.dtype, lambda: tpu.supports(x, size, rotated))
   if name == "xla" or not rotated:
     return xla.rotate(x.reshape(B, T, -1, size), positions, theta, rotated).reshape(x.shape)
   return tpu.rotate(x, positions, size, theta, rotated, name == "interpret")
