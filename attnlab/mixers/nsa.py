@@ -189,16 +189,22 @@ class NativeSparseAttention(NSABase):
   def __call__(self, x, ctx, cache=None):
     c = self.config
 
-    def heads(name, norm=None, turned=False):
-      y = getattr(self, name)(x)
-      y = y if norm is None else norm.heads(y)
-      if turned:
-        y = rope_heads(y, ctx.positions, self.K, c.rope_theta, c.rope_fraction)
+    def projected(name, norm=None):
+      y = getattr(self, f"{name}_proj")(x)
+      return y if norm is None else norm.heads(y)
+
+    def turned(y):
+      return rope_heads(y, ctx.positions, self.K, c.rope_theta, c.rope_fraction)
+
+    def heads(y):
       return sharding.split(y, y.shape[-1] // self.K, self.K)
 
-    plain, q = (heads("q_proj", self.q_norm, turned) for turned in (False, True))
-    near = {"k": heads("k_near_proj", self.k_norm, True), "v": heads("v_near_proj")}
-    pool = {"k_pool": heads("k_pool_proj", self.k_norm), "v_pool": heads("v_pool_proj")}
+    plain = projected("q", self.q_norm)
+    k, k_near = (projected(name, self.k_norm) for name in ("k", "k_near"))
+    q, k, k_near = (heads(turned(y)) for y in (plain, k, k_near))
+    plain, near = heads(plain), {"k": k_near, "v": heads(projected("v_near"))}
+    pool = {"k_pool": projected("k_pool", self.k_norm), "v_pool": projected("v_pool")}
+    pool = {name: heads(y) for name, y in pool.items()}
     where = together(ctx)
     if cache is not None:
       ring, near, where = append_to_ring(cache["near"], near, ctx)
@@ -207,7 +213,7 @@ class NativeSparseAttention(NSABase):
     near = attend(q, near["k"], near["v"], where, window=c.window)
     gates = self.gates(x)
     signals = {"plain": plain, "gates": gates}
-    new = {"k": heads("k_proj", self.k_norm, True), "v": heads("v_proj")}
+    new = {"k": k, "v": heads(projected("v"))}
     o, cache, aux = self.sparse(q, signals, new, pool, ctx, cache)
     o = o + (gates[..., 2:] * near).astype(o.dtype)
     return MixerOutput(self.output(o, x), cache, aux)
