@@ -32,8 +32,6 @@ class DeltaNet(LinearMixer):
     negative_eigenvalues: beta in (0, 2) instead of (0, 1).
     """
 
-    num_heads: int | None = 4
-    head_dim: int | None = None
     negative_eigenvalues: bool = False
 
   def __init__(self, config: Config, layer: Layer, key):
