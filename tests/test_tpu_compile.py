@@ -125,7 +125,6 @@ FEW = {
     "linear_recurrence_step/float32_state/qwen3_next",
     "short_conv/forward_backward/qwen3_next_packed",
     "rope/forward/half",
-    "heads_first/forward/and_back",
   ],
   "7x": ["linear_recurrence/forward_backward/ssd_128"],
 }
@@ -264,25 +263,18 @@ def told(module, *arguments):
   return [json.loads(line) for line in child.stdout.splitlines() if line.startswith("{")]
 
 
-# Several steps or inputs a token, between which tokens and heads change places; a window besides the state.
-COPIES = ("gated_delta_product", "mamba3", "window_linear")
+# Not looked at: several steps or inputs a token, between which tokens and heads change places; a window besides.
+UNSEEN = ("gated_delta_product", "mamba3", "window_linear")
 
 
 @pytest.mark.compile
 @pytest.mark.parametrize(
-  "name", [n for n, m in mixers().items() if m.family == "linear" and n not in COPIES]
+  "name", [n for n, m in mixers().items() if m.family == "linear" and n not in UNSEEN]
 )
 def test_layers_copy_nothing_large(name):
   """From projections to kernels and back heads lie side by side, so that XLA need not lay them out again."""
   (layer,) = told("tests.layer_programs", "v6e", name)
   assert layer["copies"] == []
-
-
-@pytest.mark.compile
-def test_softmax_attention_copies_nothing_large():
-  """But for what splash attention, JAX's own kernel, does with its log-sum-exp."""
-  (layer,) = told("tests.layer_programs", "v6e", "softmax")
-  assert layer["copies"] == ["f32[4,16,4096,128]"]
 
 
 def test_compiles_in_a_sharded_program():

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from pallas_kernels.block_sparse import block_sparse_attention
 from pallas_kernels.block_sparse.shapes import SHAPES as BLOCK_SPARSE
 from pallas_kernels.cost import loops
-from pallas_kernels.heads_first import heads_first, heads_last
 from pallas_kernels.index_scores import index_scores
 from pallas_kernels.linear_recurrence import linear_recurrence, linear_recurrence_step
 from pallas_kernels.linear_recurrence.shapes import SHAPES, inputs
@@ -152,20 +151,6 @@ def _rope_cases(backend: str) -> Iterator[Case]:
     yield Case("rope", "forward", shape, "128 tokens x head", heads * T / 128, run)
 
 
-def _heads_first_cases(backend: str) -> Iterator[Case]:
-  """32 heads as projections write them, and back: the gradient of one is the other."""
-  T, heads, size = 8192, 32, 128
-
-  def build():
-    def forward(x):
-      y = heads_first(x.reshape(1, T, heads, size), backend=backend)
-      return heads_last(y, backend=backend).reshape(x.shape)
-
-    return forward, (jax.ShapeDtypeStruct((1, T, heads * size), jnp.bfloat16),)
-
-  yield Case("heads_first", "forward", "and_back", "128 tokens x head", heads * T / 128, build)
-
-
 def _block_sparse_cases(backend: str) -> Iterator[Case]:
   # A GPU's record is of short rows, whose cost a token is the same.
   T = 65536 if backend == "tpu" else 8192
@@ -294,7 +279,6 @@ _MAKERS = {
     _step_cases,
     _short_conv_cases,
     _rope_cases,
-    _heads_first_cases,
     _block_sparse_cases,
     _token_cases,
     _pool_cases,

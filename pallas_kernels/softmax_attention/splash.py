@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import dispatch
-from pallas_kernels.heads_first import heads_first, heads_last
 from pallas_kernels.softmax_attention import xla
 from pallas_kernels.softmax_attention.visibility import Visibility
 
@@ -70,16 +69,17 @@ def forward(q, k, v, sinks, seen: Visibility, scale: float, interpret: bool = Fa
     interpret=interpret,
   )
 
-  def padded(x):
+  def heads_first(x):
     # What is appended comes after every query, and is seen by none.
-    return heads_first(jnp.pad(x, ((0, 0), (0, size - T), (0, 0), (0, 0))))
+    x = jnp.pad(x, ((0, 0), (0, size - T), (0, 0), (0, 0)))
+    return jnp.swapaxes(x, 1, 2)
 
   ids = seen.query_segments
   if ids is not None:
     ids = jnp.pad(ids, ((0, 0), (0, size - T)))
     ids = splash.SegmentIds(ids, ids)
   scaled = (q * np.float32(scale)).astype(q.dtype)
-  args = (padded(scaled), padded(k), padded(v))
+  args = (heads_first(scaled), heads_first(k), heads_first(v))
   sinks_ = None if sinks is None else _own_dtype(sinks)
   o = jax.vmap(lambda q, k, v, ids: kernel(q, k, v, ids, sinks_))(*args, ids)
-  return heads_last(o)[:, :T], xla.forward(q, k, v, sinks, seen, scale)[1]
+  return jnp.swapaxes(o, 1, 2)[:, :T], xla.forward(q, k, v, sinks, seen, scale)[1]
