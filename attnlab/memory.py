@@ -55,7 +55,7 @@ def temporary(
   config.model.update(dict(num_layers=1, dtype="bfloat16", dense=dense))
   config.train.batch_size, config.data.seq_len, config.mesh.data = 1, length, 1
   config = resolve(config)
-  mesh = sharding.make_mesh(config.mesh, [_device(chip)])
+  mesh = sharding.make_mesh(config.mesh, [device(chip)])
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     tx = optim.optimizer(config.optim, config.train.steps)
     graphdef, _, state = make_init(config, tx, mesh)
@@ -73,7 +73,8 @@ def _config(name: str, size: str) -> ConfigDict:
   return load(f"configs/{mixer(name).name}.py:size={size}")
 
 
-def _device(chip: str) -> jax.Device:
+def device(chip: str) -> jax.Device:
+  """A device to compile for: this machine's CPU, or a TPU of ``pallas_kernels.cost.CHIPS`` that need not be here."""
   if chip == "cpu":
     return jax.devices("cpu")[0]
   from jax.experimental import topologies

@@ -19,16 +19,17 @@ from flax import nnx
 
 from attnlab import sharding
 from attnlab.config import load
+from attnlab.memory import device
 from attnlab.mixers import mixer
 from attnlab.mixers.base import Context, Layer
 from attnlab.model import layer_specs, mixer_config
 from attnlab.nn import RMSNorm
-from pallas_kernels.cost import CHIPS, environment
+from pallas_kernels.cost import environment
 
 # Tokens so many that every array of a number a token and channel is larger than any of parameters.
 B, T = 4, 4096
 
-_COPY = re.compile(r" = (f32|bf16)\[([\d,]+)\](\{\S*)? copy\(")
+_COPY = re.compile(r" = (f32|bf16)\[([\d,]+)\](?:\{\S*)? copy\(")
 
 
 class Residual(nnx.Module):
@@ -47,10 +48,7 @@ class Residual(nnx.Module):
 
 def compiled(chip: str, name: str):
   """Outputs and gradients of packed rows in bfloat16, compiled."""
-  from jax.experimental import topologies
-
-  topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip].topology)
-  mesh = sharding.make_mesh(dict(data=1, model=1, replica=1), [topology.devices[0]])
+  mesh = sharding.make_mesh(dict(data=1, model=1, replica=1), [device(chip)])
 
   def array(shape, dtype, spec=None):
     spec = spec or jax.sharding.PartitionSpec(*[None] * len(shape))
@@ -88,9 +86,8 @@ def cycles(text: str) -> int:
 
 
 if __name__ == "__main__":
-  if (
-    "TPU_SKIP_MDS_QUERY" not in os.environ
-  ):  # not started by the tests, which set what libtpu needs
+  # The tests set what libtpu needs; who starts this by hand does not.
+  if "TPU_SKIP_MDS_QUERY" not in os.environ:
     command = [sys.executable, "-m", "tests.layer_programs", *sys.argv[1:]]
     os.execve(sys.executable, command, environment())
   for name in sys.argv[2:]:

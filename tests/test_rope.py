@@ -79,6 +79,8 @@ def test_products_depend_on_distances():
     q, k = rope(x, start + jnp.array([[0, 5]]))[0, :, 0]
     products.append(q @ k)
   np.testing.assert_allclose(*products, rtol=1e-3)
+  q, k = rope(x, jnp.array([[0, 6]]))[0, :, 0]
+  assert abs(q @ k - products[0]) > 0.1  # and another at another distance
 
 
 def test_the_kernel_has_no_races():
