@@ -1,12 +1,21 @@
 """Programs of a recurrence for compilers that run in processes of their own."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.linear_recurrence import linear_recurrence
 from pallas_kernels.linear_recurrence.shapes import SHAPES, Shape, inputs
+
+# Decay, erase, the state an erase reads, bonus: all that a mechanism can be.
+DECAYS = ("none", "constant", "scalar", "channel")
+SPECIALISATIONS = [
+  *itertools.product(DECAYS, ("none", "key", "low_rank"), ("decayed",), ("",)),
+  *itertools.product(("constant", "scalar", "channel"), ("key", "low_rank"), ("undecayed",), ("",)),
+  *itertools.product(DECAYS, ("none",), ("decayed",), ("bonus",)),
+]
 
 
 def with_gradients(backend, shape, dtype, T, packed):

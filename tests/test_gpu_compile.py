@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from recurrence_programs import SPECIALISATIONS
 
 from pallas_kernels.cost import cases, gpu, gpu_report, report
 
@@ -98,16 +99,43 @@ def test_all_costs_are_the_recorded_ones():
   same_cost(list(cases("gpu")))
 
 
+def spill_nothing(names):
+  """All that fails in one failure."""
+  answers = dict(gpu.measure(names))
+  problems = [f"{name}: {answer['error']}" for name, answer in answers.items() if "error" in answer]
+  for name, answer in answers.items():
+    for row in answer.get("rows", ()):
+      if row["spilled"]:
+        problems.append(f"{name}: {row['call']}: {row['spilled']} bytes spilled")
+  assert not problems, "\n".join(problems)
+
+
 @needs_compilers
 @pytest.mark.compile
 def test_documents_spill_nothing(monkeypatch):
   monkeypatch.chdir(ROOT)
-  names = [
+  spill_nothing(
     f"tests.gpu_programs:packed:{name}" for name in ("nsa", "minimax_m3", "infllm_v2", "moba")
-  ]
-  for name, answer in gpu.measure(names):
-    assert "error" not in answer, f"{name}: {answer['error']}"
-    assert [row["spilled"] for row in answer["rows"]] == [0, 0, 0], name
+  )
+
+
+@needs_compilers
+@pytest.mark.compile
+@pytest.mark.parametrize("dtype", ("bfloat16", "float32"))
+@pytest.mark.parametrize("case", SPECIALISATIONS, ids="-".join)
+def test_every_specialisation_compiles(case, dtype, monkeypatch):
+  """With packed segments, initial and final state, and every gradient."""
+  monkeypatch.chdir(ROOT)
+  spill_nothing(["tests.recurrence_programs:specialisation:gpu:" + "-".join((*case, dtype))])
+
+
+@needs_compilers
+@pytest.mark.compile
+@pytest.mark.parametrize("T", (2, 65, 131072))
+def test_any_length_compiles(T, monkeypatch):
+  """From a part of a chunk, from an initial state to a final one."""
+  monkeypatch.chdir(ROOT)
+  spill_nothing([f"tests.recurrence_programs:real:gpu:kimi_linear:{T}:bfloat16"])
 
 
 @needs_compilers

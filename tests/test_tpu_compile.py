@@ -14,7 +14,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from recurrence_programs import temporary_bound
+from recurrence_programs import SPECIALISATIONS, temporary_bound
 
 from attnlab.mixers import mixers
 from pallas_kernels import dispatch
@@ -91,15 +91,6 @@ def same_cost(chip, names, also=()):
           problems.append(f"{name} on {chip}: {row['call']}: {column} was {was}, is {got}")
   hint = "if that is meant: python -m pallas_kernels.cost --out benchmarks/records"
   assert not problems, "\n".join([*problems, hint])
-
-
-# Decay, erase, the state an erase reads, bonus: all that a mechanism can be.
-DECAYS = ("none", "constant", "scalar", "channel")
-SPECIALISATIONS = [
-  *itertools.product(DECAYS, ("none", "key", "low_rank"), ("decayed",), ("",)),
-  *itertools.product(("constant", "scalar", "channel"), ("key", "low_rank"), ("undecayed",), ("",)),
-  *itertools.product(DECAYS, ("none",), ("decayed",), ("bonus",)),
-]
 
 
 def specialisation(*parts):
