@@ -13,7 +13,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from attnlab import sharding
-from pallas_kernels import heads, rope
+from pallas_kernels import heads
+from pallas_kernels import rope as kernels
 from pallas_kernels.short_conv import short_conv
 
 Init = Callable[..., Array]
@@ -82,6 +83,18 @@ class Linear(nnx.Module):
     if self.bias is not None:
       y = y + sharding.put(self.bias[...].astype(x.dtype), axes[1])
     return y
+
+  def heads(self, x: Float[Array, "B T inputs"], count: int) -> Float[Array, "B T count size"]:
+    """``sharding.split`` of the outputs into heads, for attention. Linear mechanisms take them unsplit."""
+    assert self.bias is None
+    axes = self.kernel.get_metadata()["axes"]
+    return sharding.matmul_heads(x, self.kernel[...].astype(x.dtype), axes, count)
+
+  def of_heads(self, x: Float[Array, "B T count size"]) -> Float[Array, "B T outputs"]:
+    """The outputs of heads that would lie side by side."""
+    assert self.bias is None
+    axes = self.kernel.get_metadata()["axes"]
+    return sharding.matmul_of_heads(x, self.kernel[...].astype(x.dtype), axes)
 
 
 class LowRank(nnx.Module):
@@ -281,6 +294,18 @@ def _uniform(bound: float, key: Array, shape: Sequence[int], dtype) -> Array:
   return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
+def rope(
+  x: Float[Array, "B T H D"],
+  positions: Int[Array, "B T"],
+  theta: float = 10000.0,
+  fraction: float = 1.0,
+) -> Float[Array, "B T H D"]:
+  """RoPE (``pallas_kernels.rope``) on each device's own heads."""
+  axes = ("batch", None, "heads", None)
+  run = lambda x, positions: kernels.rope(x, positions, theta, fraction)  # noqa: E731
+  return sharding.local(run, (axes, ("batch", None)), axes)(x, positions)
+
+
 def rope_heads(
   x: Float[Array, "B T D"],
   positions: Int[Array, "B T"],
@@ -292,9 +317,8 @@ def rope_heads(
   """RoPE of heads of ``size`` channels side by side (``pallas_kernels.rope``), which lie along a logical axis."""
   count, axes = x.shape[-1] // size, ("batch", None, axis)
   if axis is not None and count % sharding.size(axis):  # devices hold parts of heads
-    turned = rope.rope(sharding.split(x, count, size), positions, theta, fraction)
-    return sharding.merge(turned, 2)
-  run = lambda x, positions: rope.rope_heads(x, positions, size, theta, fraction)  # noqa: E731
+    return sharding.merge(rope(sharding.split(x, count, size), positions, theta, fraction), 2)
+  run = lambda x, positions: kernels.rope_heads(x, positions, size, theta, fraction)  # noqa: E731
   return sharding.local(run, (axes, ("batch", None)), axes)(x, positions)
 
 

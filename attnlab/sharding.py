@@ -122,14 +122,56 @@ def size(axis: str) -> int:
 
 def matmul(x: jax.Array, kernel: jax.Array, axes: tuple[str | None, str | None]) -> jax.Array:
   """``x [batch, ..., in] @ kernel [in, out]`` for a kernel of these logical axes."""
+  return _product(x, put(kernel, *axes), axes, 1)
+
+
+def matmul_heads(
+  x: jax.Array, kernel: jax.Array, axes: tuple[str | None, str], heads: int
+) -> jax.Array:
+  """``split(matmul(x, kernel, axes), heads, size)``, as one product with a kernel of three axes.
+
+  A compiler may then write heads in any order. From heads side by side XLA for TPUs makes heads that come first, which
+  attention's kernels take, by a transposition to channels before tokens and another one back.
+  """
+  shape = kernel.shape[0], heads, kernel.shape[1] // heads
+  if heads % size(axes[1]):
+    return split(matmul(x, kernel, axes), *shape[1:], axis=axes[1])
+  three = axes[0], axes[1], None
+  return _product(x, _reshaped(kernel, axes, shape, three), three, 1)
+
+
+def matmul_of_heads(x: jax.Array, kernel: jax.Array, axes: tuple[str, str | None]) -> jax.Array:
+  """``matmul(merge(x, 2), kernel, axes)`` of x [batch, ..., heads, size], as ``matmul_heads``."""
+  shape = *x.shape[-2:], kernel.shape[1]
+  if shape[0] % size(axes[0]):
+    return matmul(merge(x, 2, axes[0]), kernel, axes)
+  three = axes[0], None, axes[1]
+  return _product(x, _reshaped(kernel, axes, shape, three), three, 2)
+
+
+def _product(x: jax.Array, kernel: jax.Array, axes: Sequence[str | None], n: int) -> jax.Array:
+  """The sum over the last n axes of x and the first n of a kernel of these logical axes."""
   mesh = _mesh()
   if mesh is None:
-    return x @ kernel
-  kernel = put(kernel, *axes)
-  names = ("batch",) + (None,) * (x.ndim - 2)
-  x = put(x, *names, axes[0] if TABLE[axes[0]][1] else None)
-  shape = (*x.shape[:-1], kernel.shape[1])
-  return jnp.matmul(x, kernel, out_sharding=_spec(shape, (*names, axes[1]), mesh, 1))
+    return jnp.tensordot(x, kernel, n)
+  kept = x.ndim - n
+  names = ("batch",) + (None,) * (kept - 1)
+  x = put(x, *names, *axes[:n])
+  out = _spec((*x.shape[:kept], *kernel.shape[n:]), (*names, *axes[n:]), mesh, 1)
+  summed = (tuple(range(kept, x.ndim)), tuple(range(n)))
+  return jax.lax.dot_general(x, kernel, (summed, ((), ())), out_sharding=out)
+
+
+def _reshaped(
+  kernel: jax.Array,
+  axes: Sequence[str | None],
+  shape: Sequence[int],
+  new_axes: Sequence[str | None],
+) -> jax.Array:
+  """A kernel of some logical axes, where it is computed with, as one of others."""
+  mesh = _mesh()
+  spec = None if mesh is None else _spec(shape, new_axes, mesh, 1)
+  return jax.lax.reshape(put(kernel, *axes), shape, out_sharding=spec)
 
 
 def split(x: jax.Array, *shape: int, axis: str = "heads") -> jax.Array:

@@ -71,6 +71,21 @@ def test_heads_with_an_axis(fraction):
   close(rope(x, positions, THETA, fraction), turned(x, positions, fraction), positions)
 
 
+# Steps of several heads, and, of so many tokens, of one; heads that no step of several divides.
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+  "T, heads, size, fraction",
+  [(64, 3, 128, 1.0), (33, 4, 128, 0.5), (35, 2, 256, 1.0), (520, 11, 128, 1.0)],
+)
+def test_heads_that_come_first_in_the_kernel(T, heads, size, fraction, dtype):
+  x, dy, positions = inputs(T, heads, size, dtype)
+  x, dy = (y.reshape(2, T, heads, size) for y in (x, dy))
+  y, vjp = jax.vjp(lambda x: rope(x, positions, THETA, fraction, backend="interpret"), x)
+  assert y.dtype == dtype
+  close(y, turned(x, positions, fraction), positions)
+  close(vjp(dy)[0], turned(dy, positions, fraction, -1), positions)
+
+
 def test_products_depend_on_distances():
   """What RoPE is for: q . k is the same wherever both are moved to."""
   x = jax.random.normal(jax.random.key(0), (1, 2, 1, 64))
@@ -87,7 +102,7 @@ def test_the_kernel_has_no_races():
   for T, heads, size in ((70, 2, 128), (40, 4, 64)):
     x, _, positions = inputs(T, heads, size, jnp.bfloat16)
     with tpu_races.none(kernels=1):
-      y = tpu.rotate(x, positions, size, THETA, size, tpu_races.STRICT)
+      y = tpu.rotate(x[:, None], positions, size, THETA, size, tpu_races.STRICT)
       jax.block_until_ready(y)
     want = turned(np.asarray(x, np.float64).reshape(2, T, heads, size), positions, 1)
     close(y, want, positions)

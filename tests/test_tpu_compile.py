@@ -268,6 +268,14 @@ def test_layers_copy_nothing_large(name):
   assert layer["copies"] == []
 
 
+@pytest.mark.compile
+@pytest.mark.parametrize("name", ["softmax", "swa"])
+def test_attention_copies_no_heads(name):
+  """From projections to kernels and back heads come first. What is copied is splash attention's own: lse, 128 times."""
+  (layer,) = told("tests.layer_programs", "v6e", name)
+  assert layer["copies"] == ["f32[4,16,4096,128]"]
+
+
 def test_compiles_in_a_sharded_program():
   """For 128 chips, gradients included: each device runs the kernels on its part, and nothing moves between them."""
   names = "recurrence", "step", "conv", "rope"

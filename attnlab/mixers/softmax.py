@@ -12,7 +12,7 @@ from attnlab.errors import UserError
 from attnlab.mixers import references
 from attnlab.mixers.attention import Where, append, attend, new_cache, together
 from attnlab.mixers.base import Cache, Context, Layer, Mixer, MixerOutput, register
-from attnlab.nn import Linear, RMSNorm, expand_heads, param, rope_heads
+from attnlab.nn import Linear, RMSNorm, param, rope
 from attnlab.settings import Fraction
 
 
@@ -111,22 +111,19 @@ class SoftmaxAttention(Mixer):
   def heads_of(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[Array, Array, Array]:
     """q [B, T, H, K], k and v [B, T, Hkv, K] of the tokens, with norm and RoPE."""
     c = self.config
-    q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+    q = self.q_proj.heads(x, self.H)
+    k, v = (project.heads(x, self.Hkv) for project in (self.k_proj, self.v_proj))
     if c.qk_norm:
-      q, k = self.q_norm.heads(q), self.k_norm.heads(k)
-    turn = (ctx.positions, self.K, c.rope_theta, c.rope_fraction)
-    q, k = rope_heads(q, *turn), rope_heads(k, *turn)
-    heads = (q, self.H), (k, self.Hkv), (v, self.Hkv)
-    return tuple(sharding.split(y, count, self.K) for y, count in heads)
+      q, k = self.q_norm(q), self.k_norm(k)
+    q, k = (rope(y, ctx.positions, c.rope_theta, c.rope_fraction) for y in (q, k))
+    return q, k, v
 
   def output(self, o: Float[Array, "B T H K"], x: Float[Array, "B T D"]) -> Array:
     """What leaves the layer: the output gate, if there is one, and the projection."""
-    o = sharding.merge(o, 2)
     if self.gate_proj is not None:
-      gate = jax.nn.sigmoid(self.gate_proj(x).astype(jnp.float32))
-      gate = expand_heads(gate, self.K) if self.gate_width == 1 else gate
-      o = (o * gate).astype(x.dtype)
-    return self.out_proj(o)
+      gate = self.gate_proj.heads(x, self.H).astype(jnp.float32)
+      o = (o * jax.nn.sigmoid(gate)).astype(x.dtype)
+    return self.out_proj.of_heads(o)
 
   def remember(
     self, cache: Cache, k: Array, v: Array, ctx: Context

@@ -17,6 +17,7 @@ from attnlab import sharding
 from attnlab.mixers.attention import Where, append, axes_of, new_cache, together
 from attnlab.mixers.base import Cache, Context, MixerOutput
 from attnlab.mixers.softmax import SoftmaxAttention
+from attnlab.nn import expand_heads, rope_heads
 from pallas_kernels.block_sparse import Layout, block_sparse_attention
 from pallas_kernels.softmax_attention import softmax_attention
 
@@ -292,6 +293,28 @@ class SparseMixer(SparseCore, SoftmaxAttention):
   def split_heads(self):
     """The heads of a group choose together: they stay on one device."""
     return super().split_heads() | {"num_kv_heads": self.Hkv}
+
+  # Heads lie side by side until they are split, and again behind the kernels. That softmax attention's heads come first
+  # saves copies; of NSA at 16384 tokens libtpu's XLA made no program when they did ("TransformWindow: split of a padded
+  # window dim is not supported"), and what they are to the memory of the others has not been measured.
+
+  def heads_of(self, x, ctx):
+    c = self.config
+    q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+    if c.qk_norm:
+      q, k = self.q_norm.heads(q), self.k_norm.heads(k)
+    turn = (ctx.positions, self.K, c.rope_theta, c.rope_fraction)
+    q, k = rope_heads(q, *turn), rope_heads(k, *turn)
+    heads = (q, self.H), (k, self.Hkv), (v, self.Hkv)
+    return tuple(sharding.split(y, count, self.K) for y, count in heads)
+
+  def output(self, o, x):
+    o = sharding.merge(o, 2)
+    if self.gate_proj is not None:
+      gate = jax.nn.sigmoid(self.gate_proj(x).astype(jnp.float32))
+      gate = expand_heads(gate, self.K) if self.gate_width == 1 else gate
+      o = (o * gate).astype(x.dtype)
+    return self.out_proj(o)
 
   def kept(self, x: Float[Array, "B T D"], ctx: Context) -> Arrays:
     """What a cache keeps of each token besides k and v: [B, T, heads, ...] by name."""

@@ -17,7 +17,7 @@ from pallas_kernels.index_scores import index_scores
 from pallas_kernels.linear_recurrence import linear_recurrence, linear_recurrence_step
 from pallas_kernels.linear_recurrence.shapes import SHAPES, inputs
 from pallas_kernels.pool_attention import pool_attention, pool_weights
-from pallas_kernels.rope import rope_heads
+from pallas_kernels.rope import rope, rope_heads
 from pallas_kernels.short_conv import short_conv
 
 
@@ -136,18 +136,24 @@ def _short_conv_cases(backend: str) -> Iterator[Case]:
 
 
 def _rope_cases(backend: str) -> Iterator[Case]:
-  """32 heads, whole or a half of each; the gradient is the same kernel."""
+  """32 heads, whole or a half of each side by side, and whole ones first; the gradient is the same kernel."""
   T, heads, size = 8192, 32, 128
+  positions = jax.ShapeDtypeStruct((1, T), jnp.int32)
 
   def build(fraction):
     def forward(x, positions):
       return rope_heads(x, positions, size, fraction=fraction, backend=backend)
 
-    x = jax.ShapeDtypeStruct((1, T, heads * size), jnp.bfloat16)
-    return forward, (x, jax.ShapeDtypeStruct((1, T), jnp.int32))
+    return forward, (jax.ShapeDtypeStruct((1, T, heads * size), jnp.bfloat16), positions)
 
-  for shape, fraction in {"whole": 1.0, "half": 0.5}.items():
-    run = functools.partial(build, fraction)
+  def first():
+    def forward(x, positions):
+      return rope(x.swapaxes(1, 2), positions, backend=backend).swapaxes(1, 2)
+
+    return forward, (jax.ShapeDtypeStruct((1, heads, T, size), jnp.bfloat16), positions)
+
+  builds = {"whole": functools.partial(build, 1.0), "half": functools.partial(build, 0.5)}
+  for shape, run in (builds | {"first": first}).items():
     yield Case("rope", "forward", shape, "128 tokens x head", heads * T / 128, run)
 
 

@@ -1,5 +1,6 @@
 """Rotary position embedding (RoPE, arXiv:2104.09864) of heads, also side by side as projections write them."""
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
@@ -11,13 +12,28 @@ def rope(
   positions: Int[Array, "B T"],
   theta: float = 10000.0,
   fraction: float = 1.0,
+  *,
+  backend: str = "auto",
 ) -> Float[Array, "B T H D"]:
   """Rotates the first ``fraction`` of each head's channels by position times frequency; halves are paired.
 
   Channel i < n / 2 of the n that rotate makes a pair with channel i + n / 2, and turns by
-  ``position * theta^(-2 i / n)``. In float32, returned in x's dtype.
+  ``position * theta^(-2 i / n)``. In float32, returned in x's dtype. Differentiable in x.
+
+  Args:
+    backend: "auto", "xla", "tpu" (a Pallas kernel, which reads and writes x once; for it heads come first, as for
+      attention's), or "interpret": the same on any machine, slowly.
+
+  Raises:
+    NotImplementedError: a backend that was named cannot serve the call.
   """
-  return xla.rotate(x, positions, theta, _rotated(x.shape[-1], fraction))
+  T, D = x.shape[1], x.shape[3]
+  rotated = _rotated(D, fraction)
+  name = dispatch.xla_or_tpu(backend, x.dtype, lambda: tpu.supports(x.dtype, T, D, D, rotated))
+  if name == "xla" or not rotated:
+    return xla.rotate(x, positions, theta, rotated)
+  x = jnp.swapaxes(x, 1, 2)
+  return jnp.swapaxes(tpu.rotate(x, positions, D, theta, rotated, name == "interpret"), 1, 2)
 
 
 def rope_heads(
@@ -29,11 +45,7 @@ def rope_heads(
   *,
   backend: str = "auto",
 ) -> Float[Array, "B T D"]:
-  """``rope`` of heads of ``size`` channels side by side. Differentiable in x.
-
-  Args:
-    backend: "auto", "xla", "tpu" (a Pallas kernel, which reads and writes x once), or "interpret": the same on any
-      machine, slowly.
+  """``rope`` of heads of ``size`` channels side by side, as linear mechanisms' kernels take them.
 
   Raises:
     ValueError: heads of ``size`` channels do not make D.
@@ -43,10 +55,10 @@ def rope_heads(
   if D % size:
     raise ValueError(f"{D} channels are no whole number of heads of {size}")
   rotated = _rotated(size, fraction)
-  name = dispatch.xla_or_tpu(backend, x.dtype, lambda: tpu.supports(x, size, rotated))
+  name = dispatch.xla_or_tpu(backend, x.dtype, lambda: tpu.supports(x.dtype, T, D, size, rotated))
   if name == "xla" or not rotated:
     return xla.rotate(x.reshape(B, T, -1, size), positions, theta, rotated).reshape(x.shape)
-  return tpu.rotate(x, positions, size, theta, rotated, name == "interpret")
+  return tpu.rotate(x[:, None], positions, size, theta, rotated, name == "interpret")[:, 0]
 
 
 def _rotated(size: int, fraction: float) -> int:

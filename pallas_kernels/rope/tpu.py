@@ -1,4 +1,6 @@
-"""RoPE as a Pallas kernel for TPUs, on heads side by side: x is read once and written once.
+"""RoPE as a Pallas kernel for TPUs: x is read once and written once.
+
+Heads lie side by side, [B, 1, T, D], or first, [B, H, T, D]; or some of both.
 
 Left to XLA, the halves of a head, ranges of less than a register's lanes, are arrays of their own, and all of x is
 copied between layouts in float32. Here the other half of a head comes by a rotation of a register's lanes, and what
@@ -6,6 +8,7 @@ cosine and sine each lane takes by tables for 128 lanes, which all heads share. 
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -22,16 +25,16 @@ _ROWS = 32
 _BLOCK, _TOKENS = 1 << 20, 512
 
 
-def supports(x: Array, size: int, rotated: int) -> None:
-  """Raises NotImplementedError, saying why, where the kernel cannot serve a call."""
-  if x.dtype not in (jnp.bfloat16, jnp.float32):
-    raise NotImplementedError(f"the TPU kernel takes bfloat16 or float32; x is {x.dtype}")
-  if x.shape[1] < _ROWS:
-    raise NotImplementedError(f"the TPU kernel needs {_ROWS} tokens or more; got {x.shape[1]}")
-  if (size % _LANES and _LANES % size) or x.shape[2] % _LANES:
+def supports(dtype: jnp.dtype, T: int, D: int, size: int, rotated: int) -> None:
+  """Raises NotImplementedError, saying why, where the kernel cannot serve T tokens of D channels side by side."""
+  if dtype not in (jnp.bfloat16, jnp.float32):
+    raise NotImplementedError(f"the TPU kernel takes bfloat16 or float32; x is {dtype}")
+  if T < _ROWS:
+    raise NotImplementedError(f"the TPU kernel needs {_ROWS} tokens or more; got {T}")
+  if (size % _LANES and _LANES % size) or D % _LANES:
     raise NotImplementedError(
       f"the TPU kernel needs heads that divide {_LANES} lanes or are whole times as many, and no part of them left;"
-      f" got {x.shape[2] // size} of {size} channels"
+      f" got {D // size} of {size} channels"
     )
   if rotated > _LANES and rotated % (2 * _LANES):
     raise NotImplementedError(f"half of {rotated} channels that rotate are no whole {_LANES} lanes")
@@ -55,35 +58,31 @@ def _tables(positions: Array, size: int, theta: float, rotated: int, back: bool)
 
 
 def _kernel(x_ref, cos_ref, sin_ref, y_ref, *, size: int, rotated: int):
-  half = rotated // 2
+  half, step = rotated // 2, max(size, _LANES)
+  _, heads, tokens, D = x_ref.shape
 
   def rows(i, _):
     at = pl.ds(i * _ROWS, _ROWS)
-
-    def load(start, width):
-      return x_ref[0, at, pl.ds(start, width)].astype(jnp.float32)
-
-    def store(start, y):
-      y_ref[0, at, pl.ds(start, y.shape[1])] = y.astype(y_ref.dtype)
-
     cos, sin = cos_ref[0, at], sin_ref[0, at]
-    step = max(size, _LANES)
-    for start in range(0, x_ref.shape[2], step):
+    for head, start in itertools.product(range(heads), range(0, D, step)):
+      x, y = x_ref.at[0, head, at], y_ref.at[0, head, at]
+      load = lambda start, width, x=x: x[:, pl.ds(start, width)].astype(jnp.float32)  # noqa: E731
       if rotated <= _LANES:
-        x = load(start, _LANES)
-        store(start, x * cos + _other(x, size, half) * sin)
+        one = load(start, _LANES)
+        one = one * cos + _other(one, size, half) * sin
+        y[:, pl.ds(start, _LANES)] = one.astype(y.dtype)
         kept = start + _LANES
       else:
         first, second = load(start, half), load(start + half, half)
-        store(start, first * cos - second * sin)
-        store(start + half, second * cos + first * sin)
+        y[:, pl.ds(start, half)] = (first * cos - second * sin).astype(y.dtype)
+        y[:, pl.ds(start + half, half)] = (second * cos + first * sin).astype(y.dtype)
         kept = start + rotated
       if kept < start + step:
         rest = pl.ds(kept, start + step - kept)
-        y_ref[0, at, rest] = x_ref[0, at, rest]
+        y[:, rest] = x[:, rest]
     return 0
 
-  jax.lax.fori_loop(0, x_ref.shape[1] // _ROWS, rows, 0)
+  jax.lax.fori_loop(0, tokens // _ROWS, rows, 0)
 
 
 def _other(x: Array, size: int, half: int) -> Array:
@@ -96,19 +95,23 @@ def _other(x: Array, size: int, half: int) -> Array:
 
 
 def _call(x, positions, size, theta, rotated, back, interpret):
-  B, T, D = x.shape
+  B, H, T, D = x.shape
   tokens = min(_TOKENS, _BLOCK // (D * x.dtype.itemsize), -(-T // _ROWS) * _ROWS)
   tokens = max(_ROWS, tokens // _ROWS * _ROWS)
+  most = max(1, _BLOCK // (tokens * D * x.dtype.itemsize))
+  heads = max(h for h in range(1, min(most, H) + 1) if H % h == 0)
   tables = _tables(positions, size, theta, rotated, back)
-  block = lambda lanes: pl.BlockSpec((1, tokens, lanes), lambda b, t: (b, t, 0))  # noqa: E731
+  # All heads of some tokens one after the other, for which the tables stay where they are.
+  block = pl.BlockSpec((1, heads, tokens, D), lambda b, t, h: (b, h, t, 0))
+  table = pl.BlockSpec((1, tokens, tables[0].shape[2]), lambda b, t, h: (b, t, 0))
   return pl.pallas_call(
     functools.partial(_kernel, size=size, rotated=rotated),
     name="rope",
-    grid=(B, -(-T // tokens)),
-    in_specs=[block(D), *(block(table.shape[2]) for table in tables)],
-    out_specs=block(D),
+    grid=(B, -(-T // tokens), H // heads),
+    in_specs=[block, table, table],
+    out_specs=block,
     out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
-    compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
+    compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3),
     cost_estimate=pl.CostEstimate(
       flops=3 * x.size,
       transcendentals=0,
@@ -120,14 +123,14 @@ def _call(x, positions, size, theta, rotated, back, interpret):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
 def rotate(
-  x: Float[Array, "B T D"],
+  x: Float[Array, "B H T D"],
   positions: Int[Array, "B T"],
   size: int,
   theta: float,
   rotated: int,
   interpret: bool | pltpu.InterpretParams = False,
-) -> Float[Array, "B T D"]:
-  """As ``xla.rotate``, of heads of ``size`` channels side by side; ``interpret`` runs the kernel on any machine."""
+) -> Float[Array, "B H T D"]:
+  """As ``xla.rotate``, of H times D / size heads of ``size`` channels; ``interpret`` runs the kernel on any machine."""
   return _call(x, positions, size, theta, rotated, False, interpret)
 
 
