@@ -269,7 +269,7 @@ def test_layers_copy_nothing_large(name):
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("name", ["softmax", "swa"])
+@pytest.mark.parametrize("name", ["softmax", "swa", "mla"])
 def test_attention_copies_no_heads(name):
   """From projections to kernels and back heads come first. What is copied is splash attention's own: lse, 128 times."""
   (layer,) = told("tests.layer_programs", "v6e", name)

@@ -106,7 +106,7 @@ class MultiHeadLatentAttention(Mixer):
       cache, where = append(cache, {"latent": latent}, ctx)
       attend = self.absorbed if self.absorbs(x.shape[1]) else self.expanded
       o = attend(q, cache["latent"].astype(x.dtype), where)
-    return MixerOutput(self.out_proj(sharding.merge(o, 2)), cache)
+    return MixerOutput(self.out_proj.of_heads(o), cache)
 
   def query_input(self, x: Float[Array, "B T D"]) -> Array:
     """What queries are projected from: the tokens, or their latent."""
@@ -115,7 +115,7 @@ class MultiHeadLatentAttention(Mixer):
   def projected(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[Array, Array]:
     """Queries [B, T, H, nope_dim + rope_dim] and latents [B, T, kv_lora_rank + rope_dim]."""
     c = self.config
-    q = sharding.split(self.q_up(self.query_input(x)), self.H, c.nope_dim + c.rope_dim)
+    q = self.q_up.heads(self.query_input(x), self.H)
     latent = self.kv_norm(self.kv_down(x))
     if c.rope_dim:
       k_rope = self.k_rope(x)
@@ -133,8 +133,7 @@ class MultiHeadLatentAttention(Mixer):
     c = self.config
     content = latent[..., : c.kv_lora_rank]
     k_rope = latent[..., c.kv_lora_rank :] if c.rope_dim else None
-    k = sharding.split(self.k_up(content), self.H, c.nope_dim)
-    v = sharding.split(self.v_up(content), self.H, c.value_dim)
+    k, v = (up.heads(content, self.H) for up in (self.k_up, self.v_up))
 
     def core(q, k, k_rope, v, where):
       if k_rope is not None:
