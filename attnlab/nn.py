@@ -84,7 +84,7 @@ class Linear(nnx.Module):
       y = y + sharding.put(self.bias[...].astype(x.dtype), axes[1])
     return y
 
-  def heads(self, x: Float[Array, "B T inputs"], count: int) -> Float[Array, "B T count size"]:
+  def to_heads(self, x: Float[Array, "B T inputs"], count: int) -> Float[Array, "B T count size"]:
     """``sharding.split`` of the outputs into heads, for attention. Linear mechanisms take them unsplit."""
     assert self.bias is None
     axes = self.kernel.get_metadata()["axes"]

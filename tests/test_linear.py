@@ -25,7 +25,7 @@ def on_devices(model: int):
 def gradients(layer, name, x, dy):
   """Outputs, and the gradients of x and of the kernel."""
   graphdef, state = nnx.split(layer)
-  arguments = [H] if name == "heads" else []
+  arguments = [H] if name == "to_heads" else []
 
   @jax.jit
   def run(state, x, dy):
@@ -38,17 +38,17 @@ def gradients(layer, name, x, dy):
 
 
 @pytest.mark.parametrize("model", [0, 2, 4])
-@pytest.mark.parametrize("name", ["heads", "of_heads"])
+@pytest.mark.parametrize("name", ["to_heads", "of_heads"])
 def test_projections(name, model):
-  inputs, outputs = (D, H * SIZE) if name == "heads" else (H * SIZE, D)
-  axes = ("embed", "heads") if name == "heads" else ("heads", "embed")
+  inputs, outputs = (D, H * SIZE) if name == "to_heads" else (H * SIZE, D)
+  axes = ("embed", "heads") if name == "to_heads" else ("heads", "embed")
   layer = Linear(jax.random.key(0), inputs, outputs, axes)
   flat, heads = (
     np.asarray(jax.random.normal(jax.random.key(i), (B, T, *shape)), np.float64)
     for i, shape in enumerate([(D,), (H, SIZE)], 1)
   )
   w = np.asarray(layer.kernel[...], np.float64)
-  if name == "heads":
+  if name == "to_heads":
     x, dy, w = flat, heads, w.reshape(D, H, SIZE)
     sums = "btd,dhk->bthk", "bthk,dhk->btd", "btd,bthk->dhk"
   else:

@@ -115,7 +115,7 @@ class MultiHeadLatentAttention(Mixer):
   def projected(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[Array, Array]:
     """Queries [B, T, H, nope_dim + rope_dim] and latents [B, T, kv_lora_rank + rope_dim]."""
     c = self.config
-    q = self.q_up.heads(self.query_input(x), self.H)
+    q = self.q_up.to_heads(self.query_input(x), self.H)
     latent = self.kv_norm(self.kv_down(x))
     if c.rope_dim:
       k_rope = self.k_rope(x)
@@ -133,7 +133,7 @@ class MultiHeadLatentAttention(Mixer):
     c = self.config
     content = latent[..., : c.kv_lora_rank]
     k_rope = latent[..., c.kv_lora_rank :] if c.rope_dim else None
-    k, v = (up.heads(content, self.H) for up in (self.k_up, self.v_up))
+    k, v = (up.to_heads(content, self.H) for up in (self.k_up, self.v_up))
 
     def core(q, k, k_rope, v, where):
       if k_rope is not None:

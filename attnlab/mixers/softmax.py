@@ -111,8 +111,8 @@ class SoftmaxAttention(Mixer):
   def heads_of(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[Array, Array, Array]:
     """q [B, T, H, K], k and v [B, T, Hkv, K] of the tokens, with norm and RoPE."""
     c = self.config
-    q = self.q_proj.heads(x, self.H)
-    k, v = (project.heads(x, self.Hkv) for project in (self.k_proj, self.v_proj))
+    q = self.q_proj.to_heads(x, self.H)
+    k, v = (project.to_heads(x, self.Hkv) for project in (self.k_proj, self.v_proj))
     if c.qk_norm:
       q, k = self.q_norm(q), self.k_norm(k)
     q, k = (rope(y, ctx.positions, c.rope_theta, c.rope_fraction) for y in (q, k))
@@ -121,7 +121,7 @@ class SoftmaxAttention(Mixer):
   def output(self, o: Float[Array, "B T H K"], x: Float[Array, "B T D"]) -> Array:
     """What leaves the layer: the output gate, if there is one, and the projection."""
     if self.gate_proj is not None:
-      gate = self.gate_proj.heads(x, self.H).astype(jnp.float32)
+      gate = self.gate_proj.to_heads(x, self.H).astype(jnp.float32)
       o = (o * jax.nn.sigmoid(gate)).astype(x.dtype)
     return self.out_proj.of_heads(o)
 
