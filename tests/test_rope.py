@@ -71,11 +71,19 @@ def test_heads_with_an_axis(fraction):
   close(rope(x, positions, THETA, fraction), turned(x, positions, fraction), positions)
 
 
-# Steps of several heads, and, of so many tokens, of one; heads that no step of several divides.
+# Steps of several heads, and, of so many tokens, of one; heads of less than a register's lanes, which turn in part.
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(
   "T, heads, size, fraction",
-  [(64, 3, 128, 1.0), (33, 4, 128, 0.5), (35, 2, 256, 1.0), (520, 11, 128, 1.0)],
+  [
+    (64, 3, 128, 1.0),
+    (33, 4, 128, 0.5),
+    (35, 2, 256, 1.0),
+    (520, 11, 128, 1.0),
+    (40, 3, 64, 1.0),
+    (33, 2, 64, 0.5),
+    (33, 2, 32, 1.0),
+  ],
 )
 def test_heads_that_come_first_in_the_kernel(T, heads, size, fraction, dtype):
   x, dy, positions = inputs(T, heads, size, dtype)

@@ -136,7 +136,7 @@ def _short_conv_cases(backend: str) -> Iterator[Case]:
 
 
 def _rope_cases(backend: str) -> Iterator[Case]:
-  """32 heads, whole or a half of each side by side, and whole ones first; the gradient is the same kernel."""
+  """32 heads, whole or a half of each side by side, and ones that come first; the gradient is the same kernel."""
   T, heads, size = 8192, 32, 128
   positions = jax.ShapeDtypeStruct((1, T), jnp.int32)
 
@@ -146,14 +146,15 @@ def _rope_cases(backend: str) -> Iterator[Case]:
 
     return forward, (jax.ShapeDtypeStruct((1, T, heads * size), jnp.bfloat16), positions)
 
-  def first():
+  def first(size):
     def forward(x, positions):
       return rope(x.swapaxes(1, 2), positions, backend=backend).swapaxes(1, 2)
 
     return forward, (jax.ShapeDtypeStruct((1, heads, T, size), jnp.bfloat16), positions)
 
   builds = {"whole": functools.partial(build, 1.0), "half": functools.partial(build, 0.5)}
-  for shape, run in (builds | {"first": first}).items():
+  builds |= {"first": functools.partial(first, size), "first_64": functools.partial(first, 64)}
+  for shape, run in builds.items():
     yield Case("rope", "forward", shape, "128 tokens x head", heads * T / 128, run)
 
 

@@ -31,7 +31,7 @@ def supports(dtype: jnp.dtype, T: int, D: int, size: int, rotated: int) -> None:
     raise NotImplementedError(f"the TPU kernel takes bfloat16 or float32; x is {dtype}")
   if T < _ROWS:
     raise NotImplementedError(f"the TPU kernel needs {_ROWS} tokens or more; got {T}")
-  if (size % _LANES and _LANES % size) or D % _LANES:
+  if (size % _LANES and _LANES % size) or (D % _LANES and D != size):
     raise NotImplementedError(
       f"the TPU kernel needs heads that divide {_LANES} lanes or are whole times as many, and no part of them left;"
       f" got {D // size} of {size} channels"
@@ -40,8 +40,10 @@ def supports(dtype: jnp.dtype, T: int, D: int, size: int, rotated: int) -> None:
     raise NotImplementedError(f"half of {rotated} channels that rotate are no whole {_LANES} lanes")
 
 
-def _tables(positions: Array, size: int, theta: float, rotated: int, back: bool) -> list[Array]:
-  """Cosine and sine for each of 128 lanes, or, where a head's halves are whole registers, of each pair of channels.
+def _tables(
+  positions: Array, size: int, lanes: int, theta: float, rotated: int, back: bool
+) -> list[Array]:
+  """Cosine and sine for each of these lanes, or, where a head's halves are whole registers, of each pair of channels.
 
   The sine of a first half is negative, as what comes from the second is taken away; what does not rotate has 1 and 0.
   """
@@ -50,16 +52,17 @@ def _tables(positions: Array, size: int, theta: float, rotated: int, back: bool)
   sin = -sin if back else sin
   if rotated > _LANES:
     return [cos, sin]
-  unit = min(size, _LANES)
+  unit = min(size, lanes)
   rest = ((0, 0), (0, 0), (0, unit - rotated))
   cos = jnp.pad(jnp.concatenate([cos, cos], axis=-1), rest, constant_values=1)
   sin = jnp.pad(jnp.concatenate([-sin, sin], axis=-1), rest)
-  return [jnp.tile(table, (1, 1, _LANES // unit)) for table in (cos, sin)]
+  return [jnp.tile(table, (1, 1, lanes // unit)) for table in (cos, sin)]
 
 
 def _kernel(x_ref, cos_ref, sin_ref, y_ref, *, size: int, rotated: int):
-  half, step = rotated // 2, max(size, _LANES)
   _, heads, tokens, D = x_ref.shape
+  half, lanes = rotated // 2, min(D, _LANES)
+  step = max(size, lanes)
 
   def rows(i, _):
     at = pl.ds(i * _ROWS, _ROWS)
@@ -68,10 +71,10 @@ def _kernel(x_ref, cos_ref, sin_ref, y_ref, *, size: int, rotated: int):
       x, y = x_ref.at[0, head, at], y_ref.at[0, head, at]
       load = lambda start, width, x=x: x[:, pl.ds(start, width)].astype(jnp.float32)  # noqa: E731
       if rotated <= _LANES:
-        one = load(start, _LANES)
+        one = load(start, lanes)
         one = one * cos + _other(one, size, half) * sin
-        y[:, pl.ds(start, _LANES)] = one.astype(y.dtype)
-        kept = start + _LANES
+        y[:, pl.ds(start, lanes)] = one.astype(y.dtype)
+        kept = start + lanes
       else:
         first, second = load(start, half), load(start + half, half)
         y[:, pl.ds(start, half)] = (first * cos - second * sin).astype(y.dtype)
@@ -87,6 +90,9 @@ def _kernel(x_ref, cos_ref, sin_ref, y_ref, *, size: int, rotated: int):
 
 def _other(x: Array, size: int, half: int) -> Array:
   """For each lane the one that it makes a pair with."""
+  if x.shape[1] < _LANES:  # a head alone in a register
+    rest = [x[:, 2 * half :]] * (2 * half < x.shape[1])
+    return jnp.concatenate([x[:, half : 2 * half], x[:, :half], *rest], axis=1)
   before = pltpu.roll(x, half, 1)
   if 2 * half == _LANES:
     return before
@@ -96,11 +102,12 @@ def _other(x: Array, size: int, half: int) -> Array:
 
 def _call(x, positions, size, theta, rotated, back, interpret):
   B, H, T, D = x.shape
-  tokens = min(_TOKENS, _BLOCK // (D * x.dtype.itemsize), -(-T // _ROWS) * _ROWS)
+  size_of_token = max(D, _LANES) * x.dtype.itemsize
+  tokens = min(_TOKENS, _BLOCK // size_of_token, -(-T // _ROWS) * _ROWS)
   tokens = max(_ROWS, tokens // _ROWS * _ROWS)
-  most = max(1, _BLOCK // (tokens * D * x.dtype.itemsize))
+  most = max(1, _BLOCK // (tokens * size_of_token))
   heads = max(h for h in range(1, min(most, H) + 1) if H % h == 0)
-  tables = _tables(positions, size, theta, rotated, back)
+  tables = _tables(positions, size, min(D, _LANES), theta, rotated, back)
   # All heads of some tokens one after the other, for which the tables stay where they are.
   block = pl.BlockSpec((1, heads, tokens, D), lambda b, t, h: (b, h, t, 0))
   table = pl.BlockSpec((1, tokens, tables[0].shape[2]), lambda b, t, h: (b, t, 0))
