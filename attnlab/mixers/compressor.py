@@ -18,7 +18,9 @@ def rope_last(
   """RoPE of the last ``size`` channels."""
   if not size:
     return x
-  return jnp.concatenate([x[..., :-size], rope(x[..., -size:], positions, theta)], axis=-1)
+  # By XLA, as a part of something: a kernel would have it cut out first.
+  turned = rope(x[..., -size:], positions, theta, backend="xla")
+  return jnp.concatenate([x[..., :-size], turned], axis=-1)
 
 
 class Compressor(nnx.Module):

@@ -1,6 +1,7 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434)."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -120,9 +121,10 @@ class MultiHeadLatentAttention(Mixer):
     if c.rope_dim:
       k_rope = self.k_rope(x)
       if c.rope:
-        q_rope = rope(q[..., c.nope_dim :], ctx.positions, c.rope_theta)
-        q = jnp.concatenate([q[..., : c.nope_dim], q_rope], axis=-1)
-        k_rope = rope(k_rope[:, :, None], ctx.positions, c.rope_theta)[:, :, 0]
+        # By XLA, as parts of something: a kernel would have them cut out first.
+        turn = functools.partial(rope, positions=ctx.positions, theta=c.rope_theta, backend="xla")
+        q = jnp.concatenate([q[..., : c.nope_dim], turn(q[..., c.nope_dim :])], axis=-1)
+        k_rope = turn(k_rope[:, :, None])[:, :, 0]
       latent = jnp.concatenate([latent, k_rope], axis=-1)
     return q, latent
 
