@@ -36,6 +36,15 @@ def close(got, want, positions):
   np.testing.assert_allclose(got, want, rtol=rtol, atol=angle * np.abs(want).max() + 1e-6)
 
 
+def turns(run, x, dy, positions, fraction, heads):
+  """That ``run`` rotates x, and its gradient back; ``heads`` is the shape with an axis of heads."""
+  y, vjp = jax.vjp(run, x)
+  assert y.dtype == x.dtype
+  x64, dy64 = (np.asarray(a, np.float64).reshape(heads) for a in (x, dy))
+  close(y, turned(x64, positions, fraction), positions)
+  close(vjp(dy)[0], turned(dy64, positions, fraction, -1), positions)
+
+
 # One head a register of 128 lanes, several, and several registers a head; heads that turn in part; with tokens that
 # fill a step of the kernel, and that leave some.
 CASES = [
@@ -57,11 +66,7 @@ def test_heads_side_by_side(T, heads, size, fraction, dtype, backend):
   """Outputs, and the gradient, which is the rotation back."""
   x, dy, positions = inputs(T, heads, size, dtype)
   run = lambda x: rope_heads(x, positions, size, THETA, fraction, backend=backend)  # noqa: E731
-  y, vjp = jax.vjp(run, x)
-  assert y.dtype == dtype
-  heads_of = lambda y: np.asarray(y, np.float64).reshape(2, T, heads, size)  # noqa: E731
-  close(y, turned(heads_of(x), positions, fraction), positions)
-  close(vjp(dy)[0], turned(heads_of(dy), positions, fraction, -1), positions)
+  turns(run, x, dy, positions, fraction, (2, T, heads, size))
 
 
 @pytest.mark.parametrize("fraction", [0, 0.5, 1])
@@ -87,11 +92,9 @@ def test_heads_with_an_axis(fraction):
 )
 def test_heads_that_come_first_in_the_kernel(T, heads, size, fraction, dtype):
   x, dy, positions = inputs(T, heads, size, dtype)
-  x, dy = (y.reshape(2, T, heads, size) for y in (x, dy))
-  y, vjp = jax.vjp(lambda x: rope(x, positions, THETA, fraction, backend="interpret"), x)
-  assert y.dtype == dtype
-  close(y, turned(x, positions, fraction), positions)
-  close(vjp(dy)[0], turned(dy, positions, fraction, -1), positions)
+  shape = 2, T, heads, size
+  run = lambda x: rope(x, positions, THETA, fraction, backend="interpret")  # noqa: E731
+  turns(run, x.reshape(shape), dy.reshape(shape), positions, fraction, shape)
 
 
 def test_products_depend_on_distances():

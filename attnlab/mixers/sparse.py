@@ -294,9 +294,9 @@ class SparseMixer(SparseCore, SoftmaxAttention):
     """The heads of a group choose together: they stay on one device."""
     return super().split_heads() | {"num_kv_heads": self.Hkv}
 
-  # Heads lie side by side until they are split, and again behind the kernels. That softmax attention's heads come first
-  # saves copies; of NSA at 16384 tokens libtpu's XLA made no program when they did ("TransformWindow: split of a padded
-  # window dim is not supported"), and what they are to the memory of the others has not been measured.
+  # Heads lie side by side until they are split, and again behind the kernels. That softmax attention's come first saves
+  # copies. Here it has not been tried: when a kernel put heads first, libtpu's XLA made no program of NSA at 16384
+  # tokens ("TransformWindow: split of a padded window dim is not supported").
 
   def heads_of(self, x, ctx):
     c = self.config
