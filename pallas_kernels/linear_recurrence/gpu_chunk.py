@@ -9,11 +9,12 @@ its middle, and small blocks on the diagonal through theirs, where factors may e
 (``tpu_chunk.py`` has the same, and its bounds on a decay).
 """
 
+import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -21,8 +22,9 @@ from jaxtyping import Array
 
 from pallas_kernels.linear_recurrence.gpu_scan import (
   CHUNK,
+  SMEM,
   Plan,
-  parts,
+  joined,
   products,
   put,
   square,
@@ -31,12 +33,15 @@ from pallas_kernels.linear_recurrence.gpu_scan import (
   wide,
 )
 
-# As many as a program reads, or more.
-ZEROS = np.zeros(64, np.int32)
 # Tokens of the blocks on the diagonal, and the smallest decay of a channel, by parts of an operand.
 _BASES = {1: (16, -10.0), 2: (8, -20.0)}
 # Parts of the operands of a triangular inverse: 16 bits, or 24 where inputs have more than 8.
 _INVERSE_PARTS = {1: 2, 2: 3}
+# Of a token and head; those of columns are the same numbers once more.
+_NUMBERS = (
+  *("G_row", "G_column", "before_row", "start", "erase_start", "end"),
+  *("beta", "beta_column", "own", "runs", "runs_column"),
+)
 _TILE = (CHUNK, 64)
 _WGMMA = plgpu.Layout.WGMMA
 
@@ -46,9 +51,14 @@ def smallest_decay(p: Plan) -> float:
   return _BASES[p.parts][1]
 
 
-def _levels(p: Plan) -> list[int]:
-  base = _BASES[p.parts][0]
-  return [base, *(h for h in (8, 16, 32) if h >= base)]
+def approximate(p: Plan) -> plgpu.CompilerParams:
+  """The processor's own exponentials, of 22 bits, for operands of 8."""
+  return plgpu.CompilerParams(approx_math=p.parts == 1)
+
+
+def levels(p: Plan) -> int:
+  """How many of ``of_level`` there are: blocks of the base, and halves of blocks up to a chunk."""
+  return (CHUNK // _BASES[p.parts][0]).bit_length()
 
 
 def _iota(axis: int) -> Array:
@@ -60,134 +70,301 @@ def _block(axis: int, h: int, zero: Array | int = 0) -> Array:
   return lax.shift_right_logical(_iota(axis) + zero, jnp.int32(h.bit_length() - 1))
 
 
-def within(h: int) -> Array:
-  """Where row and column are of one block of h."""
-  return _block(0, h) == _block(1, h)
+def of_level(p: Plan, level: Array, zero: Array | int = 0) -> Array:
+  """Where row and column are of one block on the diagonal (level 0), or of two halves of a block, twice as large a level.
+
+  Every two tokens are of one level.
+  """
+  outer = level + (_BASES[p.parts][0].bit_length() - 1)
+
+  def block(axis, size):
+    return lax.shift_right_logical(_iota(axis) + zero, jnp.broadcast_to(size, _TILE))
+
+  apart = (block(0, outer - 1) != block(1, outer - 1)) | jnp.broadcast_to(level == 0, _TILE)
+  return apart & (block(0, outer) == block(1, outer))
 
 
-def halves(h: int) -> Array:
-  """Where they are of two blocks of h that are halves of one."""
-  return (_block(0, h) != _block(1, h)) & within(2 * h)
+def _spread(x: Array, axis: int) -> Array:
+  """A number of each row (axis 0) or column (1), in all of a tile."""
+  return plgpu.layout_cast(lax.broadcast_in_dim(x, _TILE, [axis]), _WGMMA)
 
 
-def _load(ref) -> Array:
-  return plgpu.load(ref, layout=_WGMMA, optimized=False).astype(jnp.float32)
+def tile_of(*count: int, dtype=jnp.bfloat16):
+  """Shared memory of so many tiles, as tensor cores and bulk copies want them."""
+  return plgpu.SMEM((*count, *_TILE), dtype, transforms=tiles(128, dtype))
 
 
-def _of_rows(ref) -> Array:
-  x = plgpu.load(ref, layout=_WGMMA.reduce(1), optimized=False)
-  return plgpu.layout_cast(lax.broadcast_in_dim(x, _TILE, [0]), _WGMMA)
+@dataclasses.dataclass(frozen=True)
+class Shared:
+  """What a program has in shared memory from the start, by name.
 
+  Attributes:
+    inputs: tiles of all key channels of a head, as the products take them.
+    decays: likewise, in float32.
+    numbers: of a token and head.
+    middles: rows of ``G`` that tokens are compared through (``middle_rows``).
+  """
 
-def _of_columns(ref) -> Array:
-  x = plgpu.load(ref, layout=_WGMMA.reduce(0), optimized=False)
-  return plgpu.layout_cast(lax.broadcast_in_dim(x, _TILE, [1]), _WGMMA)
+  inputs: tuple[str, ...] = ()
+  decays: tuple[str, ...] = ()
+  numbers: tuple[str, ...] = ()
+  middles: tuple[int, ...] = ()
+
+  def scratch(self, blocks: int) -> dict:
+    """Of ``blocks`` tiles each, but for the tiles of ``inputs``."""
+    out: dict = {}
+    if self.decays:
+      out["decays"] = tile_of(len(self.decays) * blocks, dtype=jnp.float32)
+    if self.numbers:
+      out["numbers"] = plgpu.SMEM((len(self.numbers), CHUNK), jnp.float32)
+    if self.middles:
+      out["middles"] = plgpu.SMEM((len(self.middles), 64 * blocks), jnp.float32)
+    return out
+
+  def copies(self, blocks: int) -> int:
+    return (len(self.inputs) + len(self.decays)) * blocks + len(self.numbers) + len(self.middles)
 
 
 class _Chunk:
-  """One program: what it reads and writes, by name, in tiles."""
+  """One program: what it reads and writes, by name, in tiles.
 
-  def __init__(self, p: Plan, refs: dict, outs: dict, heads: int, head: Array | None = None):
+  Args:
+    heads: of q and k; ``head``: of values.
+    shared, memory: what is in shared memory, and that memory: ``tiles`` of inputs, and ``Shared.scratch``.
+    first: the block of 64 key channels that it begins with there; all of them follow, or this one alone if given.
+    slots: tiles that leave for global memory from there, each a list of parts.
+    anew: computes addresses anew, and reads again what is in shared memory: registers are short.
+  """
+
+  def __init__(
+    self, p: Plan, refs: dict, outs: dict, heads: int, *, head=None, shared=None, memory=None, first=None, slots=(),
+    anew=False,
+  ):  # fmt: skip
     self.p, self.refs, self.outs = p, refs, outs
     batch, n = (lax.axis_index(name) for name in ("batch", "chunk"))
     self.head = lax.axis_index("head") if head is None else head
     self.chunk = batch * p.chunks + n
     self.here = (batch * p.Hv + self.head) * p.chunks + n
     self.ratio = p.Hv // heads
-    self._zeros = 0
+    self._anew, self._zeros, self._unknown = anew, 0, refs["zero"][0] if anew else 0
+    self.shared, self._memory = shared or Shared(), memory or {}
+    self._first, self._blocks = (0, p.K // 64) if first is None else (first, 1)
+    self._slots, self._staged = slots, 0
+    self._sent: list = []
 
   def zero(self) -> Array | int:
-    """0; where operands are many, another one at each call, which no compiler knows: it is read from ``ZEROS``.
+    """0; where ``anew``, another one at each call, and no compiler knows.
 
-    What is added to it, addresses of shared memory above all, is computed where it is needed. Kept from use to use,
-    such numbers were up to two thirds of all registers, which a low-rank erase, and two parts of each operand, do not
-    leave room for.
+    What is added to it, addresses of shared memory above all, is computed where it is needed, and what is read there is
+    read again. Kept from use to use, such numbers were up to two thirds of all registers.
     """
-    if self.p.parts == 1 and self.p.erase != "low_rank":
+    if not self._anew:
       return 0
     self._zeros += 1
-    return self.refs["zeros"][self._zeros - 1]
+    return lax.shift_right_logical(self._unknown + self._zeros, jnp.int32(30))
 
-  def tile(self, name: str, i: int | Array, row: int | Array | None = None) -> Array:
-    """Tile i of 64 channels of this head; of one row of it in all rows, if given."""
+  # --- what it reads ---
+
+  def _source(self, name: str, rows, i: int | Array, count: int = 1):
+    """Of ``count`` blocks of 64 channels of this head."""
     head = lax.div(self.head, self.ratio) if name in ("q", "k") else self.head
-    columns = pl.ds(head * self.p.K + 64 * i, 64)
-    if row is None:
-      return _load(self.refs[name].at[self.chunk, :, columns])
-    return _of_columns(self.refs[name].at[self.chunk, row, columns])
+    return self.refs[name].at[self.chunk, rows, pl.ds(head * self.p.K + 64 * i, 64 * count)]
+
+  def fetch(self, ready) -> None:
+    """Brings what is shared, if anything; ``ready`` expects ``Shared.copies``."""
+    if not self.shared.copies(self._blocks):
+      return
+    tiles = [(n, self._memory["tiles"], at) for at, n in enumerate(self.shared.inputs)]
+    tiles += [(n, self._memory["decays"], at) for at, n in enumerate(self.shared.decays)]
+    for name, memory, at in tiles:
+      for j in range(self._blocks):
+        source = self._source(name, slice(None), self._first + j)
+        plgpu.copy_gmem_to_smem(source, memory.at[at * self._blocks + j], ready)
+    for at, name in enumerate(self.shared.numbers):
+      plgpu.copy_gmem_to_smem(self.refs[name].at[self.here], self._memory["numbers"].at[at], ready)
+    for at, row in enumerate(self.shared.middles):
+      source = self._source("G", row, self._first, self._blocks)
+      plgpu.copy_gmem_to_smem(source, self._memory["middles"].at[at], ready)
+    plgpu.barrier_wait(ready)
+
+  def held(self, name: str, i: int | Array):
+    """Where tile i of an input is in shared memory."""
+    at = self.shared.inputs.index(name) * self._blocks
+    return self._memory["tiles"].at[at + i + self.zero()]
+
+  def tile(self, name: str, i: int | Array) -> Array:
+    """Tile i of 64 channels of this head."""
+    if name in self.shared.inputs:
+      return self.held(name, i)[...].astype(jnp.float32)
+    if name in self.shared.decays:
+      at = self.shared.decays.index(name) * self._blocks
+      return self._memory["decays"].at[at + i + self.zero()][...]
+    source = self._source(name, slice(None), self._first + i)
+    return plgpu.load(source, layout=_WGMMA, optimized=False).astype(jnp.float32)
+
+  def middle(self, at: int | Array, i: int | Array) -> Array:
+    """Of ``middle_rows``, tile i of one, in all rows."""
+    source = self._memory["middles"].at[at + self.zero(), pl.ds(64 * i, 64)]
+    return _spread(plgpu.load(source, layout=_WGMMA.reduce(0), optimized=False), 1)
+
+  def last(self, i: int | Array) -> Array:
+    """Tile i of the last row of ``G``, in all rows."""
+    return self.middle(len(self.shared.middles) - 1, i)
+
+  def _numbers(self, name: str, layout) -> Array:
+    if name in self.shared.numbers:
+      source = self._memory["numbers"].at[self.shared.numbers.index(name)]
+    else:
+      source = self.refs[name].at[self.here]
+    return plgpu.load(source, layout=layout, optimized=False)
 
   def rows(self, name: str) -> Array | None:
     """A number a token and head, of a tile's rows."""
-    return _of_rows(self.refs[name].at[self.here]) if name in self.refs else None
+    return _spread(self._numbers(name, _WGMMA.reduce(1)), 0) if name in self.refs else None
 
   def columns(self, name: str) -> Array:
-    return _of_columns(self.refs[name].at[self.here])
+    return _spread(self._numbers(name, _WGMMA.reduce(0)), 1)
 
-  def store(self, name: str, x: Array, i: int | Array = 0) -> None:
-    for j, part in enumerate(parts(x, self.p.parts)):
-      self.outs[name][j][self.here, :, pl.ds(64 * i, 64)] = part
+  # --- what it writes ---
+
+  def stage(self, name: str, x: Array, i: int | Array = 0) -> None:
+    """Puts tile i of an output where ``send`` takes it from."""
+    slot = self._slots[self._staged]
+    put(slot, x)
+    self._sent += zip(slot, self.outs[name], [i] * len(slot), strict=True)
+    self._staged += 1
+
+  def send(self) -> None:
+    """Copies to global memory what is staged."""
+    plgpu.commit_smem()
+    for ref, out, i in self._sent:
+      plgpu.copy_smem_to_gmem(ref, out.at[self.here, :, pl.ds(64 * i, 64)])
+    self._sent = []
+
+  def free(self) -> None:
+    """Waits until what was sent has left shared memory, for all threads."""
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    self._staged = 0
 
 
 def _times(x: Array, factor: Array | None) -> Array:
   return x if factor is None else x * factor
 
 
-def _middles(c: _Chunk, h: int, i: int | Array, near: bool) -> Array:
-  """Of each row's block, the decay at its middle: of ``h`` rows, if ``near``, else of ``2 h``."""
-  size = h if near else 2 * h
-  block = lax.div(_iota(0), size)
-
-  def select(b, middle):
-    return jnp.where(block == b, c.tile("G", i, b * size + size // 2 - 1), middle)
-
-  # A loop, so that no more than one of them takes registers.
-  return lax.fori_loop(1, CHUNK // size, select, c.tile("G", i, size // 2 - 1))
+def middle_rows(p: Plan) -> tuple[int, ...]:
+  """For every level and every block of the base: the middle of the level's block that it is in. And the last row."""
+  base = _BASES[p.parts][0]
+  sizes = [base << level for level in range(levels(p))]
+  return *(row // n * n + n // 2 - 1 for n in sizes for row in range(0, CHUNK, base)), CHUNK - 1
 
 
-def _compare(c: _Chunk, name: str, decay: str, col: str, pool) -> Array:
-  """Products of what has a name with ``col`` under the decay between them, or without one a channel plain products.
+def level_factors(
+  c: _Chunk, level: Array, i: int | Array, decays
+) -> tuple[Array, dict[str, Array]]:
+  """At a level of ``_compare``, of columns and of rows by the name of their decay.
 
-  What lies above the diagonal means nothing. ``decay``: the name of the rows' cumulative decay.
+  Above one where blocks are on the diagonal; else the decay from a block's middle to its second half's tokens, or from
+  its first half's to there.
   """
-  count, n = c.p.K // 64, c.p.parts
-  channel = "G" in c.refs
-  out = None
-  for level, h in enumerate(_levels(c.p) if channel else [0]):
-    near = level == 0
-    zero = c.zero()
+  base = _BASES[c.p.parts][0]
+  blocks, block = CHUNK // base, _block(0, base)
+  middle = c.middle(level * blocks, i)
+  for b in range(1, blocks):
+    middle = jnp.where(block == b, c.middle(level * blocks + b, i), middle)
+  most = jnp.broadcast_to(jnp.where(level == 0, jnp.float32(1e30), jnp.float32(0)), _TILE)
+  difference = c.tile("G", i) - middle
+  rows = {
+    d: jnp.exp(jnp.minimum(difference if d == "G" else c.tile(d, i) - middle, most))
+    for d in sorted(set(decays))
+  }
+  return jnp.exp(jnp.minimum(-difference, most)), rows
 
-    def rows(i, zero=zero):
-      return [pool.at[zero + 2 * n * i + j] for j in range(n)]
 
-    def columns(i, zero=zero):
-      return [pool.at[zero + 2 * n * i + n + j] for j in range(n)]
+def sums(count: int, steps, products_of, start=None):
+  """Sums over steps of ``count`` products each, kept where tensor cores add to them; and what a step carries on.
 
-    def factor(decay, sign, i, h=h, near=near):
-      if not channel:
-        return None
-      difference = sign * (c.tile(decay, i) - _middles(c, h, i, near))
-      return jnp.exp(difference if near else jnp.minimum(difference, 0.0))
+  ``products_of(step, carry)`` returns the pairs of operands, and a function that gives the next carry.
+  """
 
-    @pl.loop(0, count)
-    def _(i, factor=factor, rows=rows, columns=columns):
-      put(rows(i), _times(c.tile(name, i), factor(decay, 1.0, i)))
-      put(columns(i), _times(c.tile(col, i), factor("G", -1.0, i)))
+  def run(*totals):
+    def step(j, carry):
+      pairs, then = products_of(j, carry)
+      for acc, (a, b) in zip(totals, pairs, strict=True):
+        for i, x in enumerate(a):
+          for y in b[: len(b) - i]:
+            plgpu.wgmma(acc, x, y)
+      carry = then()
+      plgpu.wgmma_wait(0)
+      plgpu.commit_smem()  # all warps are done with what was multiplied
+      return carry
 
-    plgpu.commit_smem()
-    z = products(_TILE, *[(rows(i), transposed(columns(i))) for i in range(count)])
-    # What is farther apart is another level's, which comes later.
-    out = z if near else jnp.where(_block(0, h, zero) != _block(1, h), z, out)
-    plgpu.commit_smem()  # all warps are done with what was multiplied
-  return out
+    carry = lax.fori_loop(0, steps, step, start)
+    return tuple(acc[...] for acc in totals), carry
+
+  return pl.run_scoped(run, *[plgpu.ACC(_TILE, jnp.float32)] * count)
+
+
+def _compare(c: _Chunk, rows, cols: list[str], pool, kept) -> dict[tuple[str, str], Array]:
+  """Products of ``rows``, (name, that of their decay), with columns, under the decay between them.
+
+  Without a decay a channel plain products. What lies above the diagonal means nothing. ``kept``: places in shared
+  memory for results that are rounded anyway; all at once would be more than registers hold.
+  """
+  count, channel = c.p.K // 64, "G" in c.refs
+  pairs = [(name, other) for name, _ in rows for other in cols]
+  if not channel and c.shared.inputs:
+    return {
+      (x, y): products(_TILE, *[([c.held(x, i)], [c.held(y, i).T]) for i in range(count)])
+      for x, y in pairs
+    }
+
+  def of_tiles(level):
+    """The pairs' products at a level of decays a channel."""
+
+    def operands(i, _):
+      zero = c.zero()
+      free = itertools.batched([pool.at[zero + n] for n in range(pool.shape[0])], c.p.parts)
+      of_columns, of_rows = (
+        level_factors(c, level, i, dict(rows).values()) if channel else (None, {})
+      )
+      places = {}
+      for name in cols:
+        places[name, "column"] = refs = list(next(free))
+        put(refs, _times(c.tile(name, i), of_columns))
+      for name, decay in rows:
+        places[name, "row"] = refs = list(next(free))
+        put(refs, _times(c.tile(name, i), of_rows.get(decay)))
+      plgpu.commit_smem()
+      return [(places[x, "row"], transposed(places[y, "column"])) for x, y in pairs], lambda: None
+
+    return dict(zip(pairs, sums(len(pairs), count, operands)[0], strict=True))
+
+  if not channel:
+    return of_tiles(None)
+
+  def step(level, held):
+    held, z = dict(held), of_tiles(level)
+    here = of_level(c.p, level, c.zero())
+    for pair, refs in kept.items():
+      put(refs, jnp.where(here, z[pair], joined(refs)))
+    return {pair: jnp.where(here, z[pair], x) for pair, x in held.items()}
+
+  nothing = plgpu.layout_cast(jnp.zeros(_TILE, jnp.float32), _WGMMA)
+  for refs in kept.values():
+    put(refs, nothing)
+  out = lax.fori_loop(0, levels(c.p), step, {pair: nothing for pair in pairs if pair not in kept})
+  return out | {pair: joined(refs) for pair, refs in kept.items()}
 
 
 def _inverse(L: Array, x_refs, l_refs, z_refs) -> Array:
   """``(I + L)^-1``; see ``triangular.py``: blocks are joined two by two, by products in bfloat16 parts."""
   put(l_refs, L)
-  X = jnp.where(within(1), 1.0, 0.0)
+  X = jnp.where(_iota(0) == _iota(1), 1.0, 0.0)
   h = 1
   while h < CHUNK:
-    joint = halves(h)  # with nothing above the diagonal
+    joint = (_block(0, h) != _block(1, h)) & (
+      _block(0, 2 * h) == _block(1, 2 * h)
+    )  # and nothing above the diagonal
     if h == 1:
       X = X - jnp.where(joint, L, 0.0)
     else:
@@ -201,8 +378,16 @@ def _inverse(L: Array, x_refs, l_refs, z_refs) -> Array:
   return X
 
 
-def _kernel(p: Plan, tree, heads, undecayed, gradients, *refs, pool, inverse=()):
-  c = _Chunk(p, *jax.tree.unflatten(tree, refs), heads)
+def _kernel(
+  p: Plan, tree, heads, undecayed, gradients, shared, count, *refs, tiles, ready, **memory
+):  # fmt: skip
+  """``count``: tiles that comparisons take, after those of inputs; outputs leave from there, too."""
+  own = len(shared.inputs) * (p.K // 64)
+  slots = [[tiles.at[own + n + j] for j in range(p.parts)] for n in range(0, count, p.parts)]
+  refs, outs = jax.tree.unflatten(tree, refs)
+  c = _Chunk(p, refs, outs, heads, shared=shared, memory=memory | {"tiles": tiles}, slots=slots,
+             anew=p.parts > 1 or p.erase == "low_rank")  # fmt: skip
+  pool = tiles.at[pl.ds(own, count)]
   bonus = "own" in c.refs
   channel, scalar = "G" in c.refs, "G_row" in c.refs
   erases, corrects = {"none": (None, None), "key": ("k", None)}.get(p.erase, ("b", "a"))
@@ -210,59 +395,95 @@ def _kernel(p: Plan, tree, heads, undecayed, gradients, *refs, pool, inverse=())
   erase_reads = "before" if undecayed else "G"
   rows = [("q", reads)] + ([(erases, erase_reads)] if erases else [])
   cols = ["k"] + ([corrects] if corrects else [])
+  c.fetch(ready)
 
   row, col = _iota(0), _iota(1)
-  same = row >= 0
-  if "runs" in c.refs:
-    same = c.rows("runs") == c.columns("runs_column")
-  masks = [(row > col if bonus else row >= col) & same, (row > col) & same]
-  # One after the other: more at once is more than registers hold.
+
+  def seen(name):
+    """The columns of rows; not computed before it is needed, for it takes registers."""
+    mask = row >= col if name == "q" and not bonus else row > col
+    return mask & (c.rows("runs") == c.columns("runs_column")) if "runs" in c.refs else mask
+
   results = {("q", "k"): "scores", ("q", corrects): "corrected", (erases, "k"): "removed"}
-  for (name, decay), mask in zip(rows, masks, strict=False):
-    for other in cols:
-      z = _compare(c, name, decay, other, pool)
+  erasing = (erases, cols[-1])
+  # Four comparisons at once are more than registers hold.
+  for some in [[x] for x in rows] if corrects else [rows]:
+    pairs = [(name, other) for (name, _), other in itertools.product(some, cols)]
+    kept = dict(
+      zip([x for x in pairs if x != erasing], slots[len(some) + len(cols) :], strict=False)
+    )
+    compared = _compare(c, some, cols, pool, kept)
+    c.free()
+    for name, other in pairs:
+      z, decay = compared[name, other], dict(rows)[name]
       if scalar:
         z = z * jnp.exp(jnp.minimum(c.rows(f"{decay}_row") - c.columns("G_column"), 0.0))
-      z = jnp.where(mask, z, 0.0)
+      z = jnp.where(seen(name), z, 0.0)
       if bonus:
         z = z + jnp.where(row == col, c.rows("own"), 0.0)
-      if name == "q" or other != cols[-1]:
-        c.store(results[name, other], z)
-
-  if erases:
-    size = len(inverse) // 3
-    refs = [inverse[i * size : (i + 1) * size] for i in range(3)]
-    if gradients:
-      c.store("erasing", z)
-    X = _inverse(-z if corrects else z * c.rows("beta"), *refs)
-    if p.erase == "key" and not gradients:
-      X = X * c.columns("beta_column")
-    c.store("inverse", X)
+      if (name, other) != erasing:
+        c.stage(results[name, other], z)
+      elif gradients:
+        c.stage("erasing", z)
+    c.send()
 
   def outputs(i):
-    end = c.rows("end")
+    c.free()
+    end, G = c.rows("end"), None
     if channel:
-      end = _times(jnp.exp(c.tile("G", i, CHUNK - 1) - c.tile("G", i)), end)
-    c.store("writes", _times(c.tile("k", i), end), i)
+      G = c.tile("G", i)
+      end = _times(jnp.exp(c.last(i) - G), end)
+    c.stage("writes", _times(c.tile("k", i), end), i)
     if corrects:
-      c.store("corrections", _times(c.tile(corrects, i), end), i)
+      c.stage("corrections", _times(c.tile(corrects, i), end), i)
 
     def from_state(name, decay, start):
       x = c.tile(name, i)
-      return _times(x * jnp.exp(c.tile(decay, i)) if channel else x, c.rows(start))
+      if channel:
+        x = x * jnp.exp(G if decay == "G" else c.tile(decay, i))
+      return _times(x, c.rows(start))
 
-    c.store("q", from_state("q", reads, "start"), i)
+    c.stage("q", from_state("q", reads, "start"), i)
     if erases:
       erased = from_state(erases, erase_reads, "erase_start")
       if p.erase == "key":
         erased = -erased * c.rows("beta") if gradients else -erased
-      c.store("erased", erased, i)
+      c.stage("erased", erased, i)
+    c.send()
 
   if channel:
     pl.loop(0, p.K // 64)(outputs)
   else:
     for i in range(p.K // 64):
       outputs(i)
+  if erases:
+    c.free()
+    plgpu.commit_smem()  # all warps are done with inputs
+    size = _INVERSE_PARTS[p.parts]
+    places = [[tiles.at[n * size + j] for j in range(size)] for n in range(3)]
+    X = _inverse(-z if corrects else z * c.rows("beta"), *places)
+    if p.erase == "key" and not gradients:
+      X = X * c.columns("beta_column")
+    c.stage("inverse", X)
+    c.send()
+  plgpu.wait_smem_to_gmem(0)
+
+
+def _shared(p: Plan, arrays: dict, tiles: int, spare: int) -> Shared:
+  """As much as fits beside ``tiles`` that are no inputs'; more where inputs' tiles serve again, ``spare`` of them."""
+  blocks, channel = p.K // 64, "G" in arrays
+  numbers = tuple(n for n in _NUMBERS if n in arrays)
+  middles = middle_rows(p) if channel else ()
+  left = SMEM - 4 * (len(numbers) * CHUNK + len(middles) * p.K) - 1024
+  size = CHUNK * 64 * blocks
+  inputs = tuple(n for n in ("q", "k", "a", "b") if n in arrays) if p.parts == 1 else ()
+  left -= max(2 * size * len(inputs) + 2 * CHUNK * 64 * tiles, 2 * CHUNK * 64 * spare)
+  decays = []
+  for name in ("G", "before"):
+    if name in arrays and 4 * size <= left:
+      decays.append(name)
+      left -= 4 * size
+  return Shared(inputs, tuple(decays), numbers, middles)
 
 
 def operands(
@@ -291,22 +512,25 @@ def operands(
   for name in (*wide(p.erase), *square(p.erase), *(["erasing"] if gradients and erases else [])):
     shape = p.heads * p.chunks, CHUNK, p.K if name in wide(p.erase) else CHUNK
     outs[name] = [jax.ShapeDtypeStruct(shape, jnp.bfloat16)] * p.parts
-  arrays = arrays | {"zeros": jnp.asarray(ZEROS)}
+  # A comparison's operands, and what leaves at once.
+  compared = {"none": 3, "key": 4, "low_rank": 5}[p.erase] if "G" in arrays else 3
+  count = p.parts * max(compared, len(wide(p.erase)))
+  inverse = 3 * _INVERSE_PARTS[p.parts] if erases else 0
+  shared = _shared(p, arrays, count, inverse)
+  # A low-rank erase's vectors may be wider than queries.
+  arrays = arrays | {name: arrays[name].astype(jnp.bfloat16) for name in shared.inputs}
+  arrays["zero"] = jnp.zeros(1, jnp.int32)
   tree = jax.tree.structure((arrays, outs))
-
-  def tile(count=None):
-    shape = _TILE if count is None else (count, *_TILE)
-    return plgpu.SMEM(shape, jnp.bfloat16, transforms=tiles(128))
-
-  scratch = {"pool": tile(2 * p.parts * (p.K // 64))}
-  if erases:
-    scratch["inverse"] = [tile() for _ in range(3 * _INVERSE_PARTS[p.parts])]
+  all_tiles = max(len(shared.inputs) * (p.K // 64) + count, inverse)
+  scratch = {"tiles": tile_of(all_tiles)} | shared.scratch(p.K // 64)
+  scratch["ready"] = plgpu.Barrier(num_arrivals=shared.copies(p.K // 64))
   flat = plgpu.kernel(
-    functools.partial(_kernel, p, tree, heads, undecayed, gradients),
+    functools.partial(_kernel, p, tree, heads, undecayed, gradients, shared, count),
     out_type=jax.tree.leaves(outs),
     grid=(p.B, p.chunks, p.Hv),
     grid_names=("batch", "chunk", "head"),
     scratch_types=scratch,
+    compiler_params=approximate(p),
     kernel_name="linear_recurrence_chunk",
     interpret=interpret,
   )(*jax.tree.leaves(arrays))

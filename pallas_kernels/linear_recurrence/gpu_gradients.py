@@ -25,15 +25,18 @@ from jaxtyping import Array
 from pallas_kernels.linear_recurrence.gpu_chunk import (
   _TILE,
   _WGMMA,
-  ZEROS,
+  Shared,
   _Chunk,
   _iota,
-  _levels,
-  _load,
-  _middles,
+  _spread,
   _times,
-  halves,
-  within,
+  approximate,
+  level_factors,
+  levels,
+  middle_rows,
+  of_level,
+  sums,
+  tile_of,
 )
 from pallas_kernels.linear_recurrence.gpu_scan import (
   CHUNK,
@@ -42,7 +45,6 @@ from pallas_kernels.linear_recurrence.gpu_scan import (
   parts,
   products,
   put,
-  tiles,
   transposed,
 )
 
@@ -69,38 +71,20 @@ def _placed(sources: dict, pool) -> dict:
   return {name: [free.pop(0) for _ in refs] for name, refs in sources.items()}
 
 
-def _fetch(sources: dict, pool, ready) -> dict:
-  """Copies tiles into shared memory. ``ready`` expects as many copies."""
+def _start(sources: dict, pool, ready) -> dict:
+  """Begins to copy tiles into shared memory. ``ready`` expects as many copies."""
   out = _placed(sources, pool)
   for name, refs in sources.items():
     for ref, to in zip(refs, out[name], strict=True):
       plgpu.copy_gmem_to_smem(ref, to, ready)
-  plgpu.barrier_wait(ready)
   return out
 
 
-def _sums(count: int, steps, products_of, start=None):
-  """Sums over steps of ``count`` products each, kept where tensor cores add to them; and what a step carries on.
-
-  ``products_of(step, carry)`` returns the pairs of operands, and a function that gives the next carry.
-  """
-
-  def run(*sums):
-    def step(j, carry):
-      pairs, then = products_of(j, carry)
-      for acc, (a, b) in zip(sums, pairs, strict=True):
-        for i, x in enumerate(a):
-          for y in b[: len(b) - i]:
-            plgpu.wgmma(acc, x, y)
-      carry = then()
-      plgpu.wgmma_wait(0)
-      plgpu.commit_smem()  # all warps are done with what was multiplied
-      return carry
-
-    carry = lax.fori_loop(0, steps, step, start)
-    return tuple(acc[...] for acc in sums), carry
-
-  return pl.run_scoped(run, *[plgpu.ACC(_TILE, jnp.float32)] * count)
+def _fetch(sources: dict, pool, ready) -> dict:
+  """And waits until they are there."""
+  out = _start(sources, pool, ready)
+  plgpu.barrier_wait(ready)
+  return out
 
 
 class _Program:
@@ -151,28 +135,25 @@ def _values_kernel(p: Plan, tree, *refs, pool, x_refs, of_state, of_system, of_d
 
     return lax.fori_loop(0, p.K // _BLOCK, body, _zeros())
 
+  if p.erase == "key":
+    beta = _spread(plgpu.load(refs["beta"].at[here], layout=_WGMMA.reduce(1), optimized=False), 0)
   if p.erase != "none":
     R = meet("erased", "S", of_state)
-    sources = {"inverse": x.operand("inverse")}
-    if p.erase == "key":
-      values = functools.reduce(jnp.add, [_load(ref) for ref in x.value_tile("v", j)])
-      beta = plgpu.load(refs["beta"].at[here], layout=_WGMMA.reduce(1), optimized=False)
-      beta = plgpu.layout_cast(lax.broadcast_in_dim(beta, _TILE, [0]), _WGMMA)
-      R = R + beta * values
-    else:
-      sources |= {"removed": x.operand("removed"), "v": x.value_tile("v", j)}
+    sources = {"inverse": x.operand("inverse"), "v": x.value_tile("v", j)}
+    sources |= {"removed": x.operand("removed")} if p.erase == "low_rank" else {}
     got = _fetch(sources, pool, of_system)
     if p.erase == "low_rank":
       R = R + products(_TILE, (got["removed"], got["v"]))
+    else:
+      R = R + beta * joined(got["v"])
     put(x_refs, R)
     plgpu.commit_smem()
     U = products(_TILE, (got["inverse"], x_refs))
-    for i, out in enumerate(outs["u"]):
-      part = U.astype(jnp.bfloat16)
-      out[x.chunk, :, columns] = part
-      if i + 1 < p.parts:
-        U = U - part.astype(jnp.float32)
+    plgpu.commit_smem()  # all warps are done with what was multiplied
+    put(x_refs, U)
     plgpu.commit_smem()
+    for ref, out in zip(x_refs, outs["u"], strict=True):
+      plgpu.copy_smem_to_gmem(ref, out.at[x.chunk, :, columns])
 
   if p.erase != "key":
     dv = meet("writes", "D", of_dstate)
@@ -184,11 +165,15 @@ def _values_kernel(p: Plan, tree, *refs, pool, x_refs, of_state, of_system, of_d
     if p.erase == "low_rank":
       pairs.append((transposed(got["removed"]), got["dy"]))
     dv = dv + products(_TILE, *pairs)
-    outs["v"][x.chunk, :, columns] = dv.astype(outs["v"].dtype)
-
-
-def _tile(*count: int, dtype=jnp.bfloat16):
-  return plgpu.SMEM((*count, *_TILE), dtype, transforms=tiles(128, dtype))
+    out = outs["v"].at[x.chunk, :, columns]
+    if out.dtype == jnp.float32:
+      out[...] = dv
+    else:
+      plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of u
+      x_refs[0][...] = dv.astype(out.dtype)
+      plgpu.commit_smem()
+      plgpu.copy_smem_to_gmem(x_refs[0], out)
+  plgpu.wait_smem_to_gmem(0)
 
 
 def values(p: Plan, arrays: dict, v_dtype, interpret) -> dict:
@@ -214,10 +199,10 @@ def values(p: Plan, arrays: dict, v_dtype, interpret) -> dict:
   tree = jax.tree.structure((arrays, outs))
   low = p.erase == "low_rank"
   scratch = {
-    "pool": [_tile() for _ in range((4 if low else 2) * p.parts)],
-    "x_refs": [_tile() for _ in range(p.parts)],
+    "pool": [tile_of() for _ in range((4 if low else 2) * p.parts)],
+    "x_refs": [tile_of() for _ in range(p.parts)],
     "of_state": plgpu.Barrier(num_arrivals=2 * p.parts),
-    "of_system": plgpu.Barrier(num_arrivals=(3 if low else 1) * p.parts),
+    "of_system": plgpu.Barrier(num_arrivals=(3 if low else 2) * p.parts),
     "of_dstate": plgpu.Barrier(num_arrivals=2 * p.parts),
     "of_own": plgpu.Barrier(num_arrivals=(4 if low else 2) * p.parts),
   }
@@ -269,12 +254,19 @@ class _Facts:
     self.decays = [d for d in ("G", "before") if d == "G" or d in [row[1] for row in self.rows]]
 
 
-def _compared_kernel(p: Plan, tree, heads, undecayed, *refs, pairs, pool, of_values, of_square):
+def _compared_kernel(
+  p: Plan, tree, heads, undecayed, *refs, shared, pairs, pool, squares, slot, of_values, of_squares, ready=None, **memory
+):  # fmt: skip
   """Gradients of comparisons of one chunk and head, with the factors that they carry."""
   refs, outs = jax.tree.unflatten(tree, refs)
-  c = _Chunk(p, refs, outs, heads)
+  c = _Chunk(p, refs, outs, heads, shared=shared, memory=memory, slots=[slot])
   at = _Program(p, refs, c.chunk, c.head, c.here)
   f = _Facts(p, refs, undecayed)
+  sources = {
+    f.pairs[pair]: at.operand(f.pairs[pair]) for pair in pairs if f.pairs[pair] in f.squares
+  }
+  square = _start(sources, squares, of_squares)
+  c.fetch(ready)
   row, col = _iota(0), _iota(1)
 
   gains: dict = {}
@@ -283,19 +275,19 @@ def _compared_kernel(p: Plan, tree, heads, undecayed, *refs, pairs, pool, of_val
     gains[name] = gains[name] + value if name in gains else value
 
   # One after the other: all at once are more than registers hold.
-  for (name, decay, _, of_row), (other, of_col) in itertools.product(f.rows, f.cols):
-    if (name, other) not in pairs:
-      continue
-    operand = f.pairs[name, other]
+  for n, pair in enumerate(pairs):
+    name, other = pair
+    _, decay, _, of_row = next(row for row in f.rows if row[0] == name)
+    of_col, operand = dict(f.cols)[other], f.pairs[pair]
 
     def compared(j, _, of_row=of_row, of_col=of_col):
       got = _fetch({x: at.value_tile(x, j) for x in (of_row, of_col)}, pool, of_values)
       return [(got[of_row], transposed(got[of_col]))], lambda: None
 
-    (dz,), _ = _sums(1, p.V // _BLOCK, compared)
+    (dz,), _ = sums(1, p.V // _BLOCK, compared)
+    if n == 0 and square:
+      plgpu.barrier_wait(of_squares)
     erases_key = p.erase == "key" and name == "k"
-    if f.scalar or erases_key:
-      square = _fetch({operand: at.operand(operand)}, pool, of_square)[operand]
     mask = row > col if f.bonus or name != "q" else row >= col
     if "runs" in refs:
       mask &= c.rows("runs") == c.columns("runs_column")
@@ -304,36 +296,36 @@ def _compared_kernel(p: Plan, tree, heads, undecayed, *refs, pairs, pool, of_val
     dz = jnp.where(mask, dz, 0.0)
     if erases_key:
       dz = -dz
-      gain("beta", jnp.sum(dz * joined(square), axis=1))
+      gain("beta", jnp.sum(dz * joined(square[operand]), axis=1))
       dz = dz * c.rows("beta")
     if f.scalar:
-      change = jnp.where(mask, dz * joined(square), 0.0)
+      change = jnp.where(mask, dz * joined(square[operand]), 0.0)
       gain(f"{decay}_row", jnp.sum(change, axis=1))
       gain("G_column", -jnp.sum(change, axis=0))
       dz = dz * jnp.exp(jnp.minimum(c.rows(f"{decay}_row") - c.columns("G_column"), 0.0))
-    c.store(f"d_{operand}", dz)
-    plgpu.commit_smem()  # all warps have read what was fetched
+    c.free()
+    c.stage(f"d_{operand}", dz)
+    c.send()
   for name, value in gains.items():
     outs[name][c.here] = value
+  plgpu.wait_smem_to_gmem(0)
 
 
 class _Held:
-  """What a program of ``_channels_kernel`` has in shared memory: what is read again and again takes no registers.
+  """What a program of ``_channels_kernel`` has in shared memory besides decays.
 
-  Nor do its addresses: from one ``anew`` to the next they are others (``_Chunk.zero``).
+  Addresses take registers, too: from one ``anew`` to the next they are others (``_Chunk.zero``).
 
   Args:
-    c, i: the program, and its block of channels.
     sources: inputs and gradients of comparisons, by name; the first of the ``pool``, and after them what is ``spare``.
-    resident: decays, the first of ``exact``, tiles in float32 (None: there are none).
-    summed: gradients, the others of ``exact``; those of other inputs are in registers.
+    summed: gradients that are summed in ``exact``, in float32; those of other inputs are in registers.
   """
 
-  def __init__(self, c: _Chunk, i: Array, sources: dict, resident, summed, pool, exact):
-    self._c, self._i, self._sources, self._pool, self._exact = c, i, sources, pool, exact
-    self._resident, self._summed = resident, summed
+  def __init__(self, c: _Chunk, sources: dict, summed, pool, exact):
+    self._c, self._sources, self._pool = c, sources, pool
+    self._summed, self._exact = summed, exact
     self._begun: set[str] = set()
-    self._in_registers: dict = {}
+    self.in_registers: dict = {}
     self.anew()
 
   def anew(self) -> None:
@@ -342,60 +334,49 @@ class _Held:
     self.tiles = [self._pool.at[zero + n] for n in range(self._pool.shape[0])]
     self.x = _placed(self._sources, self.tiles)
     self.spare = self.tiles[sum(map(len, self._sources.values())) :]
-    count = len(self._resident) + len(self._summed)
-    exact = [self._exact.at[zero + n] for n in range(count)]
-    self.decays = dict(zip(self._resident, exact, strict=False))
-    self._totals = dict(zip(self._summed, exact[len(self._resident) :], strict=True))
-
-  def decay(self, name: str) -> Array:
-    return self.decays[name][...] if self.decays else self._c.tile(name, self._i)
+    self._totals = {
+      name: self._exact.at[zero + n, :, pl.ds(0, _BLOCK)] for n, name in enumerate(self._summed)
+    }
 
   def gain(self, name: str, value: Array) -> None:
-    """Adds to a gradient."""
+    """Adds to a gradient, at once: the compiler would keep the factors of products until their sums are used."""
+    value = lax.optimization_barrier(value)
     if name in self._totals:
       ref = self._totals[name]
       value = ref[...] + value if name in self._begun else value
       ref[...] = value
     else:
-      self._in_registers[name] = self._in_registers[name] + value if name in self._begun else value
+      value = self.in_registers[name] + value if name in self._begun else value
+      self.in_registers[name] = lax.optimization_barrier(value)
     self._begun.add(name)
 
   def write(self, outs: dict) -> None:
-    """Gradients to where they go, ``outs`` by name, through shared memory."""
+    """Gradients to where they go, ``outs`` by name."""
     self.anew()
     plgpu.commit_smem()
-    small = list(self.tiles)
+    free = list(self.tiles)
     for name, out in outs.items():
-      ref = self._totals.get(name)
-      if ref is None or out.dtype != jnp.float32:
-        value = self._in_registers[name] if ref is None else ref[...]
-        ref = small.pop(0)
-        ref[...] = value.astype(ref.dtype)
+      value = self._totals[name][...] if name in self._totals else self.in_registers[name]
+      if out.dtype == jnp.float32:
+        out[...] = value  # a thread's 8 bytes and its neighbours' are what memory writes at once
+        continue
+      tile = free.pop(0)
+      tile[...] = value.astype(tile.dtype)
       plgpu.commit_smem()
-      plgpu.copy_smem_to_gmem(ref, out)
+      plgpu.copy_smem_to_gmem(tile, out)
     plgpu.wait_smem_to_gmem(0)
 
 
 def _channels_kernel(
-  p: Plan,
-  tree,
-  heads,
-  undecayed,
-  *refs,
-  resident,
-  summed,
-  pool,
-  exact=None,
-  of_inputs,
-  of_reads,
-  of_writes,
-):
+  p: Plan, tree, heads, undecayed, *refs, shared, summed, pool, of_inputs, of_states, exact=None, ready=None, **memory
+):  # fmt: skip
   """Gradients of 64 key channels of one chunk and head; of a number of a token, their part."""
   refs, outs = jax.tree.unflatten(tree, refs)
   blocks = jnp.int32(p.K // _BLOCK)
   block = lax.axis_index("head_block")
   i = lax.rem(block, blocks)
-  c = _Chunk(p, refs, outs, heads, lax.div(block, blocks))
+  head = lax.div(block, blocks)
+  c = _Chunk(p, refs, outs, heads, head=head, shared=shared, memory=memory, first=i, anew=True)
   at = _Program(p, refs, c.chunk, c.head, c.here)
   f = _Facts(p, refs, undecayed)
   columns, keeps = pl.ds(c.head * p.K + _BLOCK * i, _BLOCK), "keep" in outs
@@ -405,10 +386,8 @@ def _channels_kernel(
     sources[name] = at.key_tile(name, i, lax.div(c.head, c.ratio) if name in ("q", "k") else c.head)
   for pair, name in f.pairs.items():
     sources[pair] = at.operand(f"d_{name}")
-  held = _Held(c, i, sources, resident, summed, pool, exact)
-  for name, ref in held.decays.items():
-    plgpu.copy_gmem_to_smem(refs[name].at[c.chunk, :, columns], ref, of_inputs)
-  _fetch(sources, held.tiles, of_inputs)
+  held = _Held(c, sources, summed, pool, exact)
+  _start(sources, held.tiles, of_inputs)
 
   numbers: dict = {}
 
@@ -416,31 +395,32 @@ def _channels_kernel(
     numbers[name] = jnp.sum(value, axis=1)
 
   # What reads the state, and what writes the next.
-  def read(j, _):
-    names = [of_row for *_, of_row in f.rows]
-    sources = {name: at.value_tile(name, j) for name in names} | {"S": at.state_tile("S", i, j)}
-    got = _fetch(sources, held.spare, of_reads)
-    return [(got[name], transposed(got["S"])) for name in names], lambda: None
-
-  def written(j, dkeep):
-    names = [written for _, written in f.cols]
-    sources = {name: at.value_tile(name, j) for name in names}
-    sources |= {name: at.state_tile(name, i, j) for name in (("D", "S") if keeps else ("D",))}
-    got = _fetch(sources, held.spare, of_writes)
+  def states(j, dkeep):
+    held.anew()
+    sources = {name: at.value_tile(name, j) for name in f.values}
+    sources |= {name: at.state_tile(name, i, j) for name in ("S", "D")}
+    got = _fetch(sources, held.spare, of_states)
 
     def then():
       if not keeps:
         return None
       return dkeep + jnp.sum(joined(got["S"]) * joined(got["D"]), axis=1)
 
-    return [(got[name], transposed(got["D"])) for name in names], then
+    pairs = [(got[of_row], transposed(got["S"])) for *_, of_row in f.rows]
+    return pairs + [(got[written], transposed(got["D"])) for _, written in f.cols], then
 
-  met, _ = _sums(len(f.rows), p.V // _BLOCK, read)
-  for (name, decay, start, _), dx in zip(f.rows, met, strict=True):
+  count = len(f.rows) + len(f.cols)
+  met, dkeep = sums(count, p.V // _BLOCK, states, _numbers() if keeps else None)
+  if keeps:
+    n = lax.rem(c.here, jnp.int32(p.chunks))
+    outs["keep"][lax.div(c.here, jnp.int32(p.chunks)), n, pl.ds(_BLOCK * i, _BLOCK)] = dkeep
+  c.fetch(ready)
+  plgpu.barrier_wait(of_inputs)
+  for (name, decay, start, _), dx in zip(f.rows, met, strict=False):
     held.anew()
     factor = c.rows(start)
     if f.channel:
-      factor = _times(jnp.exp(held.decay(decay)), factor)
+      factor = _times(jnp.exp(c.tile(decay, 0)), factor)
     if p.erase == "key" and name == "k":
       add("beta", -_times(dx, factor) * joined(held.x[name]))
       dx = -dx * c.rows("beta")
@@ -450,15 +430,11 @@ def _channels_kernel(
     held.gain(name, dx)
     if f.channel:
       held.gain(decay, dx * joined(held.x[name]))
-  met, dkeep = _sums(len(f.cols), p.V // _BLOCK, written, _numbers() if keeps else None)
-  if keeps:
-    n = lax.rem(c.here, jnp.int32(p.chunks))
-    outs["keep"][lax.div(c.here, jnp.int32(p.chunks)), n, pl.ds(_BLOCK * i, _BLOCK)] = dkeep
-  for (name, _), dx in zip(f.cols, met, strict=True):
+  for (name, _), dx in zip(f.cols, met[len(f.rows) :], strict=True):
     held.anew()
     factor = c.rows("end")
     if f.channel:
-      factor = _times(jnp.exp(c.tile("G", i, CHUNK - 1) - held.decay("G")), factor)
+      factor = _times(jnp.exp(c.last(0) - c.tile("G", 0)), factor)
     if f.scalar:
       end = jnp.sum(dx * joined(held.x[name]), axis=1)
       numbers["end"] = numbers["end"] + end if "end" in numbers else end
@@ -466,56 +442,60 @@ def _channels_kernel(
     held.gain(name, dx)
     if f.channel:
       left = dx * joined(held.x[name])
-      last = plgpu.layout_cast(lax.broadcast_in_dim(jnp.sum(left, axis=0), _TILE, [1]), _WGMMA)
-      held.gain("G", jnp.where(_iota(0) == CHUNK - 1, last, 0.0) - left)
+      held.gain(
+        "G", jnp.where(_iota(0) == CHUNK - 1, _spread(jnp.sum(left, axis=0), 1), 0.0) - left
+      )
   for name, value in numbers.items():
     outs[name][i, c.here] = value
 
   # What tokens are to each other.
-  for level, h in enumerate(_levels(p) if f.channel else []):
-    _level(c, f, i, level == 0, h, held)
-  if not f.channel:
+  if f.channel:
+
+    def level(n, sums):
+      held.in_registers = dict(sums)
+      for rows in [[row] for row in f.rows] if f.corrects else [f.rows]:
+        _level(c, f, rows, n, held)
+      return held.in_registers
+
+    held.in_registers = lax.fori_loop(0, levels(p), level, held.in_registers)
+  else:
     _all_at_once(f, held)
   names = [*f.inputs, *(f.decays if f.channel else [])]
-  held.write({name: outs[name].at[c.chunk, :, columns] for name in names})
+  outs = {name: outs[name].at[c.chunk, :, columns] for name in names}
+  held.write(outs)
 
 
-def _level(c: _Chunk, f: _Facts, i, near, h, held: _Held) -> None:
+def _level(c: _Chunk, f: _Facts, rows, level: Array, held: _Held) -> None:
   """A level of ``gpu_chunk._compare``: what tokens of neighbouring blocks, or of one, are to each other."""
-  cols = [name for name, _ in f.cols]
+  cols, names = [name for name, _ in f.cols], [name for name, *_ in rows]
 
-  def places():
-    """Of columns and rows times their factors, and of what is masked."""
-    held.anew()
-    tiles = itertools.batched(held.spare, c.p.parts)
-    return {name: next(tiles) for name in cols}, next(tiles), {name: next(tiles) for name in cols}
+  def factors():
+    return level_factors(c, level, 0, [decay for _, decay, *_ in rows])
 
-  def factor(decay, sign):
-    difference = sign * (held.decay(decay) - _middles(c, h, i, near))
-    return jnp.exp(difference if near else jnp.minimum(difference, 0.0))
-
-  here = within(h) if near else halves(h)
-  col_refs, _, _ = places()
-  of_cols = factor("G", -1.0)
-  for name, refs in col_refs.items():
-    put(refs, joined(held.x[name]) * of_cols)
-  for name, decay, *_ in f.rows:
-    of_rows = factor(decay, 1.0)
-    col_refs, row_refs, masked = places()
-    put(row_refs, joined(held.x[name]) * of_rows)
-    for other in cols:
-      for z, to in zip(held.x[name, other], masked[other], strict=True):
-        to[...] = jnp.where(here, z[...].astype(jnp.float32), 0.0).astype(to.dtype)
-    plgpu.commit_smem()
-    back = products(_TILE, *[(masked[other], col_refs[other]) for other in cols])
-    held.gain(decay, back * joined(row_refs))
-    held.gain(name, back * of_rows)
-    for other in cols:
-      col_refs, row_refs, masked = places()
-      forth = products(_TILE, (transposed(masked[other]), row_refs))
-      held.gain("G", -forth * joined(col_refs[other]))
-      held.gain(other, forth * of_cols)
-    plgpu.commit_smem()  # all warps are done with what was multiplied
+  held.anew()
+  free = itertools.batched(held.spare, c.p.parts)
+  places = {name: next(free) for name in (*((name, "column") for name in cols), *names)}
+  masked = {(name, other): next(free) for name in names for other in cols}
+  of_columns, of_rows = factors()
+  for name in cols:
+    put(places[name, "column"], joined(held.x[name]) * of_columns)
+  for name, decay, *_ in rows:
+    put(places[name], joined(held.x[name]) * of_rows[decay])
+  here = of_level(c.p, level, c.zero())
+  for pair, refs in masked.items():
+    for z, to in zip(held.x[pair], refs, strict=True):
+      to[...] = jnp.where(here, z[...].astype(jnp.float32), 0.0).astype(to.dtype)
+  plgpu.commit_smem()
+  # Factors are computed anew: held until here they would be more than registers hold.
+  for name, decay, *_ in rows:
+    back = products(_TILE, *[(masked[name, other], places[other, "column"]) for other in cols])
+    held.gain(decay, back * joined(places[name]))
+    held.gain(name, back * factors()[1][decay])
+  for other in cols:
+    forth = products(_TILE, *[(transposed(masked[name, other]), places[name]) for name in names])
+    held.gain("G", -forth * joined(places[other, "column"]))
+    held.gain(other, forth * factors()[0])
+  plgpu.commit_smem()  # all warps are done with what was multiplied
 
 
 def _all_at_once(f: _Facts, held: _Held) -> None:
@@ -527,6 +507,13 @@ def _all_at_once(f: _Facts, held: _Held) -> None:
       (transposed(x[other, name]), x[other]) for other, *_ in f.rows if (other, name) in f.pairs
     ]
     held.gain(name, products(_TILE, *pairs))
+
+
+def _shared(shared: Shared, blocks: int) -> dict:
+  """Its memory, and the barrier of what is copied there."""
+  copies = shared.copies(blocks)
+  ready = {"ready": plgpu.Barrier(num_arrivals=copies)} if copies else {}
+  return shared.scratch(blocks) | ready
 
 
 def gradients(
@@ -559,16 +546,16 @@ def gradients(
       grid=(p.B, p.chunks, *grid.values()),
       grid_names=("batch", "chunk", *grid),
       scratch_types=scratch,
+      compiler_params=approximate(p),
       kernel_name=f"linear_recurrence_{name}",
       interpret=interpret,
     )(*jax.tree.leaves(arrays))
     return jax.tree.unflatten(jax.tree.structure(outs), flat)
 
-  scratch = {
-    "pool": [_tile() for _ in range(2 * p.parts)],
-    "of_values": plgpu.Barrier(num_arrivals=2 * p.parts),
-    "of_square": plgpu.Barrier(num_arrivals=p.parts),
-  }
+  numbered = [
+    n for n in ("G_row", "G_column", "before_row", "beta", "runs", "runs_column") if n in arrays
+  ]
+  shared = Shared(numbers=tuple(numbered))
   inputs = some((*f.values, *f.squares, "own", "beta", "runs", "runs_column"))
   inputs |= some(("G", "G_row", "G_column", "before_row"))
   got: dict = {}
@@ -582,7 +569,15 @@ def gradients(
     if f.scalar:
       names += ["G_column", *{f"{row[1]}_row" for row in f.rows if row[0] in dict(pairs)}]
     outs |= {name: floats(*numbers) for name in names}
-    kernel = functools.partial(_compared_kernel, pairs=pairs)
+    squares = sum(f.pairs[pair] in f.squares for pair in pairs) * p.parts
+    scratch = {
+      "pool": [tile_of() for _ in range(2 * p.parts)],
+      "squares": [tile_of() for _ in range(squares)],
+      "slot": [tile_of() for _ in range(p.parts)],
+      "of_values": plgpu.Barrier(num_arrivals=2 * p.parts),
+      "of_squares": plgpu.Barrier(num_arrivals=max(squares, 1)),
+    } | _shared(shared, 1)
+    kernel = functools.partial(_compared_kernel, shared=shared, pairs=pairs)
     for name, x in call(kernel, "comparisons", {"head": p.Hv}, inputs, outs, scratch).items():
       got[name] = got[name] + x if name in got else x
   squares = {name: got.pop(name) for name in list(got) if name.startswith("d_")}
@@ -597,28 +592,34 @@ def gradients(
   outs |= {name: floats(blocks, *numbers) for name in names}
   if keeps:
     outs["keep"] = floats(p.heads, p.chunks, p.K)
-  levels = (2 * len(f.cols) + 1) * f.channel
+  at_once = 1 if f.corrects else len(f.rows)
+  compared = (len(f.cols) + at_once + len(f.cols) * at_once) * f.channel
   # Sums in shared memory: more of them than registers hold, or what leaves from there.
-  large = f.channel or bool(f.corrects) or dtype == jnp.float32
-  summed = [*f.inputs, *(f.decays if f.channel else [])] if large else []
+  large = bool(f.corrects) or dtype == jnp.float32
+  summed = f.inputs * large + f.decays * f.channel
   # As much as fits: with a low-rank erase decays stay in global memory.
   fits = f.channel and not f.corrects and (p.parts == 1 or len(f.decays) == 1)
-  resident = f.decays if fits else []
-  copies = (len(f.inputs) + len(f.pairs)) * p.parts + len(resident)
-  small = len(f.inputs) + len(f.pairs) + max(levels, len(f.rows) + 1, len(f.cols) + 1 + keeps)
-  scratch = {"exact": _tile(len(resident) + len(summed), dtype=jnp.float32)} if large else {}
+  shared = Shared(
+    decays=tuple(f.decays) if fits else (),
+    numbers=tuple(n for n in ("start", "erase_start", "end", "beta") if n in arrays),
+    middles=middle_rows(p) if f.channel else (),
+  )
+  copies = (len(f.inputs) + len(f.pairs)) * p.parts
+  small = len(f.inputs) + len(f.pairs) + max(compared, len(f.values) + 2)
+  # Rows are so long that eight of them, and four threads of each, meet all banks.
+  exact = plgpu.SMEM((len(summed), CHUNK, _BLOCK + 8), jnp.float32)
+  scratch = {"exact": exact} if summed else {}
   scratch |= {
-    "pool": _tile(small * p.parts),
+    "pool": tile_of(small * p.parts),
     "of_inputs": plgpu.Barrier(num_arrivals=copies),
-    "of_reads": plgpu.Barrier(num_arrivals=(len(f.rows) + 1) * p.parts),
-    "of_writes": plgpu.Barrier(num_arrivals=(len(f.cols) + 1 + keeps) * p.parts),
-  }
+    "of_states": plgpu.Barrier(num_arrivals=(len(f.values) + 2) * p.parts),
+  } | _shared(shared, 1)
   inputs = some(
     (*f.values, "S", "D", "before", "start", "erase_start", "end", "own", "G", "G_row", "beta")
   )
-  inputs["zeros"] = jnp.asarray(ZEROS)
+  inputs["zero"] = jnp.zeros(1, jnp.int32)
   inputs |= squares | {name: parts(arrays[name], p.parts) for name in f.inputs}
-  kernel = functools.partial(_channels_kernel, resident=resident, summed=summed)
+  kernel = functools.partial(_channels_kernel, shared=shared, summed=summed)
   of_channels = call(kernel, "channels", {"head_block": p.Hv * blocks}, inputs, outs, scratch)
   for name in names:
     x = jnp.sum(of_channels[name], axis=0)
