@@ -86,7 +86,8 @@ def sharded() -> dict:
     traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(*args)
     # What the mesh says, "gpu", jax looks up among the platforms of this machine.
     text = traced.lower(lowering_platforms=("cuda",)).compile().as_text()
-  names = ("block_sparse_forward", "block_sparse_queries", "block_sparse_keys")
+  phases = ("forward", "queries", "keys", "sums")
+  names = [f"block_sparse_{phase}" for phase in phases]
   collectives = ("all-gather", "all-to-all", "collective-permute", "reduce-scatter", "all-reduce")
   return {
     "kernels": [name for name in names if name in text],

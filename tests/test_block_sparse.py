@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import itertools
 import types
 
 import jax
@@ -18,6 +19,7 @@ from pallas_kernels.block_sparse import (
   api,
   block_sparse_attention,
   gpu,
+  gpu_tables,
   merge_attention,
   over_queries,
   select_blocks,
@@ -311,8 +313,8 @@ def test_gpu_kernels(monkeypatch, name):
   indices = choices(case.pop("groups", HKV), rows, 2, case.pop("slots"))
   with watch() as watched:
     got = with_gradients(args, indices, **case, backend="interpret_gpu")
-  # Outputs; gradients of queries; of keys and values.
-  assert watched.kernels == 3 and not watched.racy
+  # Outputs; gradients of queries; of keys and values, in parts; their sums.
+  assert watched.kernels == 4 and not watched.racy
   with jax.enable_x64(True):
     args = [x.astype(jnp.float64) for x in args]
     want = with_gradients(args, indices, **case, backend="reference")
@@ -324,6 +326,48 @@ def test_gpu_kernels(monkeypatch, name):
     # o and lse, then gradients.
     assert np.linalg.norm(g - w) < [2**-7, 1e-5, 1e-2][min(i, 2)] * np.linalg.norm(w)
     assert np.vdot(g, w) > (1 - 1e-4) * np.linalg.norm(g) * np.linalg.norm(w)
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_parts_of_walks(documents):
+  """The table of which parts are of which tile of keys, against the visits that reach each tile."""
+  T, size, rows, part = 23, 4, 4, 2
+  layout = Layout.together(B, T, jnp.asarray(SEGMENTS) if documents else None)
+  blocks = Blocks(choices(HKV, T, 6, 3), layout, size)
+  visits = gpu_tables.visits(blocks, 2, T)
+  table = jax.tree.map(np.asarray, gpu_tables.visitors(visits, blocks, rows, T + rows, part))
+  for b, g in np.ndindex(B, HKV):
+    parts = table.parts[b, g]
+    lengths = table.end[b, g] - table.begin[b, g]
+    assert parts[0] == 0 and not lengths[parts[-1] :].any()
+    for tile, (low, high) in enumerate(zip(parts, parts[1:], strict=False)):
+      first = table.first[b, g]
+      want = np.flatnonzero((first < (tile + 1) * rows) & (first + size > tile * rows))
+      ranges = zip(table.begin[b, g, low:high], table.end[b, g, low:high], strict=True)
+      got = [i for begin, end in ranges for i in range(begin, end)]
+      assert got == want.tolist() and (table.keys[b, g, low:high] == tile).all()
+      assert ((0 < lengths[low:high]) & (lengths[low:high] <= part)).all()
+  assert {0, 1, 2} <= set(np.diff(table.parts).ravel())
+
+
+def test_sums_of_parts():
+  """Tiles of keys with several parts, one and none, for two groups of a head; nobody reads what is of no tile."""
+  p = gpu._Plan(B, HKV, 4, 2, 32, 2, 192, 64, 128, 64, 1)
+  rng = np.random.default_rng(0)
+  parts = np.array([[[0, 3, 3, 4], [0, 0, 0, 2], [0, 1, 1, 5], [0, 1, 1, 2]]] * B, np.int32)
+  sums = [rng.normal(size=(B, 4, 6, 64, d)).astype(np.float32) for d in (p.D, p.V)]
+  for x, i in itertools.product(sums, range(4)):
+    x[:, i, parts[0, i, -1] :] = np.nan
+  with watch() as watched:
+    got = gpu._sums(p, *sums, jnp.asarray(parts), InterpretGPUParams(detect_races=True))
+  assert watched.kernels == 1 and not watched.racy
+  for g, x in zip(got, sums, strict=True):
+    want = np.zeros((B, 3, 64, HKV, x.shape[-1]), np.float32)
+    for b, i, tile in np.ndindex(B, 4, 3):
+      want[b, tile, :, i // 2] += x[b, i, slice(*parts[b, i, tile : tile + 2])].sum(0)
+    assert g.dtype == jnp.bfloat16 and not np.any(g[:, 64:128])
+    g = np.asarray(g, np.float32).reshape(want.shape)
+    np.testing.assert_allclose(g, want, rtol=2**-8, atol=1e-5)
 
 
 @pytest.mark.parametrize(

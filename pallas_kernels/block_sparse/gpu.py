@@ -4,10 +4,10 @@ A warpgroup's matrices have 64 rows: some neighbouring queries times the heads o
 the queries chose is loaded once for all of them, and hidden from those that did not choose it. What neighbours share,
 and with trained indexers they share most, is neither read nor multiplied twice.
 
-The backward pass has two kernels. One walks the same blocks again for the gradients of queries. For those of keys and
+The backward pass has three kernels. One walks the same blocks again for the gradients of queries. For those of keys and
 values the table is inverted: each tile of keys walks the tiles of queries that visit it. Some keys (a document's first,
-say) are visited by all queries; the walks are cut in parts of equal length, each with sums of its own, which are added
-in the end.
+say) are visited by all queries; the walks are cut in parts of equal length, each with sums of its own, which the third
+kernel adds. (XLA's ``segment_sum`` took longer for that than all else together.)
 
 Not served: blocks of single tokens (DSA). A Hopper GPU's bulk copies take rows that lie together; chosen tokens would
 be copied row by row, the bytes that XLA's gather reads. Nor the window: that is plain attention, merged by ``api.py``.
@@ -356,17 +356,41 @@ def _keys_kernel(
   def walk(step, out, width):
     out[batch, group, part] = jax.lax.fori_loop(begin, end, step, _zeros(width))
 
-  pl.when(of_keys)(lambda: walk(keys_step, dk, p.D))
-  pl.when(jnp.logical_not(of_keys))(lambda: walk(values_step, dv, p.V))
+  # Nobody reads a part that is of nothing.
+  some = begin < end
+  pl.when(some & of_keys)(lambda: walk(keys_step, dk, p.D))
+  pl.when(some & jnp.logical_not(of_keys))(lambda: walk(values_step, dv, p.V))
 
 
-def _call(p: _Plan, kernel, name, operands, outs, scratch, programs, interpret, warpgroups=1):
+def _sums_kernel(p: _Plan, dk_parts, dv_parts, parts, dk, dv, dk_s, dv_s, **_):
+  """Adds the parts of a tile of keys, of all groups of its head."""
+  batch, head, tile = _place()
+  each = p.groups // p.heads
+
+  def write(x, out_s, out):
+    def of_group(group, total):
+      def add(part, total):
+        return total + plgpu.load(x.at[batch, group, part], (), layout=_MATRIX, optimized=False)
+
+      return jax.lax.fori_loop(parts[batch, group, tile], parts[batch, group, tile + 1], add, total)
+
+    total = jax.lax.fori_loop(head * each, (head + 1) * each, of_group, _zeros(x.shape[-1]))
+    out_s[...] = total.astype(out_s.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(out_s, out.at[batch, pl.ds(tile * _ROWS, _ROWS), head])
+
+  write(dk_parts, dk_s, dk)
+  write(dv_parts, dv_s, dv)
+  plgpu.wait_smem_to_gmem(0)
+
+
+def _call(p: _Plan, kernel, name, operands, outs, scratch, grid, interpret, warpgroups=1):
   if interpret:
     scratch = scratch | dict(spare=plgpu.SMEM((warpgroups, _ROWS, _ROWS), jnp.bfloat16))
   return plgpu.kernel(
     kernel,
     out_type=outs,
-    grid=(p.B, p.groups, programs),
+    grid=(p.B, *grid),
     grid_names=("batch", "group", "tile"),
     num_threads=warpgroups,
     thread_name="warpgroup",
@@ -411,7 +435,8 @@ def _attend_forward(q, k, v, blocks, scale, interpret):
     v_ready=plgpu.Barrier(num_barriers=2),
   )
   kernel = functools.partial(_forward_kernel, p, scale)
-  o, lse = _call(p, kernel, "block_sparse_forward", operands, outs, scratch, p.tiles, interpret)
+  grid, name = (p.groups, p.tiles), "block_sparse_forward"
+  o, lse = _call(p, kernel, name, operands, outs, scratch, grid, interpret)
   o, lse = p.from_tiles(o, q), p.from_tiles(lse, q)
   return (o, lse), (q, k, v, blocks, o, lse)
 
@@ -429,9 +454,7 @@ def _attend_backward(scale, interpret, residuals, cotangents):
   arrays = p.by_tile(q), _padded(p, k), _padded(p, v), p.by_tile(do.astype(q.dtype)), rows
   dq = _queries(p, scale, arrays, visits, interpret)
   dk, dv = _keys(p, scale, arrays, visits, blocks, interpret)
-  dk, dv = (x.reshape(p.B, p.heads, -1, *x.shape[2:]).sum(2)[:, :, : k.shape[1]] for x in (dk, dv))
-  dk, dv = (jnp.moveaxis(x, 1, 2).astype(k.dtype) for x in (dk, dv))
-  return p.from_tiles(dq, q), dk, dv, None
+  return p.from_tiles(dq, q), dk[:, : k.shape[1]], dv[:, : k.shape[1]], None
 
 
 def _queries(p: _Plan, scale, arrays, visits, interpret):
@@ -449,11 +472,12 @@ def _queries(p: _Plan, scale, arrays, visits, interpret):
   kernel = functools.partial(_queries_kernel, p, scale)
   operands = *arrays, visits.first, visits.chosen, visits.count
   out = jax.ShapeDtypeStruct(q.shape, q.dtype)
-  return _call(p, kernel, "block_sparse_queries", operands, out, scratch, p.tiles, interpret)
+  grid, name = (p.groups, p.tiles), "block_sparse_queries"
+  return _call(p, kernel, name, operands, out, scratch, grid, interpret)
 
 
 def _keys(p: _Plan, scale, arrays, visits, blocks, interpret):
-  """The gradients of keys and values of each group, [B, G, Tk, ...] float32."""
+  """The gradients of keys and values, [B, Tk, heads, ...] bfloat16, padded as they are."""
   table = gpu_tables.visitors(visits, blocks, _ROWS, p.Tk, _PART)
   parts, rows = table.keys.shape[2], arrays[-1]
   outs = tuple(
@@ -472,11 +496,17 @@ def _keys(p: _Plan, scale, arrays, visits, blocks, interpret):
   )
   kernel = functools.partial(_keys_kernel, p, scale)
   operands = *arrays, table.first, table.chosen, table.tile, table.keys, table.begin, table.end
-  name = "block_sparse_keys"
-  sums = _call(p, kernel, name, operands, outs, scratch, parts, interpret, warpgroups=2)
-  add = lambda x, at: jax.ops.segment_sum(x, at, p.Tk // _ROWS, indices_are_sorted=True)  # noqa: E731
-  add = jax.vmap(jax.vmap(add))
-  return tuple(add(x, table.keys).reshape(p.B, p.groups, p.Tk, -1) for x in sums)
+  grid, name = (p.groups, parts), "block_sparse_keys"
+  sums = _call(p, kernel, name, operands, outs, scratch, grid, interpret, warpgroups=2)
+  return _sums(p, *sums, table.parts, interpret)
+
+
+def _sums(p: _Plan, dk, dv, parts, interpret):
+  """The sums of parts, [B, G, parts, 64, ...] float32, of each tile of keys; as ``_keys`` returns them."""
+  outs = tuple(jax.ShapeDtypeStruct((p.B, p.Tk, p.heads, d), jnp.bfloat16) for d in (p.D, p.V))
+  kernel, scratch = functools.partial(_sums_kernel, p), dict(dk_s=p.matrix(p.D), dv_s=p.matrix(p.V))
+  grid, name = (p.heads, p.Tk // _ROWS), "block_sparse_sums"
+  return _call(p, kernel, name, (dk, dv, parts), outs, scratch, grid, interpret)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -70,7 +70,8 @@ class Visitors:
     first, chosen, tile: of a visit: the block's first key, the queries that chose it, the tile that they are in; in
       the order of keys.
     keys: the tile of keys that a part is of.
-    begin, end: the visits of a part.
+    begin, end: the visits of a part; parts that are of nothing, the last ones, have none.
+    parts: the first part of each tile of keys, which the next tile's follow, and where the last tile's end.
   """
 
   first: Int[Array, "B G N"]
@@ -79,6 +80,7 @@ class Visitors:
   keys: Int[Array, "B G parts"]
   begin: Int[Array, "B G parts"]
   end: Int[Array, "B G parts"]
+  parts: Int[Array, "B G tiles+1"]
 
 
 def visitors(v: Visits, blocks: Blocks, rows: int, Tk: int, part: int) -> Visitors:
@@ -97,12 +99,11 @@ def visitors(v: Visits, blocks: Blocks, rows: int, Tk: int, part: int) -> Visito
   def one(first):
     low = jnp.searchsorted(first, starts - blocks.size + 1)
     high = jnp.searchsorted(first, starts + rows)
-    ends = jnp.cumsum(-(-(high - low) // part))
+    bounds = jnp.pad(jnp.cumsum(-(-(high - low) // part)), (1, 0))
     numbers = jnp.arange(parts)
-    keys = jnp.minimum(jnp.searchsorted(ends, numbers, side="right"), len(starts) - 1)
-    within = numbers - jnp.where(keys > 0, ends[keys - 1], 0)
-    begin = low[keys] + within * part
+    keys = jnp.minimum(jnp.searchsorted(bounds[1:], numbers, side="right"), len(starts) - 1)
+    begin = low[keys] + (numbers - bounds[keys]) * part
     end = jnp.minimum(begin + part, high[keys])
-    return tuple(x.astype(jnp.int32) for x in (keys, begin, jnp.maximum(begin, end)))
+    return tuple(x.astype(jnp.int32) for x in (keys, begin, jnp.maximum(begin, end), bounds))
 
   return Visitors(first, chosen, tile, *jax.vmap(jax.vmap(one))(first))
