@@ -13,15 +13,23 @@ the scan over tokens; "ejkernel" is that library's XLA gated_delta_rule, on Gate
 installed (pip install --no-deps ejkernel): with its default chunk of 256 tokens, and with 64, the faster one on CPUs.
 
 On a GPU every kernel is checked, then timed by the device's clock beside XLA, cuDNN's flash attention over all keys
-and, where torch and fla-core can be imported, fla's Triton kernels on the same numbers.
+and, where torch and fla-core can be imported, fla's Triton kernels on the same numbers. Processes (--jobs) check and
+compile rows side by side; they are timed one after the other, with nothing else running. --only takes some of them:
+
+    python -m pallas_kernels.bench --platform=gpu --only 'kda.*forward_backward'
+
+The record is written whenever a row ends. Ctrl-C ends with what there is; where a row failed, the exit code is 1.
 """
 
 import argparse
 import datetime
 import importlib.metadata
 import json
+import os
 import pathlib
 import platform
+import re
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -30,7 +38,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import bench_gpu
+from pallas_kernels import bench_gpu, bench_workers
 from pallas_kernels.linear_recurrence import KeyErase, Recurrence, linear_recurrence
 from pallas_kernels.linear_recurrence.shapes import SHAPES, Shape, inputs
 
@@ -98,7 +106,7 @@ def check(shape: Shape, dtype: str, length: int) -> float:
 
 def medians(contestants: dict[str, Callable], r: Recurrence, seconds: float) -> dict[str, float]:
   """Seconds a call of each, taken in turns for about ``seconds`` each."""
-  clocks = {name: bench_gpu.host_clock(fn, (r,)) for name, fn in contestants.items()}
+  clocks = {name: bench_gpu.host_clock(fn, (r,))((r,)) for name, fn in contestants.items()}
   return bench_gpu.medians(clocks, seconds)
 
 
@@ -193,14 +201,20 @@ def main() -> None:
   p.add_argument(
     "--readme", type=pathlib.Path, help="a file whose GPU table is made from the record"
   )
-  p.add_argument("--platform", choices=("gpu",), help="all kernels of this machine's GPU")
+  gpu = p.add_argument_group("GPU kernels")
+  gpu.add_argument("--platform", choices=("gpu",), help="all kernels of this machine's GPU")
+  gpu.add_argument("--only", metavar="REGEX", help='rows with it in their "kernel shape phase"')
+  gpu.add_argument("--jobs", type=int, help="processes that prepare rows; as many as cores")
+  gpu.add_argument("--timeout", type=float, default=300.0, help="seconds to prepare or time a row")
   a = p.parse_args()
   if a.readme:
     record = bench_gpu.newest_record(a.readme.resolve().parent / "benchmarks" / "records")
     a.readme.write_text(bench_gpu.with_table(a.readme.read_text(), record))
     return
   if a.platform:
-    return on_gpu(a.out, a.seconds)
+    return on_gpu(a.out, a.only, a.jobs, a.timeout, a.seconds)
+  if a.only or a.jobs:
+    p.error("--only and --jobs are of --platform=gpu")
   names = a.shapes.split(",")
   if wrong := [n for n in names if n not in SHAPES]:
     p.error(f"unknown shape {', '.join(wrong)}; known: {', '.join(SHAPES)}")
@@ -246,33 +260,46 @@ def _write(
   } | more
   out.mkdir(parents=True, exist_ok=True)
   path = out / f"{today}-{jax.default_backend()}{suffix}.json"
-  path.write_text(json.dumps(record, indent=1) + "\n")
+  part = path.with_suffix(".part")  # whoever is interrupted leaves a whole record
+  part.write_text(json.dumps(record, indent=1) + "\n")
+  part.replace(path)
   if say:
     print(f"wrote {path}")
 
 
-def on_gpu(out: pathlib.Path | None, seconds: float) -> None:
-  """Every row of the GPU kernels; one that fails its check is told in the end."""
+_ROWS, _CLOCK = "pallas_kernels.bench_gpu:rows", "pallas_kernels.bench_gpu:device_clock"
+
+
+def on_gpu(
+  out: pathlib.Path | None, only: str | None, jobs: int | None, timeout: float, seconds: float
+) -> None:
+  """Rows of the GPU kernels; those that fail are told in the end."""
+  try:
+    rows = bench_workers.chosen(_ROWS, only)
+  except (ValueError, re.error) as error:
+    sys.exit(f"bench: --only: {error}")
+  os.environ.update(bench_workers.ENVIRONMENT)  # before jax takes the device's memory
   if jax.default_backend() != "gpu":
     sys.exit(f"bench: there is no GPU here that JAX sees; its devices are {jax.devices()}")
-  device = jax.devices()[0].device_kind
+  signal.signal(signal.SIGTERM, signal.default_int_handler)  # time that runs out is as Ctrl-C
   copy = bench_gpu.copy_bandwidth(bench_gpu.device_clock)
-  rows, failures = [], []
-  for row in bench_gpu.rows():
-    print(row.kernel, row.shape, row.phase, file=sys.stderr)
-    name = f"{row.kernel} {row.shape} {row.phase}"
-    try:
-      rows.append(bench_gpu.time_row(row, bench_gpu.device_clock, seconds))
-      if failure := rows[-1].get("failure"):
-        failures.append(f"{name}: {failure}")
-    except Exception as error:  # one row's, of whatever kind: the record of the others is kept
-      failures.append(f"{name}: {bench_gpu.in_words(error)}")
-    if out:  # as far as it has come
-      more = {"copy_bytes_per_second": copy, "failures": failures, "driver": bench_gpu.driver()}
-      _write(out, "", bench_gpu.with_backward(rows), more, say=False)
-  bench_gpu.print_rows(bench_gpu.with_backward(rows), bench_gpu.ceiling_of(device), copy)
-  if failures:
-    sys.exit("bench: " + "; ".join(failures))
+
+  def keep(records: list[dict], *, say: bool = False) -> None:
+    failures = bench_gpu.failures(records)
+    more = {"copy_bytes_per_second": copy, "failures": failures, "driver": bench_gpu.driver()}
+    if out:
+      _write(out, "", bench_gpu.with_backward(records), more, say=say)
+
+  jobs = jobs or len(os.sched_getaffinity(0))
+  options = dict(jobs=jobs, timeout=timeout, seconds=seconds, keep=keep)
+  records, left = bench_workers.measure(rows, _ROWS, _CLOCK, **options)
+  keep(records, say=True)
+  ceiling = bench_gpu.ceiling_of(jax.devices()[0].device_kind)
+  bench_gpu.print_rows(bench_gpu.with_backward(records), ceiling, copy)
+  if left:
+    sys.exit(f"bench: ended early: {left} of {len(rows)} rows are open")
+  if failed := len(bench_gpu.failures(records)):
+    sys.exit(f"bench: {failed} of {len(rows)} rows failed")
 
 
 if __name__ == "__main__":

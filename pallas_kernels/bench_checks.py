@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -42,8 +42,9 @@ _SMALL = dict(heads=8, kv_heads=1, groups=1)
 SPARSE = {
   name: (dataclasses.replace(sparse_shapes.SHAPES[shape], **change), length, options)
   for name, shape, change, length, options in (
-    ("nsa", "nsa", dict(heads=16, kv_heads=1, groups=1), 1000, {}),
-    ("moba", "moba", dict(heads=4, kv_heads=1, groups=4, top_k=2), 4400, {}),
+    ("nsa", "nsa", dict(heads=16, kv_heads=1, groups=1), 1500, {}),
+    # MoBA's blocks are of 4096; the reference's masks and logits are of all keys, and these fit five blocks.
+    ("moba", "moba", dict(heads=4, kv_heads=1, groups=4, block_size=1024, top_k=4), 4400, {}),
     ("infllm_v2", "infllm_v2", _SMALL | dict(top_k=8), 1000, {}),
     ("minimax_m3", "minimax_m3", _SMALL | dict(top_k=4), 1000, {}),
     ("window", "minimax_m3", _SMALL | dict(top_k=4), 1000, dict(window=100)),
@@ -75,10 +76,8 @@ def _row(kernel, shape, error, backend, bound):
   )
 
 
-def recurrence_error(
-  s: Shape, dtype: str, backend: str, packed: bool, length: int = _LENGTH
-) -> float:
-  """Of outputs, final state and every gradient; of packed segments, or from a state."""
+def recurrence_case(s: Shape, dtype: str, packed: bool, length: int) -> tuple[Callable, tuple]:
+  """From a backend to outputs, final state and every gradient, and arguments; of packed segments, or from a state."""
   from pallas_kernels import bench_gpu
 
   r = inputs(s, length=length, dtype=jnp.dtype(dtype), seed=bench_gpu._seed(), correlation=0.5)
@@ -90,11 +89,21 @@ def recurrence_error(
     options = dict(segment_ids=ids, return_state=True, backend=name)
     return bench_gpu.with_gradients(functools.partial(linear_recurrence, **options), 2)
 
-  return bench_gpu.against_reference(run, backend, (r, state))
+  return run, (r, state)
 
 
-def sparse_error(s: sparse_shapes.Shape, length: int, options: dict, backend: str) -> float:
-  """Of outputs, lse and every gradient."""
+def recurrence_error(
+  s: Shape, dtype: str, backend: str, packed: bool, length: int = _LENGTH
+) -> float:
+  """Of a ``recurrence_case``."""
+  from pallas_kernels import bench_gpu
+
+  run, args = recurrence_case(s, dtype, packed, length)
+  return bench_gpu.against_reference(run, backend, args)
+
+
+def sparse_case(s: sparse_shapes.Shape, length: int, options: dict) -> tuple[Callable, tuple]:
+  """From a backend to outputs, lse and every gradient, and arguments."""
   from pallas_kernels import bench_gpu
 
   options = dict(options)
@@ -117,7 +126,15 @@ def sparse_error(s: sparse_shapes.Shape, length: int, options: dict, backend: st
 
     return bench_gpu.with_gradients(attend, len(args))
 
-  return bench_gpu.against_reference(run, backend, tuple(args))
+  return run, tuple(args)
+
+
+def sparse_error(s: sparse_shapes.Shape, length: int, options: dict, backend: str) -> float:
+  """Of a ``sparse_case``."""
+  from pallas_kernels import bench_gpu
+
+  run, args = sparse_case(s, length, options)
+  return bench_gpu.against_reference(run, backend, args)
 
 
 def rows(kernel: str = "gpu") -> Iterator:

@@ -7,7 +7,7 @@ import math
 import pathlib
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,7 @@ class Row:
     flops: of the recurrence as it is defined, token by token, or of the matmuls over keys that queries see; the
       backward pass has twice as many, of attention 2.5 times.
     calls: how often a contestant does it in a call.
-    peers: clocks of other libraries', by name; one that is not there says so.
+    peers: other libraries', by name: from the arguments to a call; one that is not there says so.
     timed: or only checked.
     note: what a reader of its times must know.
   """
@@ -64,29 +64,39 @@ class Row:
   bytes: float
   flops: float
   calls: int = 1
-  peers: dict[str, Callable[[tuple], Callable[[], float]]] = dataclasses.field(default_factory=dict)
+  peers: dict[str, Callable[[tuple], Callable[[], object]]] = dataclasses.field(
+    default_factory=dict
+  )
   timed: bool = True
   note: str = ""
+
+  @property
+  def name(self) -> str:
+    return f"{self.kernel} {self.shape} {self.phase}"
 
 
 # --- clocks ---
 
 
-def host_clock(fn: Callable, args: tuple) -> Callable[[], float]:
-  """Seconds of a call, by this machine's clock."""
+def host_clock(fn: Callable, args: tuple) -> Callable[[tuple], Callable[[], float]]:
+  """Compiles for such arguments; then, of arguments: seconds of a call, by this machine's clock."""
   compiled = jax.jit(fn).lower(*args).compile()
-  jax.block_until_ready(compiled(*args))
 
-  def seconds():
-    start = time.perf_counter()
+  def start(args):
     jax.block_until_ready(compiled(*args))
-    return time.perf_counter() - start
 
-  return seconds
+    def seconds():
+      begin = time.perf_counter()
+      jax.block_until_ready(compiled(*args))
+      return time.perf_counter() - begin
+
+    return seconds
+
+  return start
 
 
-def kernel_seconds(run: Callable[[], object]) -> float:
-  """Seconds of all kernels that run meanwhile, by the GPU's own clock (CUPTI's records, summed), whoever starts them.
+def kernel_seconds(run: Callable[[], object]) -> dict[str, float]:
+  """Seconds of all kernels that run meanwhile, by name, by the GPU's own clock (CUPTI's records), whoever starts them.
 
   Gaps between kernels are in no contestant's time: torch starts them one by one, an XLA program all at once.
   """
@@ -98,14 +108,38 @@ def kernel_seconds(run: Callable[[], object]) -> float:
     run()
   finally:
     timings = cupti._cupti_get_timings(True)
-  return 1e-3 * sum(ms for _, ms in timings)
+  return summed(timings)
 
 
-def device_clock(fn: Callable, args: tuple) -> Callable[[], float]:
-  """Seconds of the kernels of a call."""
+def summed(timings: Iterable[tuple[str, float]]) -> dict[str, float]:
+  """Seconds by name, of names and milliseconds."""
+  kernels: dict[str, float] = {}
+  for name, ms in timings:
+    kernels[name] = kernels.get(name, 0.0) + 1e-3 * ms
+  return kernels
+
+
+@dataclasses.dataclass
+class KernelClock:
+  """Seconds of the kernels of a call; ``kernels`` has those of the last one."""
+
+  run: Callable[[], object]
+  kernels: dict[str, float] = dataclasses.field(default_factory=dict)
+
+  def __call__(self) -> float:
+    self.kernels = kernel_seconds(self.run)
+    return sum(self.kernels.values())
+
+
+def device_clock(fn: Callable, args: tuple) -> Callable[[tuple], KernelClock]:
+  """Compiles for such arguments; then, of arguments: seconds of the kernels of a call."""
   compiled = jax.jit(fn).lower(*args).compile()
-  jax.block_until_ready(compiled(*args))
-  return lambda: kernel_seconds(lambda: jax.block_until_ready(compiled(*args)))
+
+  def start(args):
+    jax.block_until_ready(compiled(*args))
+    return KernelClock(lambda: jax.block_until_ready(compiled(*args)))
+
+  return start
 
 
 def medians(
@@ -182,6 +216,20 @@ def with_gradients(run: Callable, count: int) -> Callable:
   return both
 
 
+def with_pullback(run: Callable, count: int) -> Callable:
+  """Results and the gradients of the first ``count`` arguments, to be timed: no operation but those of ``run``.
+
+  The cotangent of the first result is itself, those of others (a state) are zeros.
+  """
+
+  def both(*args):
+    out, pull = jax.vjp(lambda *first: run(*first, *args[count:]), *args[:count])
+    (o, *others), tree = jax.tree.flatten(out)
+    return pull(jax.tree.unflatten(tree, [o, *map(jnp.zeros_like, others)])), out
+
+  return both
+
+
 def _seed() -> int:
   return time.time_ns() % 2**31
 
@@ -196,20 +244,22 @@ def recurrence_rows(name: str, s: Shape, kernel: str = "gpu") -> Iterator[Row]:
   def run(backend):
     return functools.partial(linear_recurrence, return_state=True, backend=backend)
 
-  def both(backend):
-    return with_gradients(run(backend), 1)
+  def both(backend, gradients=with_pullback):
+    return gradients(run(backend), 1)
+
+  checked = functools.partial(both, gradients=with_gradients)
 
   (r,) = jax.eval_shape(make)
   tokens = s.batch * s.length * s.value_heads
   flops = tokens * 2 * s.key_dim * s.value_dim * (2 + (s.erase != "none"))
   moved = _size(r) + _size(r.v)
-  for phase, of in (("forward", run), ("forward_backward", both)):
+  for phase, of, check in (("forward", run, run), ("forward_backward", both, checked)):
     whole = of is both
     yield Row(
       *("linear_recurrence", name, phase),
       make=make,
       contestants={backend: of(backend) for backend in (kernel, "xla")},
-      error=lambda of=of: against_reference(of, kernel, make(1, length)),
+      error=lambda check=check: against_reference(check, kernel, make(1, length)),
       bound=2e-2,
       bytes=2 * moved + _size(r.v) if whole else moved,
       flops=flops * (3 if whole else 1),
@@ -284,20 +334,22 @@ def sparse_rows(
       return lambda q, k, v, indices: _cudnn(q, k, v)
     return functools.partial(block_sparse_attention, block_size=s.block_size, backend=backend)
 
-  def both(backend):
-    return with_gradients(run(backend), 3)
+  def both(backend, gradients=with_pullback):
+    return gradients(run(backend), 3)
+
+  checked = functools.partial(both, gradients=with_gradients)
 
   args = q, _, v, _ = jax.eval_shape(make)
   moved = _size(args) + _size(q) * v.shape[3] // q.shape[3]
   # Of its own block a query sees half.
   keys = min((s.top_k - 0.5) * s.block_size, s.length / 2)
   flops = 2 * s.length * keys * s.heads * (s.key_dim + s.value_dim)
-  for phase, of in (("forward", run), ("forward_backward", both)):
+  for phase, of, check in (("forward", run, run), ("forward_backward", both, checked)):
     yield Row(
       *("block_sparse", f"{name}_alike{alike}", phase),
       make=make,
       contestants={backend: of(backend) for backend in (kernel, "xla", "full")},
-      error=lambda of=of: against_reference(of, kernel, make(min(s.length, 1024))),
+      error=lambda check=check: against_reference(check, kernel, make(min(s.length, 1024))),
       bound=2e-2,
       bytes=2 * moved if of is both else moved,
       flops=flops * (3.5 if of is both else 1),
@@ -333,21 +385,37 @@ def rows() -> Iterator[Row]:
     yield from sparse_rows("nsa_t65536", sparse_shapes.SHAPES["nsa"], alike)
 
 
+def effort(row: Row) -> int:
+  """How long a row takes to compile, roughly: the larger, the longer."""
+  gradients = 3 * (row.phase == "forward_backward")
+  return gradients + ("float32" in row.shape) + ("low_rank" in row.shape) + row.timed
+
+
 # --- results ---
 
 
 def copy_bandwidth(clock: Callable, size: int = 1 << 30) -> float:
   """Bytes a second that XLA copies, read and written."""
   x = (jnp.zeros(size // 4, jnp.float32),)
-  return 2 * size / medians({"copy": clock(lambda x: x + 1, x)}, 0.5)["copy"]
+  return 2 * size / medians({"copy": clock(lambda x: x + 1, x)(x)}, 0.5)["copy"]
 
 
-def time_row(row: Row, clock: Callable, seconds: float) -> dict:
-  """Checks a row, and times whatever of it serves here; what fails is told, and loses nothing else."""
+@dataclasses.dataclass
+class Prepared:
+  """A row that is checked and compiled: its record so far, and from arguments to a clock, for each contestant."""
+
+  row: Row
+  record: dict
+  starts: dict[str, Callable[[tuple], Callable[[], float]]]
+
+
+def prepare(row: Row, clock: Callable) -> Prepared:
+  """Checks a row, and compiles what is to be timed; what fails is told, and loses nothing else. Holds no arrays."""
   record: dict = {"kernel": row.kernel, "shape": row.shape, "phase": row.phase, "why_not": {}}
   record |= {"note": row.note} if row.note else {}
   why_not = record["why_not"]
   kernel = next(iter(row.contestants))
+  record["bound"] = row.bound
   try:
     record["error"] = row.error()
     if not record["error"] <= row.bound:
@@ -356,27 +424,55 @@ def time_row(row: Row, clock: Callable, seconds: float) -> dict:
     why_not[kernel] = in_words(error)
   except Exception as error:  # of compilers and devices, of whatever kind
     record["failure"] = in_words(error)
+  starts: dict[str, Callable] = {}
   if not row.timed:
-    return record
-  args, clocks = row.make(), {}
-  makers = {name: functools.partial(clock, fn) for name, fn in row.contestants.items()}
-  makers = {name: lambda args, make=make: make(args) for name, make in makers.items()} | row.peers
+    return Prepared(row, record, starts)
+  contestants = dict(row.contestants)
   if kernel in why_not or "failure" in record:
     why_not.setdefault(kernel, record.get("failure", ""))
-    makers.pop(kernel)
-  for name, make in makers.items():
+    contestants.pop(kernel)
+  shapes = jax.eval_shape(row.make)
+  for name, fn in contestants.items():
     try:
-      clocks[name] = make(args)
-    except Exception as error:  # another library's too
+      starts[name] = clock(fn, shapes)
+    except Exception as error:
       why_not[name] = in_words(error)
-  times = medians(clocks, seconds, why_not)
+  args = row.make() if row.peers else ()
+  for name, peer in row.peers.items():
+    try:
+      starts[name] = bench_peers.prepare(peer, args)
+    except Exception as error:  # another library's
+      why_not[name] = in_words(error)
+  return Prepared(row, record, starts)
+
+
+def time_prepared(prepared: Prepared, seconds: float) -> dict:
+  """Times whatever of a row serves here, on fresh arguments."""
+  row, record, clocks = prepared.row, prepared.record, {}
+  if not row.timed:
+    return record
+  kernel, args = next(iter(row.contestants)), row.make()
+  for name, start in prepared.starts.items():
+    try:
+      clocks[name] = start(args)
+    except Exception as error:
+      record["why_not"][name] = in_words(error)
+  times = medians(clocks, seconds, record["why_not"])
   # The kernel comes first.
   record["seconds"] = {name: t / row.calls for name, t in times.items()}
   if kernel in times:
     own = record["seconds"][kernel]
     record["bytes_per_second"], record["flops_per_second"] = row.bytes / own, row.flops / own
     record["times_faster_than"] = {n: t / own for n, t in record["seconds"].items() if n != kernel}
+    if isinstance(clocks[kernel], KernelClock):
+      kernels = clocks[kernel].kernels.items()
+      record["kernels"] = {n: t / row.calls for n, t in sorted(kernels, key=lambda k: -k[1])}
   return record
+
+
+def time_row(row: Row, clock: Callable, seconds: float) -> dict:
+  """Checks a row, and times it."""
+  return time_prepared(prepare(row, clock), seconds)
 
 
 def with_backward(records: list[dict]) -> list[dict]:
@@ -394,26 +490,47 @@ def with_backward(records: list[dict]) -> list[dict]:
 
 
 def print_rows(records: list[dict], ceiling: tuple[float, float] | None, copy: float) -> None:
-  """The table: milliseconds of the kernel, how many times faster than the others it is, and of the ceilings."""
-  print(f"copy: {copy / 1e12:.2f} TB/s")
+  """The table: milliseconds of the kernel, how many times faster than the others it is, and of the ceilings.
+
+  Then, in short, what is only checked, what is not served, and all failures.
+  """
+  print(f"copy: {copy / 1e12:.2f} TB/s; x: how many times faster than the other")
+  notes, checked, refused = [], [], {}
   for r in records:
-    name = f"{r['kernel']:<24}{r['shape']:<32}{r['phase']:<18}"
-    if "seconds" not in r and "error" in r:
-      print(f"{name}error {r['error']:.0e}{'  ' + r['failure'] if 'failure' in r else ''}")
-      continue
+    name = f"{r['kernel']} {r['shape']} {r['phase']}"
+    notes += [f"{name}: {n}: {why}" for n, why in r["why_not"].items() if "bytes_per_second" in r]
     if "bytes_per_second" not in r:
-      print(name, "not served:", "; ".join(f"{n}: {why}" for n, why in r["why_not"].items()))
+      if "error" in r and "failure" not in r:
+        checked.append(r)
+      elif r["why_not"]:
+        n, why = next(iter(r["why_not"].items()))
+        refused.setdefault(f"{n}: {why}", []).append(f"{r['kernel']} {r['shape']}")
       continue
     own = next(iter(r["seconds"].values()))
-    others = "  ".join(f"x {n} {x:.2f}" for n, x in r["times_faster_than"].items())
+    others = "".join(f" x {n} {x:.2f}" for n, x in r["times_faster_than"].items())
     if alone := r.get("backward_times_faster_than"):
-      others += "  backward alone: " + "  ".join(f"x {n} {x:.2f}" for n, x in alone.items())
+      others += "; backward alone:" + "".join(f" x {n} {x:.2f}" for n, x in alone.items())
     moved, done = r["bytes_per_second"], r["flops_per_second"]
-    peak = f" ({done / ceiling[1]:.0%} of peak, {moved / ceiling[0]:.0%} of HBM)" if ceiling else ""
-    rates = f"{moved / 1e12:.2f} TB/s = {moved / copy:.0%} of a copy, {done / 1e12:.0f} TFLOP/s"
-    print(f"{name}{1e3 * own:>9.3f} ms  {others}  {rates}{peak}  error {r['error']:.0e}")
-    for n, why in (r["why_not"] | ({"note": r["note"]} if "note" in r else {})).items():
-      print(f"  {n}: {why}")
+    peak = f", {moved / ceiling[0]:.0%} of HBM, {done / ceiling[1]:.0%} of peak" if ceiling else ""
+    print(f"{name:<58}{1e3 * own:>9.3f} ms{others}; {moved / copy:.0%} of a copy{peak}")
+  for kernel in dict.fromkeys(r["kernel"] for r in checked):
+    rows = [r for r in checked if r["kernel"] == kernel]
+    worst = max(rows, key=lambda r: r["error"] / r["bound"])
+    share = f"{worst['error']:.0e} of {worst['bound']:.0e} allowed, {worst['shape']}"
+    print(f"{kernel}: {len(rows)} checked and not timed; the largest error {share}")
+  for why, names in refused.items():
+    print(f"not served: {why} ({len(names)}: {', '.join(names)})")
+  notes += [r["note"] for r in records if "note" in r]
+  for note in dict.fromkeys(notes):
+    print(f"  {note}")
+  for failure in failures(records):
+    print(f"FAILED {failure}")
+
+
+def failures(records: list[dict]) -> list[str]:
+  """A line each."""
+  failed = (r for r in records if "failure" in r)
+  return [f"{r['kernel']} {r['shape']} {r['phase']}: {r['failure']}" for r in failed]
 
 
 BEGIN, END = "<!-- gpu: begin -->", "<!-- gpu: end -->"

@@ -1,23 +1,57 @@
 """Other libraries' GPU kernels on the same numbers, and clocks of them. What cannot be imported raises and says so."""
 
 import contextlib
+import functools
+import gc
+import sys
 from collections.abc import Callable
 
 
-def clock(fn: Callable[[], object]) -> Callable[[], float]:
-  """Seconds of the kernels of a call of torch, by the clock that times ours."""
-  import torch
+def prepare(peer: Callable[[tuple], Callable], args: tuple) -> Callable[[tuple], Callable]:
+  """Compiles a peer by calling it; then, of arguments: seconds of the kernels of a call, by the clock of ours."""
+  peer(args)()
+  _synchronize()
+  return functools.partial(_start, peer)
 
+
+def _start(peer: Callable[[tuple], Callable], args: tuple) -> Callable[[], float]:
   from pallas_kernels import bench_gpu
 
-  fn()  # compiles
-  torch.cuda.synchronize()
+  call = peer(args)
+  forget()
+  call()  # tunes; what it compiled before is on disk
+  _synchronize()
 
   def run():
-    fn()
-    torch.cuda.synchronize()
+    call()
+    _synchronize()
 
-  return lambda: bench_gpu.kernel_seconds(run)
+  return bench_gpu.KernelClock(run)
+
+
+def _synchronize() -> None:
+  import torch
+
+  torch.cuda.synchronize()
+
+
+def forget() -> None:
+  """What Triton's autotuners have chosen while other processes kept the GPU busy."""
+  if "triton" in sys.modules:
+    from triton.runtime.autotuner import Autotuner
+
+    for tuner in gc.get_objects():
+      if issubclass(type(tuner), Autotuner):  # isinstance asks proxies of what is no more
+        tuner.cache.clear()
+
+
+def free() -> None:
+  """Gives the memory that torch keeps for itself to whoever comes next."""
+  gc.collect()
+  if "torch" in sys.modules:
+    import torch
+
+    torch.cuda.empty_cache()
 
 
 def _tensor(x):
@@ -35,7 +69,7 @@ def _recurrent(s, r) -> dict:
   return tensors
 
 
-def recurrence(s, whole: bool, args: tuple) -> Callable[[], float]:
+def recurrence(s, whole: bool, args: tuple) -> Callable[[], None]:
   """fla's chunked kernel of a recurrence, with gradients if ``whole``."""
   import torch
 
@@ -56,10 +90,10 @@ def recurrence(s, whole: bool, args: tuple) -> Callable[[], float]:
       if whole:
         torch.autograd.grad(o, list(tensors.values()), do)
 
-  return clock(call)
+  return call
 
 
-def step(s, tokens: int, args: tuple) -> Callable[[], float]:
+def step(s, tokens: int, args: tuple) -> Callable[[], None]:
   """fla's kernel of one token, so many times, from a float32 state."""
   import torch
 
@@ -78,10 +112,10 @@ def step(s, tokens: int, args: tuple) -> Callable[[], float]:
       for _ in range(tokens):
         _, S = op(**tensors, scale=1.0, initial_state=S, output_final_state=True)
 
-  return clock(call)
+  return call
 
 
-def nsa(s, whole: bool, args: tuple) -> Callable[[], float]:
+def nsa(s, whole: bool, args: tuple) -> Callable[[], None]:
   """fla's NSA, its selected branch alone."""
   import torch
 
@@ -108,4 +142,4 @@ def nsa(s, whole: bool, args: tuple) -> Callable[[], float]:
       if whole:
         torch.autograd.grad(o, (q, k, v), do)
 
-  return clock(call)
+  return call

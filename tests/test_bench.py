@@ -3,11 +3,19 @@
 import itertools
 import json
 import math
+import os
 import pathlib
+import re
 import subprocess
 import sys
+import time
 
-from pallas_kernels import bench, bench_checks, bench_gpu
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import bench, bench_checks, bench_gpu, bench_peers, bench_workers
 from pallas_kernels.block_sparse.shapes import Shape as SparseShape
 from pallas_kernels.linear_recurrence.shapes import Shape
 
@@ -75,7 +83,7 @@ def test_a_contestant_that_fails_loses_nothing_else():
     if fn == "cannot":
       raise ValueError("cannot be made")
     times = iter([1.0] if fn == "breaks" else itertools.repeat(2.0 if fn == "ours" else 6.0))
-    return lambda: next(times)
+    return lambda args: lambda: next(times)
 
   row = next(rows())
   row.error = lambda: 0.0
@@ -116,6 +124,28 @@ def test_a_check_is_of_gradients_from_a_state_and_of_packed_segments():
   row = next(bench_checks.rows())
   record = bench_gpu.time_row(row, bench_gpu.host_clock, 0.0)
   assert "seconds" not in record and "need a Hopper GPU" in record["why_not"]["gpu"]
+
+
+def test_every_check_of_blocks_has_inputs_and_a_choice():
+  for name, (s, length, options) in bench_checks.SPARSE.items():
+    run, args = bench_checks.sparse_case(s, length, options)
+    (gradients, _) = jax.eval_shape(run("reference"), *args)
+    assert [g.shape for g in gradients] == [x.shape for x in args], name
+    whole = -(-length // s.block_size) * s.block_size
+    blocks = np.asarray(bench_gpu.blocks_of(s, whole, 1))[:, :, :length]
+    assert np.all(blocks.max(-1) == np.arange(length) // s.block_size), name
+    # Some queries see all their blocks, some do not.
+    seen = np.sum(blocks >= 0, axis=-1)
+    assert seen.max() == s.top_k < -(-length // s.block_size), name
+    assert np.any(blocks[:, :, -1] != blocks[:, :, -2]), name
+
+
+def test_every_check_of_a_recurrence_has_inputs():
+  for s in bench_checks.RECURRENCES.values():
+    run, args = bench_checks.recurrence_case(s, "bfloat16", True, 20)
+    (gradients, (o, state)) = jax.eval_shape(run("reference"), *args)
+    assert jax.tree.map(jnp.shape, gradients) == jax.tree.map(jnp.shape, args)
+    assert o.shape == args[0].v.shape and state.shape == args[1].shape
 
 
 def test_a_kernel_that_does_not_serve_says_why(capsys):
@@ -162,3 +192,121 @@ def test_without_a_gpu_one_line_says_so():
 def test_laptop_rows_use_the_same_engine():
   times = bench.medians({"double": lambda r: r * 2}, bench.jnp.ones(8), 0.0)
   assert times.keys() == {"double"} and times["double"] > 0
+
+
+def test_timed_gradients_have_the_output_as_cotangent():
+  """And none of a state."""
+  x, y = jnp.arange(3.0), jnp.array([2.0, 3.0, 5.0])
+  run = bench_gpu.with_pullback(lambda x, y: (x * y, jnp.sum(x)), 1)
+  (gradient,), out = run(x, y)
+  assert gradient.tolist() == (x * y * y).tolist() and out[1] == 3
+  assert "sin" not in str(jax.make_jaxpr(run)(x, y))
+
+
+def test_kernels_of_a_call_are_told(monkeypatch):
+  timings = [("b", 1.0), ("a", 2.0), ("b", 4.0)]
+  monkeypatch.setattr(bench_gpu, "kernel_seconds", lambda run: bench_gpu.summed(timings))
+  row = next(bench_gpu.step_rows("tiny", Shape(1, 8, 1, 8, "none", batch=1), kernel="reference"))
+  row.error, row.peers = lambda: 0.0, {}
+  record = bench_gpu.time_row(row, bench_gpu.device_clock, 0.0)
+  assert record["kernels"] == {"b": 5e-3 / row.calls, "a": 2e-3 / row.calls}
+  assert list(record["kernels"]) == ["b", "a"]
+  assert record["seconds"]["reference"] == pytest.approx(7e-3 / row.calls)
+
+
+def test_a_peer_tunes_again_when_it_is_timed(monkeypatch):
+  told = []
+  monkeypatch.setattr(bench_peers, "_synchronize", lambda: None)
+  monkeypatch.setattr(bench_peers, "forget", lambda: told.append("forget"))
+  start = bench_peers.prepare(lambda args: lambda: told.append(args), "small")
+  assert told == ["small"]
+  start("fresh")
+  assert told == ["small", "forget", "fresh"]
+
+
+def _row(name, error=lambda: 0.0, make=lambda: (jnp.ones(8),), timed=True):
+  double = {"xla": lambda x: x * 2}
+  return bench_gpu.Row("double", name, "check", make, double, error, 1e-2, 1, 1, timed=timed)
+
+
+def difficult_rows():
+  """For workers."""
+  calls = itertools.count()
+
+  def make():
+    if next(calls):  # its shapes were asked for before
+      os._exit(3)
+    return (jnp.ones(8),)
+
+  yield _row("ends_when_timed", make=make)
+  yield _row("fine")
+  yield _row("raises", lambda: 1 / 0, timed=False)
+  yield _row("ends", lambda: os._exit(4), timed=False)
+  yield _row("hangs", lambda: time.sleep(1000), timed=False)
+  yield _row("checked", lambda: 1e-3, timed=False)
+  yield _row("fine_too")
+
+
+def _measure(only=None, **options):
+  rows = bench_workers.chosen("test_bench:difficult_rows", only)
+  where = "test_bench:difficult_rows", "pallas_kernels.bench_gpu:host_clock"
+  options = dict(jobs=2, timeout=6.0, seconds=0.0) | options
+  return bench_workers.measure(rows, *where, **options)
+
+
+def test_workers_that_end_lose_their_row_alone(capsys):
+  """What they had prepared others prepare again."""
+  kept = []
+  records, left = _measure(keep=lambda records: kept.append(json.dumps(records)))
+  assert left == 0 and kept[-1] == json.dumps(records)
+  by_name = {r["shape"]: r for r in records}
+  assert list(by_name) == [row.shape for row in difficult_rows()]
+  for name in ("fine", "fine_too"):
+    assert by_name[name]["seconds"]["xla"] > 0 and "failure" not in by_name[name]
+  assert by_name["checked"]["error"] == 1e-3 and "failure" not in by_name["checked"]
+  failures = bench_gpu.failures(records)
+  assert failures == [
+    "double ends_when_timed check: its process ended, exit code 3",
+    "double raises check: ZeroDivisionError: division by zero",
+    "double ends check: its process ended, exit code 4",
+    "double hangs check: has not ended after 6 s",
+  ]
+  told = capsys.readouterr().err
+  assert "7/7  " in told and "0:00 to go" in told.splitlines()[-1]
+  bench_gpu.print_rows(records, None, 1e12)
+  out = capsys.readouterr().out.splitlines()
+  assert out[-4:] == [f"FAILED {failure}" for failure in failures]
+  assert "double: 1 checked and not timed; the largest error 1e-03 of 1e-02 allowed, checked" in out
+
+
+def test_what_there_is_is_kept_when_time_runs_out(monkeypatch, tmp_path):
+  ended = []
+
+  def run(names, *args, **options):
+    try:
+      yield names[0], {"error": 0.0}, "done"
+      yield names[1], {"error": 0.0}, "prepared"
+      raise KeyboardInterrupt
+    finally:
+      ended.append("workers")
+
+  monkeypatch.setattr(bench_workers, "run", run)
+  keep = lambda records: bench._write(tmp_path, "", records, {}, say=False)  # noqa: E731
+  records, left = _measure(keep=keep)
+  assert len(records) == 2 and left == 6 and ended == ["workers"]
+  (path,) = tmp_path.iterdir()
+  assert json.loads(path.read_text())["rows"] == records
+
+
+def test_only_some_rows_are_chosen(monkeypatch):
+  rows = bench_workers.chosen("pallas_kernels.bench_gpu:rows", "kda.*forward$")
+  assert [row.name for row in rows] == [
+    f"linear_recurrence kda_{size} forward" for size in ("b1_t8192_h64", "b8_t2048_h16")
+  ]
+  for only, why in (("nothing_so", "no row has 'nothing_so'"), ("(", "--only: missing )")):
+    monkeypatch.setattr(sys, "argv", ["bench", "--platform=gpu", f"--only={only}"])
+    with pytest.raises(SystemExit, match=re.escape(why)) as refused:
+      bench.main()
+    assert "\n" not in str(refused.value)
+  with pytest.raises(ValueError, match="some that exist: linear_recurrence gated_deltanet"):
+    bench_workers.chosen("pallas_kernels.bench_gpu:rows", "nothing_so")
