@@ -464,8 +464,8 @@ def time_prepared(prepared: Prepared, seconds: float) -> dict:
     own = record["seconds"][kernel]
     record["bytes_per_second"], record["flops_per_second"] = row.bytes / own, row.flops / own
     record["times_faster_than"] = {n: t / own for n, t in record["seconds"].items() if n != kernel}
-    if isinstance(clocks[kernel], KernelClock):
-      kernels = clocks[kernel].kernels.items()
+    if isinstance(clock := clocks[kernel], KernelClock):
+      kernels = clock.kernels.items()
       record["kernels"] = {n: t / row.calls for n, t in sorted(kernels, key=lambda k: -k[1])}
   return record
 
@@ -495,7 +495,8 @@ def print_rows(records: list[dict], ceiling: tuple[float, float] | None, copy: f
   Then, in short, what is only checked, what is not served, and all failures.
   """
   print(f"copy: {copy / 1e12:.2f} TB/s; x: how many times faster than the other")
-  notes, checked, refused = [], [], {}
+  notes, checked = [], []
+  refused: dict[str, list[str]] = {}
   for r in records:
     name = f"{r['kernel']} {r['shape']} {r['phase']}"
     notes += [f"{name}: {n}: {why}" for n, why in r["why_not"].items() if "bytes_per_second" in r]

@@ -14,7 +14,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 
 import jax
 import numpy as np
@@ -111,10 +111,11 @@ class _Worker:
 
 def run(
   names: list[str], rows: str, clock: str, *, jobs: int, timeout: float, seconds: float
-) -> Iterator[tuple[str, dict, str]]:
+) -> Generator[tuple[str, dict, str]]:
   """A row's name, its record and "prepared" (it will be timed), "done" or "lost" (with its worker), as they come."""
   os.environ.update(ENVIRONMENT)  # workers inherit it
-  todo, workers = collections.deque(names), []
+  todo = collections.deque(names)
+  workers: list[_Worker] = []
   try:
     while todo:
       while todo or any(w.row for w in workers):
@@ -147,6 +148,7 @@ def run(
           worker.ask("time", worker.prepared.pop(0), timeout)
           multiprocessing.connection.wait([worker.pipe], timeout)
           answer = worker.answer()
+          assert answer  # it has begun
           if answer[2] == "lost":
             todo.extend(worker.prepared)
             worker.prepared = []

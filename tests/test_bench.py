@@ -126,26 +126,36 @@ def test_a_check_is_of_gradients_from_a_state_and_of_packed_segments():
   assert "seconds" not in record and "need a Hopper GPU" in record["why_not"]["gpu"]
 
 
+def _traced(case, *of):
+  """Shapes of the arguments, the gradients and the results of a check's reference."""
+
+  def both():
+    run, args = case(*of)
+    return args, *run("reference")(*args)
+
+  args, gradients, out = jax.eval_shape(both)
+  assert jax.tree.map(jnp.shape, gradients) == jax.tree.map(jnp.shape, args), of
+  return args, out
+
+
 def test_every_check_of_blocks_has_inputs_and_a_choice():
-  for name, (s, length, options) in bench_checks.SPARSE.items():
-    run, args = bench_checks.sparse_case(s, length, options)
-    (gradients, _) = jax.eval_shape(run("reference"), *args)
-    assert [g.shape for g in gradients] == [x.shape for x in args], name
+  """Some queries see fewer blocks than there are before them."""
+  for s, length, options in bench_checks.SPARSE.values():
+    _traced(bench_checks.sparse_case, s, length, options)
+  for s, length in {(s, length) for s, length, _ in bench_checks.SPARSE.values()}:
     whole = -(-length // s.block_size) * s.block_size
-    blocks = np.asarray(bench_gpu.blocks_of(s, whole, 1))[:, :, :length]
-    assert np.all(blocks.max(-1) == np.arange(length) // s.block_size), name
-    # Some queries see all their blocks, some do not.
+    blocks = np.asarray(jax.jit(lambda s=s, n=whole: bench_gpu.blocks_of(s, n, 1))())[:, :, :length]
+    before = np.arange(length) // s.block_size + 1
+    assert np.all(blocks.max(-1) == before - 1), s
     seen = np.sum(blocks >= 0, axis=-1)
-    assert seen.max() == s.top_k < -(-length // s.block_size), name
-    assert np.any(blocks[:, :, -1] != blocks[:, :, -2]), name
+    assert np.all(seen == np.minimum(before, s.top_k)) and before[-1] > s.top_k, s
+    assert s.top_k > 3, "one that is not forced"
 
 
 def test_every_check_of_a_recurrence_has_inputs():
   for s in bench_checks.RECURRENCES.values():
-    run, args = bench_checks.recurrence_case(s, "bfloat16", True, 20)
-    (gradients, (o, state)) = jax.eval_shape(run("reference"), *args)
-    assert jax.tree.map(jnp.shape, gradients) == jax.tree.map(jnp.shape, args)
-    assert o.shape == args[0].v.shape and state.shape == args[1].shape
+    (r, state), (o, final) = _traced(bench_checks.recurrence_case, s, "bfloat16", True, 20)
+    assert (o.shape, final.shape) == (r.v.shape, state.shape)
 
 
 def test_a_kernel_that_does_not_serve_says_why(capsys):
