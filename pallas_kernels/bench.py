@@ -14,7 +14,8 @@ installed (pip install --no-deps ejkernel): with its default chunk of 256 tokens
 
 On a GPU every kernel is checked, then timed by the device's clock beside XLA, cuDNN's flash attention over all keys
 and, where torch and fla-core can be imported, fla's Triton kernels on the same numbers. Processes (--jobs) check and
-compile rows side by side; they are timed one after the other, with nothing else running. --only takes some of them:
+compile rows side by side; they are timed one after the other, with nothing else running. --only takes some of them, to
+a record of their own (DATE-gpu-only.json):
 
     python -m pallas_kernels.bench --platform=gpu --only 'kda.*forward_backward'
 
@@ -288,7 +289,8 @@ def on_gpu(
     failures = bench_gpu.failures(records)
     more = {"copy_bytes_per_second": copy, "failures": failures, "driver": bench_gpu.driver()}
     if out:
-      _write(out, "", bench_gpu.with_backward(records), more, say=say)
+      suffix = "-only" if only else ""  # some rows are not the record of a GPU
+      _write(out, suffix, bench_gpu.with_backward(records), more, say=say)
 
   jobs = jobs or len(os.sched_getaffinity(0))
   options = dict(jobs=jobs, timeout=timeout, seconds=seconds, keep=keep)

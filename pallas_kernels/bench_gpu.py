@@ -513,7 +513,7 @@ def print_rows(records: list[dict], ceiling: tuple[float, float] | None, copy: f
       others += "; backward alone:" + "".join(f" x {n} {x:.2f}" for n, x in alone.items())
     moved, done = r["bytes_per_second"], r["flops_per_second"]
     peak = f", {moved / ceiling[0]:.0%} of HBM, {done / ceiling[1]:.0%} of peak" if ceiling else ""
-    print(f"{name:<58}{1e3 * own:>9.3f} ms{others}; {moved / copy:.0%} of a copy{peak}")
+    print(f"{name:<62}{1e3 * own:>9.3f} ms{others}; {moved / copy:.0%} of a copy{peak}")
   for kernel in dict.fromkeys(r["kernel"] for r in checked):
     rows = [r for r in checked if r["kernel"] == kernel]
     worst = max(rows, key=lambda r: r["error"] / r["bound"])

@@ -206,7 +206,7 @@ def measure(
         done = len(names) - len(left) + 0.9 * len(left & records.keys())
         gone = time.monotonic() - start
         end = f"{_clock_face(gone)}, {_clock_face(gone * (len(names) / done - 1))} to go"
-        told = record.get("failure", "prepared" if state == "prepared" else "")
+        told = record.get("failure", state)
         print(f"{len(names) - len(left)}/{len(names)}  {end}  {name}  {told}", file=sys.stderr)
         keep(ordered())
   except KeyboardInterrupt:
