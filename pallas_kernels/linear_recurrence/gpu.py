@@ -130,7 +130,7 @@ def _arrays(p: Plan, bonus, tokens: Recurrence, runs):
 
 
 def _values(p: Plan, x: Array) -> list[Array]:
-  return gpu_scan.parts(x.reshape(p.B * p.chunks, CHUNK, p.Hv * p.V), p.parts)
+  return gpu_scan.parts_in_xla(x.reshape(p.B * p.chunks, CHUNK, p.Hv * p.V), p.parts)
 
 
 def forward(
@@ -202,7 +202,7 @@ def backward(
     interpret,
   )
   dkept = darrays.pop("keep", None)
-  for name in ("q", "k"):  # a key head's: the sum of its value heads'
+  for name in ("q", "k") if H < p.Hv else ():  # a key head's: the sum of its value heads'
     x = darrays[name].reshape(p.B * p.chunks, CHUNK, H, p.Hv // H, p.K)
     darrays[name] = jnp.sum(x, axis=3, dtype=jnp.float32).reshape(arrays[name].shape)
   darrays = {
@@ -212,7 +212,9 @@ def backward(
   if p.erase == "key":  # values are written times beta
     dy = sum(x.astype(jnp.float32) for x in dy).reshape(tokens.v.shape)
     dv = dy * tokens.erase.beta[..., None]
-    dbeta = dtokens.erase.beta + jnp.sum(dy * tokens.v, axis=-1).astype(dtokens.erase.beta.dtype)
+    dbeta = jnp.sum(dy * tokens.v, axis=-1).astype(dtokens.erase.beta.dtype)
+    # A sum along rows, which XLA would compute in the order of heads, along columns, to add it to the other.
+    dbeta = dtokens.erase.beta + jax.lax.optimization_barrier(dbeta)
     dtokens = dataclasses.replace(dtokens, erase=KeyErase(dbeta))
   dv = dv.reshape(tokens.v.shape).astype(tokens.v.dtype)
   return xla.gradients(r, dbonus, dataclasses.replace(dtokens, v=dv)), dinitial

@@ -42,7 +42,7 @@ from pallas_kernels.linear_recurrence.gpu_scan import (
   CHUNK,
   Plan,
   joined,
-  parts,
+  parts_in_xla,
   products,
   put,
   transposed,
@@ -618,7 +618,7 @@ def gradients(
     (*f.values, "S", "D", "before", "start", "erase_start", "end", "own", "G", "G_row", "beta")
   )
   inputs["zero"] = jnp.zeros(1, jnp.int32)
-  inputs |= squares | {name: parts(arrays[name], p.parts) for name in f.inputs}
+  inputs |= squares | {name: parts_in_xla(arrays[name], p.parts) for name in f.inputs}
   kernel = functools.partial(_channels_kernel, shared=shared, summed=summed)
   of_channels = call(kernel, "channels", {"head_block": p.Hv * blocks}, inputs, outs, scratch)
   for name in names:

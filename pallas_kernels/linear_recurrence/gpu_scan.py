@@ -68,6 +68,15 @@ def parts(x: Array, count: int) -> list[Array]:
   return out
 
 
+def parts_in_xla(x: Array, count: int) -> list[Array]:
+  """The same outside of kernels. XLA takes what is rounded and then made float32 again for what it was."""
+  out = []
+  for _ in range(count):
+    out.append(lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7).astype(jnp.bfloat16))
+    x = x - out[-1].astype(x.dtype)
+  return out
+
+
 def tiles(swizzle: int, dtype=jnp.bfloat16):
   """Transforms of a shared array: wgmma wants those of both operands to be the same."""
   tile = swizzle // jnp.dtype(dtype).itemsize
