@@ -9,9 +9,11 @@ its middle, and small blocks on the diagonal through theirs, where factors may e
 (``tpu_chunk.py`` has the same, and its bounds on a decay).
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +73,7 @@ def _block(axis: int, h: int, zero: Array | int = 0) -> Array:
 
 
 def of_level(p: Plan, level: Array, zero: Array | int = 0) -> Array:
-  """Where row and column are of one block on the diagonal (level 0), or of two halves of a block, twice as large a level.
+  """Where row and column are of one block on the diagonal (level 0), or of two halves of one, each level twice as large.
 
   Every two tokens are of one level.
   """
@@ -163,12 +165,21 @@ class _Chunk:
     self._zeros += 1
     return lax.shift_right_logical(self._unknown + self._zeros, jnp.int32(30))
 
+  @contextlib.contextmanager
+  def step(self, n: Array) -> Iterator[None]:
+    """Inside, what ``zero`` gives is of step n of a loop: the compiler would compute it before the loop, for all."""
+    before = self._unknown
+    self._unknown = before + n
+    yield
+    self._unknown = before
+
   # --- what it reads ---
 
   def _source(self, name: str, rows, i: int | Array, count: int = 1):
     """Of ``count`` blocks of 64 channels of this head."""
     head = lax.div(self.head, self.ratio) if name in ("q", "k") else self.head
-    return self.refs[name].at[self.chunk, rows, pl.ds(head * self.p.K + 64 * i, 64 * count)]
+    columns = pl.ds(head * self.p.K + 64 * i, 64 * count)
+    return self.refs[name].at[self.chunk + self.zero(), rows, columns]
 
   def fetch(self, ready) -> None:
     """Brings what is shared, if anything; ``ready`` expects ``Shared.copies``."""
@@ -322,15 +333,22 @@ def _compare(c: _Chunk, rows, cols: list[str], pool, kept) -> dict[tuple[str, st
     """The pairs' products at a level of decays a channel."""
 
     def operands(i, _):
+      with c.step(i):
+        return put_tiles(i)
+
+    def put_tiles(i):
       zero = c.zero()
       free = itertools.batched([pool.at[zero + n] for n in range(pool.shape[0])], c.p.parts)
-      of_columns, of_rows = (
-        level_factors(c, level, i, dict(rows).values()) if channel else (None, {})
-      )
+
+      def factors():
+        return level_factors(c, level, i, dict(rows).values()) if channel else (None, {})
+
       places = {}
+      of_columns, _ = factors()
       for name in cols:
         places[name, "column"] = refs = list(next(free))
         put(refs, _times(c.tile(name, i), of_columns))
+      _, of_rows = factors()  # where registers are short, computed anew
       for name, decay in rows:
         places[name, "row"] = refs = list(next(free))
         put(refs, _times(c.tile(name, i), of_rows.get(decay)))
@@ -343,8 +361,8 @@ def _compare(c: _Chunk, rows, cols: list[str], pool, kept) -> dict[tuple[str, st
     return of_tiles(None)
 
   def step(level, held):
-    held, z = dict(held), of_tiles(level)
-    here = of_level(c.p, level, c.zero())
+    with c.step(level):
+      z, here = of_tiles(level), of_level(c.p, level, c.zero())
     for pair, refs in kept.items():
       put(refs, jnp.where(here, z[pair], joined(refs)))
     return {pair: jnp.where(here, z[pair], x) for pair, x in held.items()}
@@ -452,7 +470,12 @@ def _kernel(
     c.send()
 
   if channel:
-    pl.loop(0, p.K // 64)(outputs)
+
+    @pl.loop(0, p.K // 64)
+    def _(i):
+      with c.step(i):
+        outputs(i)
+
   else:
     for i in range(p.K // 64):
       outputs(i)

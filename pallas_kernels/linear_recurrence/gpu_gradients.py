@@ -395,56 +395,68 @@ def _channels_kernel(
     numbers[name] = jnp.sum(value, axis=1)
 
   # What reads the state, and what writes the next.
-  def states(j, dkeep):
-    held.anew()
-    sources = {name: at.value_tile(name, j) for name in f.values}
-    sources |= {name: at.state_tile(name, i, j) for name in ("S", "D")}
-    got = _fetch(sources, held.spare, of_states)
+  def states(rows, cols, ready):
+    """The gradients of rows and columns by the states, and that of what is kept of the state, where columns are."""
 
-    def then():
-      if not keeps:
-        return None
-      return dkeep + jnp.sum(joined(got["S"]) * joined(got["D"]), axis=1)
+    def step(j, dkeep):
+      with c.step(j):
+        held.anew()
+      names = sorted({x for *_, x in rows} | {x for _, x in cols})
+      sources = {name: at.value_tile(name, j) for name in names}
+      sources |= {name: at.state_tile(name, i, j) for name in _states_of(rows, cols, keeps)}
+      got = _fetch(sources, held.spare, ready)
 
-    pairs = [(got[of_row], transposed(got["S"])) for *_, of_row in f.rows]
-    return pairs + [(got[written], transposed(got["D"])) for _, written in f.cols], then
+      def then():
+        if not (keeps and cols):
+          return None
+        return dkeep + jnp.sum(joined(got["S"]) * joined(got["D"]), axis=1)
 
-  count = len(f.rows) + len(f.cols)
-  met, dkeep = sums(count, p.V // _BLOCK, states, _numbers() if keeps else None)
-  if keeps:
-    n = lax.rem(c.here, jnp.int32(p.chunks))
-    outs["keep"][lax.div(c.here, jnp.int32(p.chunks)), n, pl.ds(_BLOCK * i, _BLOCK)] = dkeep
-  c.fetch(ready)
-  plgpu.barrier_wait(of_inputs)
-  for (name, decay, start, _), dx in zip(f.rows, met, strict=False):
-    held.anew()
-    factor = c.rows(start)
-    if f.channel:
-      factor = _times(jnp.exp(c.tile(decay, 0)), factor)
-    if p.erase == "key" and name == "k":
-      add("beta", -_times(dx, factor) * joined(held.x[name]))
-      dx = -dx * c.rows("beta")
-    if f.scalar:
-      add(start, dx * joined(held.x[name]))
-    dx = _times(dx, factor)
-    held.gain(name, dx)
-    if f.channel:
-      held.gain(decay, dx * joined(held.x[name]))
-  for (name, _), dx in zip(f.cols, met[len(f.rows) :], strict=True):
-    held.anew()
-    factor = c.rows("end")
-    if f.channel:
-      factor = _times(jnp.exp(c.last(0) - c.tile("G", 0)), factor)
-    if f.scalar:
-      end = jnp.sum(dx * joined(held.x[name]), axis=1)
-      numbers["end"] = numbers["end"] + end if "end" in numbers else end
-    dx = _times(dx, factor)
-    held.gain(name, dx)
-    if f.channel:
-      left = dx * joined(held.x[name])
-      held.gain(
-        "G", jnp.where(_iota(0) == CHUNK - 1, _spread(jnp.sum(left, axis=0), 1), 0.0) - left
-      )
+      pairs = [(got[of_row], transposed(got["S"])) for *_, of_row in rows]
+      return pairs + [(got[written], transposed(got["D"])) for _, written in cols], then
+
+    start = _numbers() if keeps and cols else None
+    met, dkeep = sums(len(rows) + len(cols), p.V // _BLOCK, step, start)
+    if dkeep is not None:
+      n = lax.rem(c.here, jnp.int32(p.chunks))
+      outs["keep"][lax.div(c.here, jnp.int32(p.chunks)), n, pl.ds(_BLOCK * i, _BLOCK)] = dkeep
+    return met
+
+  begun = False
+  for (rows, cols), ready_states in zip(_met(f), of_states, strict=True):
+    met = states(rows, cols, ready_states)
+    if not begun:
+      c.fetch(ready)
+      plgpu.barrier_wait(of_inputs)
+      begun = True
+    for (name, decay, start, _), dx in zip(rows, met, strict=False):
+      held.anew()
+      factor = c.rows(start)
+      if f.channel:
+        factor = _times(jnp.exp(c.tile(decay, 0)), factor)
+      if p.erase == "key" and name == "k":
+        add("beta", -_times(dx, factor) * joined(held.x[name]))
+        dx = -dx * c.rows("beta")
+      if f.scalar:
+        add(start, dx * joined(held.x[name]))
+      dx = _times(dx, factor)
+      held.gain(name, dx)
+      if f.channel:
+        held.gain(decay, dx * joined(held.x[name]))
+    for (name, _), dx in zip(cols, met[len(rows) :], strict=True):
+      held.anew()
+      factor = c.rows("end")
+      if f.channel:
+        factor = _times(jnp.exp(c.last(0) - c.tile("G", 0)), factor)
+      if f.scalar:
+        end = jnp.sum(dx * joined(held.x[name]), axis=1)
+        numbers["end"] = numbers["end"] + end if "end" in numbers else end
+      dx = _times(dx, factor)
+      held.gain(name, dx)
+      if f.channel:
+        left = dx * joined(held.x[name])
+        held.gain(
+          "G", jnp.where(_iota(0) == CHUNK - 1, _spread(jnp.sum(left, axis=0), 1), 0.0) - left
+        )
   for name, value in numbers.items():
     outs[name][i, c.here] = value
 
@@ -453,8 +465,9 @@ def _channels_kernel(
 
     def level(n, sums):
       held.in_registers = dict(sums)
-      for rows in [[row] for row in f.rows] if f.corrects else [f.rows]:
-        _level(c, f, rows, n, held)
+      with c.step(n):
+        for rows in [[row] for row in f.rows] if f.corrects else [f.rows]:
+          _level(c, f, rows, n, held)
       return held.in_registers
 
     held.in_registers = lax.fori_loop(0, levels(p), level, held.in_registers)
@@ -463,6 +476,15 @@ def _channels_kernel(
   names = [*f.inputs, *(f.decays if f.channel else [])]
   outs = {name: outs[name].at[c.chunk, :, columns] for name in names}
   held.write(outs)
+
+
+def _met(f: _Facts) -> list:
+  """Rows and columns that meet states in one go: four sums are more than registers hold."""
+  return [(f.rows, []), ([], f.cols)] if f.corrects else [(f.rows, f.cols)]
+
+
+def _states_of(rows, cols, keeps: bool) -> list[str]:
+  return ["S"] * bool(rows or keeps) + ["D"] * bool(cols)
 
 
 def _level(c: _Chunk, f: _Facts, rows, level: Array, held: _Held) -> None:
@@ -605,14 +627,18 @@ def gradients(
     middles=middle_rows(p) if f.channel else (),
   )
   copies = (len(f.inputs) + len(f.pairs)) * p.parts
-  small = len(f.inputs) + len(f.pairs) + max(compared, len(f.values) + 2)
+  met = [
+    len({x[-1] for x in rows} | {x[-1] for x in cols}) + len(_states_of(rows, cols, keeps))
+    for rows, cols in _met(f)
+  ]
+  small = len(f.inputs) + len(f.pairs) + max(compared, *met)
   # Rows are so long that eight of them, and four threads of each, meet all banks.
   exact = plgpu.SMEM((len(summed), CHUNK, _BLOCK + 8), jnp.float32)
   scratch = {"exact": exact} if summed else {}
   scratch |= {
     "pool": tile_of(small * p.parts),
     "of_inputs": plgpu.Barrier(num_arrivals=copies),
-    "of_states": plgpu.Barrier(num_arrivals=(len(f.values) + 2) * p.parts),
+    "of_states": [plgpu.Barrier(num_arrivals=n * p.parts) for n in met],
   } | _shared(shared, 1)
   inputs = some(
     (*f.values, "S", "D", "before", "start", "erase_start", "end", "own", "G", "G_row", "beta")
