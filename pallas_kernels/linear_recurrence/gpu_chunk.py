@@ -148,7 +148,7 @@ class _Chunk:
     self.chunk = batch * p.chunks + n
     self.here = (batch * p.Hv + self.head) * p.chunks + n
     self.ratio = p.Hv // heads
-    self._anew, self._zeros, self._unknown = anew, 0, refs["zero"][0] if anew else 0
+    self.anew, self._zeros, self._unknown = anew, 0, refs["zero"][0] if anew else 0
     self.shared, self._memory = shared or Shared(), memory or {}
     self._first, self._blocks = (0, p.K // 64) if first is None else (first, 1)
     self._slots, self._staged = slots, 0
@@ -160,7 +160,7 @@ class _Chunk:
     What is added to it, addresses of shared memory above all, is computed where it is needed, and what is read there is
     read again. Kept from use to use, such numbers were up to two thirds of all registers.
     """
-    if not self._anew:
+    if not self.anew:
       return 0
     self._zeros += 1
     return lax.shift_right_logical(self._unknown + self._zeros, jnp.int32(30))
@@ -344,11 +344,12 @@ def _compare(c: _Chunk, rows, cols: list[str], pool, kept) -> dict[tuple[str, st
         return level_factors(c, level, i, dict(rows).values()) if channel else (None, {})
 
       places = {}
-      of_columns, _ = factors()
+      of_columns, of_rows = factors()
       for name in cols:
         places[name, "column"] = refs = list(next(free))
         put(refs, _times(c.tile(name, i), of_columns))
-      _, of_rows = factors()  # where registers are short, computed anew
+      if c.anew:
+        _, of_rows = factors()
       for name, decay in rows:
         places[name, "row"] = refs = list(next(free))
         put(refs, _times(c.tile(name, i), of_rows.get(decay)))
