@@ -95,10 +95,25 @@ def sharded() -> dict:
   }
 
 
+def split() -> list[bool]:
+  """Whether XLA keeps the rounding of numbers that are split in parts: of the kernels' own way, and of XLA's."""
+  from jax.sharding import SingleDeviceSharding
+
+  from pallas_kernels.linear_recurrence.gpu_scan import parts, parts_in_xla
+
+  x = jax.ShapeDtypeStruct((64, 64), jnp.float32, sharding=SingleDeviceSharding(gpu.device()))
+
+  def rounded(split) -> bool:
+    text = jax.jit(lambda x: split(x, 2)).lower(x).compile().as_text()
+    return "reduce-precision" in text or "f32[64,64]{1,0} convert(" in text
+
+  return [rounded(parts), rounded(parts_in_xla)]
+
+
 def fatal():
   """As a compiler does whose own check fails."""
   os.abort()
 
 
 if __name__ == "__main__":
-  print(json.dumps(sharded()))
+  print(json.dumps(sharded() | {"split": split()}))

@@ -140,10 +140,14 @@ def test_any_length_compiles(T, monkeypatch):
 
 @needs_compilers
 def test_compiles_in_a_sharded_program(tmp_path):
-  """For two GPUs, gradients included: each runs the kernels on its part, and nothing moves between them."""
+  """For two GPUs, gradients included: each runs the kernels on its part, and nothing moves between them.
+
+  And what XLA itself splits in two bfloat16 is two: rounded and made float32 again it would be what it was.
+  """
   command = [sys.executable, "-m", "tests.gpu_programs"]
   env = gpu.environment(str(tmp_path))
   child = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
   assert child.returncode == 0, child.stderr[-2000:]
   answer = json.loads(child.stdout.splitlines()[-1])
   assert len(answer["kernels"]) == 4 and answer["collectives"] == []
+  assert answer["split"] == [False, True]

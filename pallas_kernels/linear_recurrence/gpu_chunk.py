@@ -1,8 +1,9 @@
 """What is local to a chunk of the recurrence on a GPU, for all chunks at once: a Pallas Mosaic GPU kernel for Hopper.
 
 A program computes, for one chunk of one head, the operands that ``gpu_scan.py`` walks with, as ``xla.local`` defines
-them, and inverts the triangular system of an erase. Inputs are read in tiles of 64 x 64 straight into registers; what
-tensor cores multiply goes through shared memory.
+them, and inverts the triangular system of an erase. What it reads, tiles of 64 x 64 and numbers a token, comes to
+shared memory in bulk copies, all begun at once (but for what does not fit: float32 inputs, decays of many channels),
+and what it writes leaves so. Outputs are staged in the tiles of operands; the inverse is computed in those of inputs.
 
 Tokens are compared under a decay a channel in blocks: the second half of a block with the first through the decay at
 its middle, and small blocks on the diagonal through theirs, where factors may exceed one but not the range of a number
@@ -73,7 +74,7 @@ def _block(axis: int, h: int, zero: Array | int = 0) -> Array:
 
 
 def of_level(p: Plan, level: Array, zero: Array | int = 0) -> Array:
-  """Where row and column are of one block on the diagonal (level 0), or of two halves of one, each level twice as large.
+  """Where row and column are of one block on the diagonal (level 0), or of two halves of one, twice as large a level.
 
   Every two tokens are of one level.
   """

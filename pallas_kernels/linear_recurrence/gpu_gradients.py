@@ -255,7 +255,8 @@ class _Facts:
 
 
 def _compared_kernel(
-  p: Plan, tree, heads, undecayed, *refs, shared, pairs, pool, squares, slot, of_values, of_squares, ready=None, **memory
+  p: Plan, tree, heads, undecayed, *refs, shared, pairs, pool, squares, slot, of_values, of_squares, ready=None,
+  **memory,
 ):  # fmt: skip
   """Gradients of comparisons of one chunk and head, with the factors that they carry."""
   refs, outs = jax.tree.unflatten(tree, refs)
