@@ -54,13 +54,12 @@ SEGMENTS = np.array(
 WHOLE = np.ones((B, T), np.int32)
 
 
-def cases(shapes_alone, defaults_alone):
+def cases(shapes_alone):
   """Parameters of ``case``: every mixer with its defaults and each variant.
 
   Args:
     shapes_alone: for a test of what depends on the shapes of arrays. Variants without a number among their settings
       have the default's, and are for the long run.
-    defaults_alone: for a test of what all mixers do in one way, whatever their settings: all variants are.
   """
   for name, cls in mixers().items():
     for variant, settings in {"default": {}, **cls.variants}.items():
@@ -69,9 +68,7 @@ def cases(shapes_alone, defaults_alone):
       marks = [pytest.mark.xdist_group(identity)]
       alike = all(isinstance(x, bool | str) for x in settings.values())
       # Selection and kernel are the same for all sparse mixers: their further settings are for the long run.
-      if variant != "default" and (
-        cls.family == "sparse" or defaults_alone or alike and shapes_alone
-      ):
+      if variant != "default" and (cls.family == "sparse" or alike and shapes_alone):
         marks.append(pytest.mark.slow)
       yield pytest.param((cls, dict(settings)), id=identity, marks=marks)
 
@@ -82,16 +79,9 @@ def of_shapes(test):
   return test
 
 
-def of_defaults(test):
-  """Marks a test as one of what no setting changes."""
-  test.of_defaults = True
-  return test
-
-
 def pytest_generate_tests(metafunc):
   if "case" in metafunc.fixturenames:
-    alone = (hasattr(metafunc.function, name) for name in ("of_shapes", "of_defaults"))
-    of = cases(*alone)
+    of = cases(shapes_alone=hasattr(metafunc.function, "of_shapes"))
     metafunc.parametrize("case", of, indirect=True, scope="module")
 
 
@@ -474,7 +464,7 @@ def test_lengths(case):
   np.testing.assert_array_equal(case.outputs(x)[:, :-1], want[:, :-1])
 
 
-@of_defaults
+@of_shapes
 def test_bfloat16(case):
   """Activations in bfloat16: outputs and every parameter's gradient near those of float32.
 
@@ -511,7 +501,7 @@ def test_sharded(case):
   assert_close(split, grads, 1e-4, 1 - 1e-8)
 
 
-@of_defaults
+@of_shapes
 def test_cached_on_a_mesh(case):
   """Prefill, then decoding in a loop, where devices share batch and heads. Traced alone: shardings are types."""
 
@@ -531,7 +521,7 @@ def test_cached_on_a_mesh(case):
     jax.eval_shape(run, params, *jax.device_put(batch, sharding.batch_sharding(mesh)))
 
 
-@of_defaults
+@of_shapes
 def test_one_row_on_a_mesh(case):
   """A slice of its ids may be a single number, of which jax forgets where it lies. Traced alone."""
   mesh = sharding.make_mesh(dict(replica=1, data=1, model=1), jax.devices()[:1])
@@ -542,7 +532,7 @@ def test_one_row_on_a_mesh(case):
     jax.eval_shape(lambda params, *batch: case.forward(params, *batch), params, *batch)
 
 
-@of_defaults
+@of_shapes
 def test_stacked(case):
   """Layers built by vmap over their number and scanned are those built one by one and applied in turn."""
   one, stacked = jax.jit(lambda key: case.build(2, key))(case.keys[1]), by_name(case.built)
