@@ -114,7 +114,7 @@ class Shared:
   middles: tuple[int, ...] = ()
 
   def scratch(self, blocks: int) -> dict:
-    """Of ``blocks`` tiles each, but for the tiles of ``inputs``."""
+    """Memory of ``blocks`` tiles each, but for the tiles of ``inputs``; and the barrier that ``_Chunk.fetch`` takes."""
     out: dict = {}
     if self.decays:
       out["decays"] = tile_of(len(self.decays) * blocks, dtype=jnp.float32)
@@ -122,6 +122,8 @@ class Shared:
       out["numbers"] = plgpu.SMEM((len(self.numbers), CHUNK), jnp.float32)
     if self.middles:
       out["middles"] = plgpu.SMEM((len(self.middles), 64 * blocks), jnp.float32)
+    if copies := self.copies(blocks):
+      out["ready"] = plgpu.Barrier(num_arrivals=copies)
     return out
 
   def copies(self, blocks: int) -> int:
@@ -382,9 +384,8 @@ def _inverse(L: Array, x_refs, l_refs, z_refs) -> Array:
   X = jnp.where(_iota(0) == _iota(1), 1.0, 0.0)
   h = 1
   while h < CHUNK:
-    joint = (_block(0, h) != _block(1, h)) & (
-      _block(0, 2 * h) == _block(1, 2 * h)
-    )  # and nothing above the diagonal
+    # Of two blocks that are halves of one. There is nothing above the diagonal.
+    joint = (_block(0, h) != _block(1, h)) & (_block(0, 2 * h) == _block(1, 2 * h))
     if h == 1:
       X = X - jnp.where(joint, L, 0.0)
     else:
@@ -548,7 +549,6 @@ def operands(
   tree = jax.tree.structure((arrays, outs))
   all_tiles = max(len(shared.inputs) * (p.K // 64) + count, inverse)
   scratch = {"tiles": tile_of(all_tiles)} | shared.scratch(p.K // 64)
-  scratch["ready"] = plgpu.Barrier(num_arrivals=shared.copies(p.K // 64))
   flat = plgpu.kernel(
     functools.partial(_kernel, p, tree, heads, undecayed, gradients, shared, count),
     out_type=jax.tree.leaves(outs),

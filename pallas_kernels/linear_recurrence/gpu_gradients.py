@@ -422,13 +422,11 @@ def _channels_kernel(
       outs["keep"][lax.div(c.here, jnp.int32(p.chunks)), n, pl.ds(_BLOCK * i, _BLOCK)] = dkeep
     return met
 
-  begun = False
-  for (rows, cols), ready_states in zip(_met(f), of_states, strict=True):
-    met = states(rows, cols, ready_states)
-    if not begun:
+  for n, (rows, cols) in enumerate(_met(f)):
+    met = states(rows, cols, of_states[n])
+    if n == 0:
       c.fetch(ready)
       plgpu.barrier_wait(of_inputs)
-      begun = True
     for (name, decay, start, _), dx in zip(rows, met, strict=False):
       held.anew()
       factor = c.rows(start)
@@ -467,7 +465,7 @@ def _channels_kernel(
     def level(n, sums):
       held.in_registers = dict(sums)
       with c.step(n):
-        for rows in [[row] for row in f.rows] if f.corrects else [f.rows]:
+        for rows in _compared(f):
           _level(c, f, rows, n, held)
       return held.in_registers
 
@@ -482,6 +480,11 @@ def _channels_kernel(
 def _met(f: _Facts) -> list:
   """Rows and columns that meet states in one go: four sums are more than registers hold."""
   return [(f.rows, []), ([], f.cols)] if f.corrects else [(f.rows, f.cols)]
+
+
+def _compared(f: _Facts) -> list:
+  """Rows that are compared with all columns in one go: four comparisons are more than registers hold."""
+  return [[row] for row in f.rows] if f.corrects else [f.rows]
 
 
 def _states_of(rows, cols, keeps: bool) -> list[str]:
@@ -530,13 +533,6 @@ def _all_at_once(f: _Facts, held: _Held) -> None:
       (transposed(x[other, name]), x[other]) for other, *_ in f.rows if (other, name) in f.pairs
     ]
     held.gain(name, products(_TILE, *pairs))
-
-
-def _shared(shared: Shared, blocks: int) -> dict:
-  """Its memory, and the barrier of what is copied there."""
-  copies = shared.copies(blocks)
-  ready = {"ready": plgpu.Barrier(num_arrivals=copies)} if copies else {}
-  return shared.scratch(blocks) | ready
 
 
 def gradients(
@@ -599,7 +595,7 @@ def gradients(
       "slot": [tile_of() for _ in range(p.parts)],
       "of_values": plgpu.Barrier(num_arrivals=2 * p.parts),
       "of_squares": plgpu.Barrier(num_arrivals=max(squares, 1)),
-    } | _shared(shared, 1)
+    } | shared.scratch(1)
     kernel = functools.partial(_compared_kernel, shared=shared, pairs=pairs)
     for name, x in call(kernel, "comparisons", {"head": p.Hv}, inputs, outs, scratch).items():
       got[name] = got[name] + x if name in got else x
@@ -615,7 +611,7 @@ def gradients(
   outs |= {name: floats(blocks, *numbers) for name in names}
   if keeps:
     outs["keep"] = floats(p.heads, p.chunks, p.K)
-  at_once = 1 if f.corrects else len(f.rows)
+  at_once = len(_compared(f)[0])
   compared = (len(f.cols) + at_once + len(f.cols) * at_once) * f.channel
   # Sums in shared memory: more of them than registers hold, or what leaves from there.
   large = bool(f.corrects) or dtype == jnp.float32
@@ -640,7 +636,7 @@ def gradients(
     "pool": tile_of(small * p.parts),
     "of_inputs": plgpu.Barrier(num_arrivals=copies),
     "of_states": [plgpu.Barrier(num_arrivals=n * p.parts) for n in met],
-  } | _shared(shared, 1)
+  } | shared.scratch(1)
   inputs = some(
     (*f.values, "S", "D", "before", "start", "erase_start", "end", "own", "G", "G_row", "beta")
   )
