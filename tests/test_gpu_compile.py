@@ -139,6 +139,39 @@ def test_any_length_compiles(T, monkeypatch):
 
 
 @needs_compilers
+@pytest.mark.compile
+def test_real_float32_shapes_compile(monkeypatch):
+  monkeypatch.chdir(ROOT)
+  names = [
+    f"tests.recurrence_programs:real:gpu:{name}:4096:float32"
+    for name in ("mamba2", "qwen3_next", "rwkv7")
+  ]
+  assert {max(got) for got in spilled(names).values()} == {0}
+
+
+@needs_compilers
+@pytest.mark.compile
+@pytest.mark.parametrize(
+  "K, case",
+  [
+    (256, "scalar-key-decayed"),
+    (256, "channel-key-decayed"),
+    (128, "channel-low_rank-undecayed"),
+    (256, "scalar-low_rank-decayed"),
+  ],
+)
+def test_long_float32_keys_compile(K, case, monkeypatch):
+  """More keys than the walk over chunks has room for. It spills nothing; what is local to a chunk may, with a low-rank
+  erase."""
+  monkeypatch.chdir(ROOT)
+  name = f"tests.recurrence_programs:heads:gpu:2-{K}-4-64:{case}:300:float32"
+  ((_, answer),) = gpu.measure([name])
+  assert "error" not in answer, answer["error"]
+  streams = [row for row in answer["rows"] if row["call"].endswith("_stream")]
+  assert len(streams) == 2 and not any(row["spilled"] for row in streams)
+
+
+@needs_compilers
 def test_compiles_in_a_sharded_program(tmp_path):
   """For two GPUs, gradients included: each runs the kernels on its part, and nothing moves between them.
 

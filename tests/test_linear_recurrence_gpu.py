@@ -1,6 +1,6 @@
 """The GPU kernels of the linear recurrence in Pallas's interpreter, against the reference in float64.
 
-That the compilers for a Hopper GPU accept them, without spilling registers, is at the end.
+That the compilers for a Hopper GPU accept them, without spilling registers, is in test_gpu_compile.py.
 
 Bounds. float32: an operand of a product is two bfloat16 of 8 bits each, and the product of the low parts is dropped:
 roundings of 2^-17, some of them in a row: 3e-5. bfloat16: operands are rounded to 2^-9, outputs and gradients are a few
@@ -9,8 +9,6 @@ such roundings off: 1.5e-2; keys of correlation 0.9 under beta 1.9 amplify them.
 
 import dataclasses
 import functools
-import itertools
-import pathlib
 import types
 
 import jax
@@ -34,7 +32,6 @@ from recurrences import (
 )  # fmt: skip
 
 from pallas_kernels import dispatch
-from pallas_kernels.cost import gpu as compilers
 from pallas_kernels.linear_recurrence import (
   api,
   gpu,
@@ -42,9 +39,7 @@ from pallas_kernels.linear_recurrence import (
   gpu_stream,
   linear_recurrence,
 )
-from pallas_kernels.linear_recurrence.shapes import SHAPES
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 KDA, GDN = ("channel", "key", "decayed", False), ("scalar", "key", "decayed", False)
 RWKV6, RWKV7 = ("channel", None, "decayed", True), ("channel", "low", "undecayed", False)
 SSD = ("scalar", None, "decayed", False)
@@ -226,73 +221,3 @@ def test_named_backend_says_why_it_cannot():
     r, S = make(*GDN)
     with pytest.raises(NotImplementedError, match="float64"):
       linear_recurrence(r, S, backend="interpret_gpu")
-
-
-# --- the compilers; test_gpu_compile.py has a few shapes for every run ---
-
-needs_compilers = pytest.mark.skipif(
-  compilers.missing() is not None, reason=str(compilers.missing())
-)
-
-
-def compiled(names, monkeypatch):
-  """Every program compiles, and none of its kernels spills registers."""
-  monkeypatch.chdir(ROOT)
-  problems = []
-  for name, answer in compilers.measure(names):
-    rows = answer.get("rows", [])
-    problems += [f"{name}: {answer['error']}"] if "error" in answer else []
-    problems += [f"{name}: {row['call']} spills" for row in rows if row["spilled"]]
-    if not rows and "error" not in answer:
-      problems.append(f"{name}: no kernel")
-  assert not problems, "\n".join(problems)
-
-
-def real(name, T, dtype="bfloat16"):
-  return f"tests.recurrence_programs:real:gpu:{name}:{T}:{dtype}"
-
-
-DECAYS = ("none", "constant", "scalar", "channel")
-SPECIALISATIONS = [
-  *itertools.product(DECAYS, ("none", "key", "low_rank"), ("decayed",), ("",)),
-  *itertools.product(("constant", "scalar", "channel"), ("key", "low_rank"), ("undecayed",), ("",)),
-  *itertools.product(DECAYS, ("none",), ("decayed",), ("bonus",)),
-]
-
-
-@needs_compilers
-@pytest.mark.compile
-@pytest.mark.xdist_group("gpu_compiler")
-def test_every_shape_compiles(monkeypatch):
-  """Forward and backward, from an initial state to a final one; a part of a chunk, and 131072 tokens."""
-  names = [name for name in SHAPES if not name.startswith("cpu_")]
-  compiled([real(name, 8192) for name in names], monkeypatch)
-  compiled([real("kimi_linear", T) for T in (2, 65, 131072)], monkeypatch)
-  compiled([real(name, 4096, "float32") for name in ("mamba2", "qwen3_next", "rwkv7")], monkeypatch)
-
-
-@needs_compilers
-@pytest.mark.compile
-@pytest.mark.xdist_group("gpu_compiler")
-def test_every_specialisation_compiles(monkeypatch):
-  """With packed segments, in both dtypes."""
-  parts = itertools.product(SPECIALISATIONS, ("bfloat16", "float32"))
-  names = ["-".join((*case, dtype)) for case, dtype in parts]
-  compiled([f"tests.recurrence_programs:specialisation:gpu:{name}" for name in names], monkeypatch)
-
-
-@needs_compilers
-@pytest.mark.compile
-@pytest.mark.xdist_group("gpu_compiler")
-def test_long_float32_keys_compile(monkeypatch):
-  """And the walk over chunks spills nothing; what is local to a chunk may, with a low-rank erase."""
-  monkeypatch.chdir(ROOT)
-  erase = {"key": "key", "low": "low_rank"}
-  names = [
-    f"tests.recurrence_programs:heads:gpu:2-{K}-4-64:{case[0]}-{erase[case[1]]}-{case[2]}:300:float32"
-    for case, K in LONG
-  ]
-  for name, answer in compilers.measure(names):
-    assert "error" not in answer, f"{name}: {answer['error']}"
-    streams = [row for row in answer["rows"] if row["call"].endswith("_stream")]
-    assert len(streams) == 2 and not any(row["spilled"] for row in streams), name
