@@ -1,5 +1,6 @@
 """What all tests share: eight virtual devices, no accelerator, test groups that stay together."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -12,14 +13,15 @@ import pytest
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # XLA's older emitters of fusions and one piece of code a program compile four times as fast, to code as good as the
 # tests need: what is compiled is used once, and compiling is most of the time of most tests.
-os.environ["XLA_FLAGS"] = " ".join(
-  [
-    os.environ.get("XLA_FLAGS", ""),
-    "--xla_force_host_platform_device_count=8",
-    "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
-    "--xla_cpu_parallel_codegen_split_count=1",
-  ]
+FAST = (
+  "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+  " --xla_cpu_parallel_codegen_split_count=1"
 )
+os.environ["XLA_FLAGS"] = " ".join(
+  [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", FAST]
+)
+# Tracing makes many objects, all of use: looking for garbage among them every 700 is a tenth of the time.
+gc.set_threshold(200_000, 50, 100)
 # Pallas's interpreter calls Python from within programs: what that computes must not wait for a
 # thread that the program holds.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
@@ -47,6 +49,12 @@ jaxtyping.install_import_hook(
   typed_modules() if "ATTNLAB_TYPED" in os.environ else [f"attnlab.{name}" for name in TYPED],
   "typed.check",
 )
+
+
+@pytest.fixture(scope="session")
+def one_device():
+  """Environment of a process on one device that compiles as the tests do."""
+  return {"XLA_FLAGS": FAST, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 
 @pytest.fixture(autouse=True)

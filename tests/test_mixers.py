@@ -454,11 +454,11 @@ def test_left_padding(case, pieces):
 
 @of_shapes
 def test_lengths(case):
-  """Lengths around the engine's chunk of 64, one token and an odd number: all are prefixes of the longest."""
-  x = random(5, 1, 65, D)
+  """Lengths around the engine's chunk, which on a CPU is 16 or 32: all are prefixes of the longest."""
+  x = random(5, 1, 33, D)
   want = case.outputs(x)
   assert np.isfinite(want).all()
-  for n in (1, 63, 64):  # and T, which is odd
+  for n in (1, 32):  # and T, which is odd
     np.testing.assert_allclose(case.outputs(x[:, :n]), want[:, :n], rtol=1e-4, atol=1e-4)
   x[:, -1:] += 1  # the last token is alone in its chunk
   np.testing.assert_array_equal(case.outputs(x)[:, :-1], want[:, :-1])

@@ -63,12 +63,12 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def launch(cache):
+def launch(cache, one_device):
   """Starts `python -m attnlab.train` or another program on one device."""
 
   def start(workdir, *args, module="train", **env):
     command = [sys.executable, "-m", f"attnlab.{module}", f"--workdir={workdir}", *args]
-    environment = os.environ | {"XLA_FLAGS": "", "XDG_CACHE_HOME": str(cache)} | env
+    environment = os.environ | one_device | {"XDG_CACHE_HOME": str(cache)} | env
     return subprocess.Popen(
       command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
