@@ -129,6 +129,8 @@ class Checkpoints:
           state, problem = self._load(candidate, abstract, data)
         except Exception as error:  # Orbax and tensorstore raise a dozen types for broken files.
           problem = _root_cause(error)
+        if problem is not None:
+          gc.collect()  # Abandoned coroutines complain when they are collected: let them do so here.
       if problem is None:
         return candidate, state
       damage = f"checkpoint {self._directory / str(candidate)} is damaged"
@@ -281,7 +283,6 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
       warnings.simplefilter("ignore")
       yield
-      gc.collect()  # Abandoned coroutines complain when they are collected: let them do so here.
   finally:
     std_logging.disable(std_logging.NOTSET)
     sys.unraisablehook = hook
