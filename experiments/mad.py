@@ -51,7 +51,7 @@ class Size:
     mixers: by name.
     d_model, mlp: of every model: two layers, each a mixer and an MLP.
     heads: each with keys of d_model / heads.
-    steps, batch_size: of training, which ends early at `enough` of validation (0: never).
+    steps, batch_size: of training, which ends early at stop_accuracy of validation (0: never).
     learning_rates: the grid.
   """
 
@@ -62,7 +62,7 @@ class Size:
   heads: int
   steps: int
   batch_size: int
-  enough: float
+  stop_accuracy: float
   learning_rates: tuple[float, ...]
 
 
@@ -94,7 +94,7 @@ def cell(size: str, label: str, mixer: str) -> Cell:
   c = config(
     after_shift(layers) if size == "cpu" else layers, task.name, args, seq_len=task.length,
     layers=2, d_model=s.d_model, mlp=s.mlp, steps=s.steps, batch_size=s.batch_size,
-    stop_accuracy=s.enough,
+    stop_accuracy=s.stop_accuracy,
   )  # fmt: skip
   published = None
   if size == "paper" and mixer in PUBLISHED:

@@ -20,7 +20,7 @@ FAST = (
 os.environ["XLA_FLAGS"] = " ".join(
   [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", FAST]
 )
-# Tracing makes many objects, all of use: looking for garbage among them every 700 is a tenth of the time.
+# Tracing makes many objects, nearly all of use: looking for garbage among them every 700 takes time and finds little.
 gc.set_threshold(200_000, 50, 100)
 # Pallas's interpreter calls Python from within programs: what that computes must not wait for a
 # thread that the program holds.

@@ -214,7 +214,7 @@ def test_runs_once_and_tells(tmp_path, monkeypatch):
 def test_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
   """Stopped after a checkpoint, a run has the losses of one that was not."""
   cell = tiny()
-  cell.config.train.update(dict(steps=200, eval_every=0, checkpoint_every=50, log_every=20))
+  cell.config.train.update(dict(steps=200, eval_every=0, checkpoint_every=50, log_every=10))
   plan = Plan([cell], 1, results := Results(tmp_path / "runs"))
   where = tmp_path / "runs" / plan.run(0, 1e-2, 0).key
 
@@ -241,7 +241,7 @@ def test_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
     [(r["step"], r["loss"]) for r in metrics.read(d / "metrics.jsonl") if "loss" in r]
     for d in (where, whole.directory / where.name)
   ]
-  assert losses[0] == losses[1] and len(losses[0]) == 10
+  assert losses[0] == losses[1] and len(losses[0]) == 20
 
 
 # Telling.
