@@ -15,7 +15,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.linear_recurrence import gpu_chunk, gpu_gradients, gpu_scan, gpu_stream, xla
+from pallas_kernels.linear_recurrence import (
+  gpu_chunk,
+  gpu_decay,
+  gpu_gradients,
+  gpu_scan,
+  gpu_stream,
+  xla,
+)
 from pallas_kernels.linear_recurrence.gpu_scan import CHUNK, Plan
 from pallas_kernels.linear_recurrence.recurrence import KeyErase, LowRankErase, Recurrence
 
@@ -63,7 +70,7 @@ def _scan(p: Plan, o_bytes: int):
 # --- what is local to a chunk ---
 
 
-def _arrays(p: Plan, bonus, tokens: Recurrence, runs):
+def _arrays(p: Plan, bonus, tokens: Recurrence, runs, interpret):
   """What ``gpu_chunk`` reads, by name, and what is kept of the state, [heads, N, K] or None for all of it."""
   B, N, Hv, K = p.B, p.chunks, p.Hv, p.K
   f32 = jnp.float32
@@ -95,21 +102,25 @@ def _arrays(p: Plan, bonus, tokens: Recurrence, runs):
     end, keep = (own_runs == last).astype(f32), (last == carried).astype(f32)
     arrays["runs"] = of_heads(own_runs - carried)
   if tokens.log_decay is not None:
-    channel = tokens.decay == "channel"
-    smallest = gpu_chunk.smallest_decay(p) if channel else jnp.log(jnp.finfo(f32).tiny)
-    g = jnp.maximum(tokens.log_decay.astype(f32), smallest)
-    g = jnp.broadcast_to(g, (B, *g.shape[1:])).reshape(B, N, CHUNK, Hv, -1)
-    G = jnp.cumsum(g, axis=2)
-    before = jnp.concatenate([jnp.zeros_like(G[:, :, :1]), G[:, :, :-1]], axis=2)
-    last = G[:, :, -1:]
-    kept = jnp.exp(last)
-    keep = kept if keep is None else kept * keep[..., None]
-    if channel:
-      arrays["G"] = side_by_side(G)
-      if bonus is not None or (undecayed and p.erase != "none"):
-        arrays["before"] = side_by_side(before)
+    if tokens.decay == "channel":
+      G, last, before = gpu_decay.cumulative(
+        side_by_side(tokens.log_decay),
+        gpu_chunk.smallest_decay(p),
+        before=bonus is not None or (undecayed and p.erase != "none"),
+        interpret=interpret,
+      )
+      arrays |= {"G": G} | ({} if before is None else {"before": before})
+      kept = jnp.exp(last).reshape(B, N, 1, Hv, K)
+      keep = kept if keep is None else kept * keep[..., None]
     else:
-      G, before, last = G[..., 0], before[..., 0], last[..., 0]
+      g = jnp.maximum(tokens.log_decay.astype(f32), jnp.log(jnp.finfo(f32).tiny))
+      G = jnp.cumsum(
+        jnp.broadcast_to(g[..., 0], (B, *g.shape[1:3])).reshape(B, N, CHUNK, -1), axis=2
+      )
+      before = jnp.concatenate([jnp.zeros_like(G[:, :, :1]), G[:, :, :-1]], axis=2)
+      last = G[:, :, -1:]
+      kept = jnp.exp(last)
+      keep = kept if keep is None else kept * keep
       arrays |= {"G_row": of_heads(G), "before_row": of_heads(before)}
       reads = before if bonus is not None else G
       erase_reads = before if undecayed else G
@@ -124,9 +135,13 @@ def _arrays(p: Plan, bonus, tokens: Recurrence, runs):
     keep = jnp.broadcast_to(keep, (B, N, 1, Hv, K))
     keep = keep[:, :, 0].transpose(0, 2, 1, 3).reshape(p.heads, N, K)
   # Twice, as a column and as a row: loads of one array that differ in layout alone would be merged.
-  columns = {"G_row": "G_column", "runs": "runs_column", "beta": "beta_column"}
+  columns = {"G_row": "G_column", "runs": "runs_column"}
   arrays |= {columns[name]: x for name, x in arrays.items() if name in columns}
   return arrays, keep
+
+
+def _beta(p: Plan, arrays: dict) -> Array | None:
+  return arrays["beta"].reshape(p.heads, p.chunks, CHUNK) if p.erase == "key" else None
 
 
 def _values(p: Plan, x: Array) -> list[Array]:
@@ -141,26 +156,47 @@ def forward(
   *,
   keep: bool,
   interpret=False,
-) -> tuple[Array, Array, list[Array] | None]:
-  """Outputs [B, T, Hv, V], the final state, and the states that ``backward`` starts from (if to ``keep``)."""
+) -> tuple[Array, Array, dict[str, list[Array]] | None]:
+  """Outputs [B, T, Hv, V], the final state, and, if to ``keep``, what ``backward`` takes of it.
+
+  The states before chunks, "S" [B * Hv * N, K, V], and what tokens are to tokens in chunks, by name, all in parts.
+  """
   p = _plan(r)
   tokens, bonus, runs, _ = xla.prepare(r, runs, CHUNK)
-  arrays, kept = _arrays(p, bonus, tokens, runs)
-  undecayed = tokens.reads == "undecayed"
-  operands = gpu_chunk.operands(p, arrays, tokens.k.shape[2], undecayed, interpret)
+  arrays, kept = _arrays(p, bonus, tokens, runs, interpret)
+  squares = gpu_scan.square(p.erase)
+  if keep and p.erase != "none":
+    squares += ("erasing",)
+  operands = gpu_chunk.operands(
+    p,
+    arrays,
+    tokens.k.shape[2],
+    tokens.reads == "undecayed",
+    (*gpu_scan.wide(p.erase), *squares),
+    interpret,
+  )
   initial_state = initial_state.reshape(p.heads, p.K, p.V)
   o, final, boundaries = _scan(p, r.v.dtype.itemsize).forward(
-    p, operands, kept, _values(p, tokens.v), initial_state, r.v.dtype, boundaries=keep, interpret=interpret
-  )  # fmt: skip
+    p,
+    operands,
+    kept,
+    _beta(p, arrays),
+    _values(p, tokens.v),
+    initial_state,
+    r.v.dtype,
+    boundaries=keep,
+    interpret=interpret,
+  )
   o = o.reshape(p.B, p.chunks * CHUNK, p.Hv, p.V)[:, : r.v.shape[1]]
-  return o, final.reshape(p.B, p.Hv, p.K, p.V), boundaries if keep else None
+  residuals = {"S": boundaries} | {name: operands[name] for name in squares}
+  return o, final.reshape(p.B, p.Hv, p.K, p.V), residuals if keep else None
 
 
 def backward(
   r: Recurrence,
   runs: Int[Array, "B T"] | None,
   chunk: int | None,
-  boundaries: list[Array],
+  residuals: dict[str, list[Array]],
   do: Float[Array, "B T Hv V"],
   dfinal: Float[Array, "B Hv K V"],
   *,
@@ -170,10 +206,13 @@ def backward(
   p = _plan(r)
   tokens, bonus, padded, _ = xla.prepare(r, runs, CHUNK)
   (arrays, kept), of_inputs = jax.vjp(
-    lambda bonus, tokens: _arrays(p, bonus, tokens, padded), bonus, tokens
+    lambda bonus, tokens: _arrays(p, bonus, tokens, padded, interpret), bonus, tokens
   )
   H, undecayed = tokens.k.shape[2], tokens.reads == "undecayed"
-  operands = gpu_chunk.operands(p, arrays, H, undecayed, interpret, gradients=True)
+  boundaries, squares = residuals["S"], {n: x for n, x in residuals.items() if n != "S"}
+  operands = squares | gpu_chunk.operands(
+    p, arrays, H, undecayed, gpu_scan.wide(p.erase), interpret
+  )
   of_outputs = jnp.pad(do, ((0, 0), (0, p.chunks * CHUNK - do.shape[1]), (0, 0), (0, 0)))
   of_outputs = _values(p, of_outputs)
   dfinal = dfinal.reshape(p.heads, p.K, p.V)
@@ -188,7 +227,6 @@ def backward(
   # By name, in parts: what is laid out like v, and the states before and after chunks.
   parts = {"v": _values(p, tokens.v), "do": of_outputs, "dy": dy, "S": boundaries, "D": dboundaries}
   # What tokens are to tokens has names of its own; what reads and writes states, in places those of inputs.
-  squares = {n: operands[n] for n in (*gpu_scan.square(p.erase), "erasing") if n in operands}
   own = {"beta": arrays["beta"]} if p.erase == "key" else {}
   written = gpu_gradients.values(p, operands | parts | own, r.v.dtype, interpret)
   dv = written.pop("v", None)

@@ -30,7 +30,6 @@ from pallas_kernels.linear_recurrence.gpu_scan import (
   joined,
   products,
   put,
-  square,
   tiles,
   transposed,
   wide,
@@ -43,10 +42,17 @@ _INVERSE_PARTS = {1: 2, 2: 3}
 # Of a token and head; those of columns are the same numbers once more.
 _NUMBERS = (
   *("G_row", "G_column", "before_row", "start", "erase_start", "end"),
-  *("beta", "beta_column", "own", "runs", "runs_column"),
+  *("beta", "own", "runs", "runs_column"),
 )
+# What tokens are to tokens takes these alone.
+_OF_PAIRS = ("G_row", "G_column", "before_row", "own", "runs", "runs_column")
 _TILE = (CHUNK, 64)
 _WGMMA = plgpu.Layout.WGMMA
+
+
+def base(p: Plan) -> int:
+  """Tokens of the blocks on the diagonal."""
+  return _BASES[p.parts][0]
 
 
 def smallest_decay(p: Plan) -> float:
@@ -60,31 +66,28 @@ def approximate(p: Plan) -> plgpu.CompilerParams:
 
 
 def levels(p: Plan) -> int:
-  """How many of ``of_level`` there are: blocks of the base, and halves of blocks up to a chunk."""
-  return (CHUNK // _BASES[p.parts][0]).bit_length()
+  """At how many tokens are compared: within blocks of the base, then halves of blocks twice as large, up to a chunk."""
+  return (CHUNK // base(p)).bit_length()
 
 
 def _iota(axis: int) -> Array:
   return plgpu.broadcasted_iota(jnp.int32, _TILE, axis, layout=_WGMMA)
 
 
-def _block(axis: int, h: int, zero: Array | int = 0) -> Array:
-  """Which block of h, a power of two, a row or column is in."""
-  return lax.shift_right_logical(_iota(axis) + zero, jnp.int32(h.bit_length() - 1))
+def of_one_block(h: int, zero: Array | int = 0) -> Array:
+  """Where row and column are of one block of h, a power of two, on the diagonal."""
+  return (((_iota(0) + zero) ^ _iota(1)) & -h) == 0
 
 
-def of_level(p: Plan, level: Array, zero: Array | int = 0) -> Array:
-  """Where row and column are of one block on the diagonal (level 0), or of two halves of one, twice as large a level.
+def of_halves(h: int | Array, zero: Array | int = 0) -> Array:
+  """Where row and column are of two halves of h, a power of two, of one block on the diagonal."""
+  h = jnp.broadcast_to(jnp.int32(h), _TILE)
+  return (((_iota(0) + zero) ^ _iota(1)) & -h) == h
 
-  Every two tokens are of one level.
-  """
-  outer = level + (_BASES[p.parts][0].bit_length() - 1)
 
-  def block(axis, size):
-    return lax.shift_right_logical(_iota(axis) + zero, jnp.broadcast_to(size, _TILE))
-
-  apart = (block(0, outer - 1) != block(1, outer - 1)) | jnp.broadcast_to(level == 0, _TILE)
-  return apart & (block(0, outer) == block(1, outer))
+def half_of(p: Plan, level: Array) -> Array:
+  """Tokens of the halves that are compared at a level from 1."""
+  return lax.shift_left(jnp.int32(base(p) // 2), level)
 
 
 def _spread(x: Array, axis: int) -> Array:
@@ -267,31 +270,33 @@ def _times(x: Array, factor: Array | None) -> Array:
 
 def middle_rows(p: Plan) -> tuple[int, ...]:
   """For every level and every block of the base: the middle of the level's block that it is in. And the last row."""
-  base = _BASES[p.parts][0]
-  sizes = [base << level for level in range(levels(p))]
-  return *(row // n * n + n // 2 - 1 for n in sizes for row in range(0, CHUNK, base)), CHUNK - 1
+  rows = range(0, CHUNK, base(p))
+  sizes = [base(p) << level for level in range(levels(p))]
+  return *(row // n * n + n // 2 - 1 for n in sizes for row in rows), CHUNK - 1
 
 
-def level_factors(
-  c: _Chunk, level: Array, i: int | Array, decays
-) -> tuple[Array, dict[str, Array]]:
-  """At a level of ``_compare``, of columns and of rows by the name of their decay.
+def _middle(c: _Chunk, level: int | Array, i: int | Array, size: int) -> Array:
+  """Of a level's blocks, of which the smallest has ``size`` tokens: the middle of each row's."""
+  first, row = level * (CHUNK // base(c.p)), _iota(0)
+  out = c.middle(first, i)
+  for start in range(size, CHUNK, size):
+    out = jnp.where(row >= start, c.middle(first + start // base(c.p), i), out)
+  return out
 
-  Above one where blocks are on the diagonal; else the decay from a block's middle to its second half's tokens, or from
-  its first half's to there.
+
+def exponents(c: _Chunk, level: int | Array, i: int | Array, decays) -> dict[str, Array]:
+  """Logarithms of what rows that are compared at a level are multiplied with, in tile i of channels, by decay.
+
+  Within blocks on the diagonal, at level 0, through the decay at their middle: above zero on its other side, and what
+  columns have is the opposite of "G". At other levels of a token of a block's second half the decay from its middle,
+  and of one of the first half, which is a column, that to there: what columns have is "G".
   """
-  base = _BASES[c.p.parts][0]
-  blocks, block = CHUNK // base, _block(0, base)
-  middle = c.middle(level * blocks, i)
-  for b in range(1, blocks):
-    middle = jnp.where(block == b, c.middle(level * blocks + b, i), middle)
-  most = jnp.broadcast_to(jnp.where(level == 0, jnp.float32(1e30), jnp.float32(0)), _TILE)
-  difference = c.tile("G", i) - middle
-  rows = {
-    d: jnp.exp(jnp.minimum(difference if d == "G" else c.tile(d, i) - middle, most))
-    for d in sorted(set(decays))
-  }
-  return jnp.exp(jnp.minimum(-difference, most)), rows
+  within = isinstance(level, int)
+  middle = _middle(c, level, i, base(c.p) if within else 2 * base(c.p))
+  out = {d: c.tile(d, i) - middle for d in sorted({"G", *decays})}
+  if within:
+    return out
+  return {d: jnp.minimum(x, -x if d == "G" else 0.0) for d, x in out.items()}
 
 
 def sums(count: int, steps, products_of, start=None):
@@ -331,50 +336,55 @@ def _compare(c: _Chunk, rows, cols: list[str], pool, kept) -> dict[tuple[str, st
       (x, y): products(_TILE, *[([c.held(x, i)], [c.held(y, i).T]) for i in range(count)])
       for x, y in pairs
     }
+  decays = {name: decay if channel else "G" for name, decay in rows}
 
   def of_tiles(level):
     """The pairs' products at a level of decays a channel."""
+    column = "column" if channel and isinstance(level, int) else "G"
+
+    def put_tiles(i):
+      zero = c.zero()
+      free = itertools.batched([pool.at[zero + n] for n in range(pool.shape[0])], c.p.parts)
+      places: dict = {}
+
+      def place(names):
+        """Puts vectors by name with a decay, or as a "column", where they are multiplied."""
+        logs = exponents(c, level, i, decays.values()) if channel else {}
+        logs |= {"column": -logs["G"]} if channel else {}
+        for name, which in names:
+          if (name, which) not in places:
+            places[name, which] = refs = list(next(free))
+            put(refs, _times(c.tile(name, i), jnp.exp(logs[which]) if channel else None))
+
+      of_columns, of_rows = [(name, column) for name in cols], list(decays.items())
+      for names in [of_columns, of_rows] if c.anew else [of_columns + of_rows]:
+        place(names)
+      plgpu.commit_smem()
+      met = [(places[x, decays[x]], transposed(places[y, column])) for x, y in pairs]
+      return met, lambda: None
 
     def operands(i, _):
       with c.step(i):
         return put_tiles(i)
 
-    def put_tiles(i):
-      zero = c.zero()
-      free = itertools.batched([pool.at[zero + n] for n in range(pool.shape[0])], c.p.parts)
-
-      def factors():
-        return level_factors(c, level, i, dict(rows).values()) if channel else (None, {})
-
-      places = {}
-      of_columns, of_rows = factors()
-      for name in cols:
-        places[name, "column"] = refs = list(next(free))
-        put(refs, _times(c.tile(name, i), of_columns))
-      if c.anew:
-        _, of_rows = factors()
-      for name, decay in rows:
-        places[name, "row"] = refs = list(next(free))
-        put(refs, _times(c.tile(name, i), of_rows.get(decay)))
-      plgpu.commit_smem()
-      return [(places[x, "row"], transposed(places[y, "column"])) for x, y in pairs], lambda: None
-
     return dict(zip(pairs, sums(len(pairs), count, operands)[0], strict=True))
 
+  z = of_tiles(0)
   if not channel:
-    return of_tiles(None)
+    return z
+  here = of_one_block(base(c.p), c.zero())
+  z = {pair: jnp.where(here, x, 0.0) for pair, x in z.items()}
+  for pair, refs in kept.items():
+    put(refs, z.pop(pair))
 
   def step(level, held):
     with c.step(level):
-      z, here = of_tiles(level), of_level(c.p, level, c.zero())
+      z, here = of_tiles(level), of_halves(half_of(c.p, level), c.zero())
     for pair, refs in kept.items():
       put(refs, jnp.where(here, z[pair], joined(refs)))
     return {pair: jnp.where(here, z[pair], x) for pair, x in held.items()}
 
-  nothing = plgpu.layout_cast(jnp.zeros(_TILE, jnp.float32), _WGMMA)
-  for refs in kept.values():
-    put(refs, nothing)
-  out = lax.fori_loop(0, levels(c.p), step, {pair: nothing for pair in pairs if pair not in kept})
+  out = lax.fori_loop(1, levels(c.p), step, z)
   return out | {pair: joined(refs) for pair, refs in kept.items()}
 
 
@@ -385,7 +395,7 @@ def _inverse(L: Array, x_refs, l_refs, z_refs) -> Array:
   h = 1
   while h < CHUNK:
     # Of two blocks that are halves of one. There is nothing above the diagonal.
-    joint = (_block(0, h) != _block(1, h)) & (_block(0, 2 * h) == _block(1, 2 * h))
+    joint = of_halves(h)
     if h == 1:
       X = X - jnp.where(joint, L, 0.0)
     else:
@@ -399,9 +409,7 @@ def _inverse(L: Array, x_refs, l_refs, z_refs) -> Array:
   return X
 
 
-def _kernel(
-  p: Plan, tree, heads, undecayed, gradients, shared, count, *refs, tiles, ready, **memory
-):  # fmt: skip
+def _kernel(p: Plan, tree, heads, undecayed, shared, count, *refs, tiles, ready, **memory):
   """``count``: tiles that comparisons take, after those of inputs; outputs leave from there, too."""
   own = len(shared.inputs) * (p.K // 64)
   slots = [[tiles.at[own + n + j] for j in range(p.parts)] for n in range(0, count, p.parts)]
@@ -428,7 +436,8 @@ def _kernel(
   results = {("q", "k"): "scores", ("q", corrects): "corrected", (erases, "k"): "removed"}
   erasing = (erases, cols[-1])
   # Four comparisons at once are more than registers hold.
-  for some in [[x] for x in rows] if corrects else [rows]:
+  groups = [[x] for x in rows] if corrects else [rows]
+  for some in groups if "scores" in outs else []:
     pairs = [(name, other) for (name, _), other in itertools.product(some, cols)]
     kept = dict(
       zip([x for x in pairs if x != erasing], slots[len(some) + len(cols) :], strict=False)
@@ -444,7 +453,7 @@ def _kernel(
         z = z + jnp.where(row == col, c.rows("own"), 0.0)
       if (name, other) != erasing:
         c.stage(results[name, other], z)
-      elif gradients:
+      elif "erasing" in outs:
         c.stage("erasing", z)
     c.send()
 
@@ -468,7 +477,7 @@ def _kernel(
     if erases:
       erased = from_state(erases, erase_reads, "erase_start")
       if p.erase == "key":
-        erased = -erased * c.rows("beta") if gradients else -erased
+        erased = -erased * c.rows("beta")
       c.stage("erased", erased, i)
     c.send()
 
@@ -482,24 +491,22 @@ def _kernel(
   else:
     for i in range(p.K // 64):
       outputs(i)
-  if erases:
+  if "inverse" in outs:
     c.free()
     plgpu.commit_smem()  # all warps are done with inputs
     size = _INVERSE_PARTS[p.parts]
     places = [[tiles.at[n * size + j] for j in range(size)] for n in range(3)]
     X = _inverse(-z if corrects else z * c.rows("beta"), *places)
-    if p.erase == "key" and not gradients:
-      X = X * c.columns("beta_column")
     c.stage("inverse", X)
     c.send()
   plgpu.wait_smem_to_gmem(0)
 
 
-def _shared(p: Plan, arrays: dict, tiles: int, spare: int) -> Shared:
+def _shared(p: Plan, arrays: dict, compares: bool, tiles: int, spare: int) -> Shared:
   """As much as fits beside ``tiles`` that are no inputs'; more where inputs' tiles serve again, ``spare`` of them."""
   blocks, channel = p.K // 64, "G" in arrays
   numbers = tuple(n for n in _NUMBERS if n in arrays)
-  middles = middle_rows(p) if channel else ()
+  middles = () if not channel else middle_rows(p) if compares else (CHUNK - 1,)
   left = SMEM - 4 * (len(numbers) * CHUNK + len(middles) * p.K) - 1024
   size = CHUNK * 64 * blocks
   inputs = tuple(n for n in ("q", "k", "a", "b") if n in arrays) if p.parts == 1 else ()
@@ -517,14 +524,12 @@ def operands(
   arrays: dict[str, Array],
   heads: int,
   undecayed: bool,
+  names: tuple[str, ...],
   interpret,
-  *,
-  gradients: bool = False,
 ) -> dict[str, list[Array]]:
-  """Operands of ``gpu_scan`` by name.
+  """Operands of ``gpu_scan`` by name, those of ``names``: all ``wide`` ones, and all that are ``square`` or none.
 
-  For ``gradients`` a key erase's beta is no part of ``inverse`` but of ``erased``, and there is ``erasing``: erase keys
-  with what an erase writes along.
+  And ``erasing``, for gradients: erase keys with what an erase writes along.
 
   Args:
     arrays: ``q``, ``k``, ``a``, ``b`` [B * N, C, heads * K]; with a decay a channel ``G``, and ``before`` where it is
@@ -534,15 +539,17 @@ def operands(
     heads: of q and k.
     undecayed: whether an erase reads the state before a token's decay.
   """
-  outs, erases = {}, p.erase != "none"
-  for name in (*wide(p.erase), *square(p.erase), *(["erasing"] if gradients and erases else [])):
+  outs, compares, erases = {}, "scores" in names, p.erase != "none"
+  for name in names:
     shape = p.heads * p.chunks, CHUNK, p.K if name in wide(p.erase) else CHUNK
     outs[name] = [jax.ShapeDtypeStruct(shape, jnp.bfloat16)] * p.parts
   # A comparison's operands, and what leaves at once.
   compared = {"none": 3, "key": 4, "low_rank": 5}[p.erase] if "G" in arrays else 3
-  count = p.parts * max(compared, len(wide(p.erase)))
-  inverse = 3 * _INVERSE_PARTS[p.parts] if erases else 0
-  shared = _shared(p, arrays, count, inverse)
+  count = p.parts * max(compared if compares else 1, len(wide(p.erase)))
+  inverse = 3 * _INVERSE_PARTS[p.parts] if compares and erases else 0
+  if not compares:
+    arrays = {name: x for name, x in arrays.items() if name not in _OF_PAIRS}
+  shared = _shared(p, arrays, compares, count, inverse)
   # A low-rank erase's vectors may be wider than queries.
   arrays = arrays | {name: arrays[name].astype(jnp.bfloat16) for name in shared.inputs}
   arrays["zero"] = jnp.zeros(1, jnp.int32)
@@ -550,7 +557,7 @@ def operands(
   all_tiles = max(len(shared.inputs) * (p.K // 64) + count, inverse)
   scratch = {"tiles": tile_of(all_tiles)} | shared.scratch(p.K // 64)
   flat = plgpu.kernel(
-    functools.partial(_kernel, p, tree, heads, undecayed, gradients, shared, count),
+    functools.partial(_kernel, p, tree, heads, undecayed, shared, count),
     out_type=jax.tree.leaves(outs),
     grid=(p.B, p.chunks, p.Hv),
     grid_names=("batch", "chunk", "head"),

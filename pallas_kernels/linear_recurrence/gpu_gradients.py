@@ -31,10 +31,13 @@ from pallas_kernels.linear_recurrence.gpu_chunk import (
   _spread,
   _times,
   approximate,
-  level_factors,
+  base,
+  exponents,
+  half_of,
   levels,
   middle_rows,
-  of_level,
+  of_halves,
+  of_one_block,
   sums,
   tile_of,
 )
@@ -325,6 +328,7 @@ class _Held:
   def __init__(self, c: _Chunk, sources: dict, summed, pool, exact):
     self._c, self._sources, self._pool = c, sources, pool
     self._summed, self._exact = summed, exact
+    self.in_memory = bool(set(summed) & {*sources})
     self._begun: set[str] = set()
     self.in_registers: dict = {}
     self.anew()
@@ -423,7 +427,7 @@ def _channels_kernel(
     return met
 
   for n, (rows, cols) in enumerate(_met(f)):
-    met = states(rows, cols, of_states[n])
+    met, decayed = states(rows, cols, of_states[n]), {}
     if n == 0:
       c.fetch(ready)
       plgpu.barrier_wait(of_inputs)
@@ -431,7 +435,9 @@ def _channels_kernel(
       held.anew()
       factor = c.rows(start)
       if f.channel:
-        factor = _times(jnp.exp(c.tile(decay, 0)), factor)
+        if decay not in decayed:
+          decayed[decay] = jnp.exp(c.tile(decay, 0))
+        factor = _times(decayed[decay], factor)
       if p.erase == "key" and name == "k":
         add("beta", -_times(dx, factor) * joined(held.x[name]))
         dx = -dx * c.rows("beta")
@@ -469,7 +475,9 @@ def _channels_kernel(
           _level(c, f, rows, n, held)
       return held.in_registers
 
-    held.in_registers = lax.fori_loop(0, levels(p), level, held.in_registers)
+    for rows in _compared(f):
+      _level(c, f, rows, 0, held)
+    held.in_registers = lax.fori_loop(1, levels(p), level, held.in_registers)
   else:
     _all_at_once(f, held)
   names = [*f.inputs, *(f.decays if f.channel else [])]
@@ -491,36 +499,52 @@ def _states_of(rows, cols, keeps: bool) -> list[str]:
   return ["S"] * bool(rows or keeps) + ["D"] * bool(cols)
 
 
-def _level(c: _Chunk, f: _Facts, rows, level: Array, held: _Held) -> None:
-  """A level of ``gpu_chunk._compare``: what tokens of neighbouring blocks, or of one, are to each other."""
-  cols, names = [name for name, _ in f.cols], [name for name, *_ in rows]
+def _level(c: _Chunk, f: _Facts, rows, level: int | Array, held: _Held) -> None:
+  """A level of ``gpu_chunk._compare``: what tokens of one block, or of neighbouring ones, are to each other."""
+  cols, decays = [name for name, _ in f.cols], {name: decay for name, decay, *_ in rows}
+  within = isinstance(level, int)
+  column = "column" if within else "G"
 
-  def factors():
-    return level_factors(c, level, 0, [decay for _, decay, *_ in rows])
+  def of(which, logs):
+    return jnp.exp(-logs["G"] if which == "column" else logs[which])
 
   held.anew()
   free = itertools.batched(held.spare, c.p.parts)
-  places = {name: next(free) for name in (*((name, "column") for name in cols), *names)}
-  masked = {(name, other): next(free) for name in names for other in cols}
-  of_columns, of_rows = factors()
-  for name in cols:
-    put(places[name, "column"], joined(held.x[name]) * of_columns)
-  for name, decay, *_ in rows:
-    put(places[name], joined(held.x[name]) * of_rows[decay])
-  here = of_level(c.p, level, c.zero())
+  # Of halves, a vector that is a row and a column, with one decay, is one operand: a token is one of them.
+  operands = dict.fromkeys([*((name, column) for name in cols), *decays.items()])
+  places = {operand: next(free) for operand in operands}
+  masked = {(name, other): next(free) for name in decays for other in cols}
+  logs = exponents(c, level, 0, decays.values())
+  for (name, which), refs in places.items():
+    put(refs, joined(held.x[name]) * of(which, logs))
+  if within:
+    here = of_one_block(base(c.p), c.zero())
+  else:
+    half = half_of(c.p, level)
+    here = of_halves(half, c.zero())
   for pair, refs in masked.items():
     for z, to in zip(held.x[pair], refs, strict=True):
       to[...] = jnp.where(here, z[...].astype(jnp.float32), 0.0).astype(to.dtype)
   plgpu.commit_smem()
-  # Factors are computed anew: held until here they would be more than registers hold.
-  for name, decay, *_ in rows:
-    back = products(_TILE, *[(masked[name, other], places[other, "column"]) for other in cols])
-    held.gain(decay, back * joined(places[name]))
-    held.gain(name, back * factors()[1][decay])
-  for other in cols:
-    forth = products(_TILE, *[(transposed(masked[name, other]), places[name]) for name in names])
-    held.gain("G", -forth * joined(places[other, "column"]))
-    held.gain(other, forth * factors()[0])
+  for (name, which), refs in places.items():
+    pairs, row, col = [], decays.get(name) == which, name in cols and which == column
+    if row:
+      pairs += [(masked[name, other], places[other, column]) for other in cols]
+    if col:
+      pairs += [(transposed(masked[x, name]), places[x, decays[x]]) for x in decays]
+    product = products(_TILE, *pairs)
+    # Factors that are many are computed anew: held until here they would be more than registers hold.
+    if held.in_memory:
+      logs = exponents(c, level, 0, decays.values())
+    elif within:
+      logs = jax.tree.map(lax.optimization_barrier, logs)
+    held.gain(name, product * of(which, logs))
+    # What rows gain columns lose.
+    gained = product * joined(refs)
+    if row and col:
+      second = (_iota(0) & jnp.broadcast_to(half, _TILE)) != 0
+      gained = jnp.where(second, gained, -gained)
+    held.gain("G" if col else which, gained if row else -gained)
   plgpu.commit_smem()  # all warps are done with what was multiplied
 
 

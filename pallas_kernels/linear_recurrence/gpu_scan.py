@@ -4,7 +4,7 @@ What a chunk computes without the state (``gpu_chunk.py``) comes in as operands 
 A program owns a block of value channels of one head of one sequence, and with it all rows of these columns of the
 state, in float32 registers of one warpgroup. Forward, for each chunk:
 
-    R = v + erased S    U = inverse R    o = q S + scores U    S <- keep S + writes^T U
+    R = beta v + erased S    U = inverse R    o = q S + scores U    S <- keep S + writes^T U
 
 without an erase ``U = v``, and with one of low rank
 
@@ -62,10 +62,13 @@ class Plan:
 def parts(x: Array, count: int) -> list[Array]:
   """``x`` as a sum of bfloat16 arrays, eight bits more with each."""
   out = []
-  for _ in range(count):
-    out.append(x.astype(jnp.bfloat16))
-    x = x - out[-1].astype(jnp.float32)
-  return out
+  for _ in range(count - 1):
+    # Rounded as a number of 16 bits: conversions of single numbers are slow, those of two at once give no float32.
+    bits = (lax.bitcast_convert_type(x, jnp.int32) + 0x8000) & ~0xFFFF
+    high = lax.bitcast_convert_type(bits, jnp.float32)
+    out.append(high.astype(jnp.bfloat16))
+    x = x - high
+  return [*out, x.astype(jnp.bfloat16)]
 
 
 def parts_in_xla(x: Array, count: int) -> list[Array]:
@@ -124,11 +127,12 @@ def square(erase: str) -> tuple[str, ...]:
   return {"none": ("scores",), "key": key}.get(erase, (*key, "removed", "corrected"))
 
 
-def _walk(p: Plan, body, names, arrays, keep, scratch, indices, start, finish, reverse, buffers):
-  """Runs ``finish(body(n, operands, keep, scratch, S))`` over chunks, from ``start()``, in a program's first warpgroup.
+def _walk(p: Plan, body, names, arrays, rows, scratch, indices, start, finish, reverse, buffers):
+  """Runs ``finish(body(n, operands, rows, scratch, S))`` over chunks, from ``start()``, in a program's first warpgroup.
 
   The second one brings the operands of later chunks into shared memory meanwhile. ``arrays`` by name, each a list of
   parts: operands of a chunk [heads * chunks, CHUNK, columns], and what is laid out like v, [B * chunks, CHUNK, Hv * V].
+  ``rows`` by name: float32 numbers of a chunk, [heads, chunks, n].
   """
   batch, head, block = indices
   specs, refs = [], []
@@ -152,9 +156,9 @@ def _walk(p: Plan, body, names, arrays, keep, scratch, indices, start, finish, r
           transforms=tiles(2 * p.columns),
         )
       )
-  if keep is not None:
-    specs.append(plgpu.BlockSpec((1, p.K), lambda n: (at(n), 0)))
-    refs.append(keep.at[batch * p.Hv + head])
+  for x in rows.values():
+    specs.append(plgpu.BlockSpec((1, x.shape[-1]), lambda n: (at(n), 0)))
+    refs.append(x.at[batch * p.Hv + head])
 
   def step(index, *args):
     *values, S = args
@@ -162,10 +166,10 @@ def _walk(p: Plan, body, names, arrays, keep, scratch, indices, start, finish, r
     # there are.
     zero = lax.shift_right_logical(index[0], jnp.int32(24))
     values = [ref.at[zero] for ref in values]
-    kept = values.pop() if keep is not None else None
     operands = {name: [values.pop(0) for _ in arrays[name]] for name in names}
+    of_chunk = dict(zip(rows, values, strict=True))
     own = jax.tree.map(lambda ref: ref.at[zero], scratch)
-    return body(at(index[0]), operands, kept, own, S)
+    return body(at(index[0]), operands, of_chunk, own, S)
 
   pipeline = plgpu.emit_pipeline_warp_specialized(
     step,
@@ -183,7 +187,8 @@ def _walk(p: Plan, body, names, arrays, keep, scratch, indices, start, finish, r
 def _stages(p: Plan, names, own: int) -> int:
   """How many chunks' operands fit into shared memory beside ``own`` bytes: at most 3, 0 where none."""
   columns = {name: p.K for name in wide(p.erase)} | {name: CHUNK for name in square(p.erase)}
-  each = sum(columns.get(name, p.columns) for name in names) * CHUNK * 2 * p.parts + p.K * 4
+  each = sum(columns.get(name, p.columns) for name in names) * CHUNK * 2 * p.parts
+  each += 4 * (p.K + CHUNK)  # what is kept of the state, and beta
   return min((SMEM - own) // each, 3)
 
 
@@ -222,6 +227,14 @@ def store_state(p: Plan, ref, S: list[Array]) -> None:
 def _own_bytes(p: Plan, o_bytes: int) -> int:
   state, rows = p.K * p.columns, CHUNK * p.columns
   return 2 * p.parts * (state + (2 * rows if p.erase != "none" else 0)) + o_bytes * rows
+
+
+def right_side(p: Plan, x: dict, beta, read: Array) -> Array:
+  """Of a triangular system, whose erase has read ``read`` of the state."""
+  if p.erase == "low_rank":
+    return read + products(read.shape, (x["removed"], x["v"]))
+  beta = plgpu.load(beta, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+  return read + lax.broadcast_in_dim(beta, read.shape, [0]) * joined(x["v"])
 
 
 def solve(p: Plan, inverse, right, solution, x: Array) -> None:
@@ -289,10 +302,10 @@ def indices_of_program():
 
 
 def call_forward(
-  p: Plan, kernel, name, arrays, keep, initial, o_dtype, boundaries: bool, scratch, interpret
+  p: Plan, kernel, name, arrays, rows, initial, o_dtype, boundaries: bool, scratch, interpret
 ):
-  """Calls ``kernel(arrays, keep, initial, o, final, kept, scratch)``; what ``forward`` returns."""
-  inputs, tree = jax.tree.flatten((arrays, keep, initial))
+  """Calls ``kernel(arrays, rows, initial, o, final, kept, scratch)``; what ``forward`` returns."""
+  inputs, tree = jax.tree.flatten((arrays, rows, initial))
   like_state = jax.ShapeDtypeStruct((p.heads * p.chunks, p.K, p.V), jnp.bfloat16)
   outputs = [
     jax.ShapeDtypeStruct(arrays["v"][0].shape, o_dtype),
@@ -308,9 +321,9 @@ def call_forward(
   return o, final, kept
 
 
-def call_backward(p: Plan, kernel, name, arrays, keep, dfinal, scratch, interpret):
-  """Calls ``kernel(arrays, keep, dfinal, dinitial, kept, solved, scratch)``; what ``backward`` returns."""
-  inputs, tree = jax.tree.flatten((arrays, keep, dfinal))
+def call_backward(p: Plan, kernel, name, arrays, rows, dfinal, scratch, interpret):
+  """Calls ``kernel(arrays, rows, dfinal, dinitial, kept, solved, scratch)``; what ``backward`` returns."""
+  inputs, tree = jax.tree.flatten((arrays, rows, dfinal))
   like_state = jax.ShapeDtypeStruct((p.heads * p.chunks, p.K, p.V), jnp.bfloat16)
   outputs = [jax.ShapeDtypeStruct((p.heads, p.K, p.V), jnp.float32), *[like_state] * p.parts]
   if p.erase != "none":
@@ -325,10 +338,16 @@ def call_backward(p: Plan, kernel, name, arrays, keep, dfinal, scratch, interpre
   return rest[: p.parts], dinitial, rest[p.parts :]
 
 
+def rows_of(**rows) -> dict:
+  """Those that there are."""
+  return {name: x for name, x in rows.items() if x is not None}
+
+
 def forward(
   p: Plan,
   operands: dict[str, list[Array]],
   keep: Float[Array, "heads N K"] | None,
+  beta: Float[Array, "heads N C"] | None,
   v: list[Float[Array, "BN C HvV"]],
   initial: Float[Array, "heads K V"],
   o_dtype,
@@ -341,11 +360,11 @@ def forward(
   arrays = {name: (operands | {"v": v})[name] for name in names}
   rows = (CHUNK, p.columns)
 
-  def kernel(arrays, keep, initial, o, final, kept, scratch):
+  def kernel(arrays, of_chunks, initial, o, final, kept, scratch):
     batch, head, block = indices = indices_of_program()
     here, columns = batch * p.Hv + head, pl.ds(block * p.columns, p.columns)
 
-    def body(n, x, keep, own, S):
+    def body(n, x, of_chunk, own, S):
       state, residual, update, out = (
         own["state"],
         own.get("residual"),
@@ -357,14 +376,12 @@ def forward(
       plgpu.commit_smem()
       for ref, to in zip(state, kept, strict=False):
         plgpu.copy_smem_to_gmem(ref, to.at[here * p.chunks + n, :, columns])
-      if p.erase == "key":
-        solve(
-          p, x["inverse"], residual, update, products(rows, (x["erased"], state)) + joined(x["v"])
-        )
-      elif p.erase == "low_rank":
-        R = products(rows, (x["erased"], state), (x["removed"], x["v"]))
+      if p.erase != "none":
+        read = products(rows, (x["erased"], state))
+        R = right_side(p, x, of_chunk.get("beta"), read)
         solve(p, x["inverse"], residual, update, R)
-      S = _next_state(p, S, keep, *of_values(p, x, update, "writes", "corrections"))
+      written = of_values(p, x, update, "writes", "corrections")
+      S = _next_state(p, S, of_chunk.get("keep"), *written)
       pairs = [(x["q"], state), *of_values(p, x, update, "scores", "corrected")]
       out[...] = products(rows, *pairs).astype(o_dtype)
       plgpu.commit_smem()
@@ -381,12 +398,12 @@ def forward(
 
     own = _own_bytes(p, jnp.dtype(o_dtype).itemsize)
     stages = _stages(p, names, own)
-    _walk(p, body, names, arrays, keep, scratch, indices, start, finish, False, stages)
+    _walk(p, body, names, arrays, of_chunks, scratch, indices, start, finish, False, stages)
 
   scratch = scratch_of(p, p.K, o_dtype)
-  name = "linear_recurrence_forward_scan"
+  name, of_chunks = "linear_recurrence_forward_scan", rows_of(keep=keep, beta=beta)
   return call_forward(
-    p, kernel, name, arrays, keep, initial, o_dtype, boundaries, scratch, interpret
+    p, kernel, name, arrays, of_chunks, initial, o_dtype, boundaries, scratch, interpret
   )
 
 
@@ -407,11 +424,11 @@ def backward(
   arrays = {name: (operands | {"do": do})[name] for name in names}
   rows = (CHUNK, p.columns)
 
-  def kernel(arrays, keep, dfinal, dinitial, kept, solved, scratch):
+  def kernel(arrays, of_chunks, dfinal, dinitial, kept, solved, scratch):
     batch, head, block = indices = indices_of_program()
     here, columns = batch * p.Hv + head, pl.ds(block * p.columns, p.columns)
 
-    def body(n, x, keep, own, dS):
+    def body(n, x, of_chunk, own, dS):
       state, residual, update = own["state"], own.get("residual"), own.get("update")
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
       _put_state(p, state, dS)
@@ -427,7 +444,7 @@ def backward(
         for ref, to in zip(residual, solved, strict=True):
           column = pl.ds(head * p.V + block * p.columns, p.columns)
           plgpu.copy_smem_to_gmem(ref, to.at[batch * p.chunks + n, :, column])
-      dS = _next_state(p, dS, keep, *pairs)
+      dS = _next_state(p, dS, of_chunk.get("keep"), *pairs)
       plgpu.commit_smem()  # all warps are done with this chunk's operands
       return dS
 
@@ -439,8 +456,8 @@ def backward(
       plgpu.wait_smem_to_gmem(0)
 
     stages = _stages(p, names, _own_bytes(p, 0))
-    _walk(p, body, names, arrays, keep, scratch, indices, start, finish, True, stages)
+    _walk(p, body, names, arrays, of_chunks, scratch, indices, start, finish, True, stages)
 
   scratch = scratch_of(p, p.K)
-  name = "linear_recurrence_backward_scan"
-  return call_backward(p, kernel, name, arrays, keep, dfinal, scratch, interpret)
+  name, of_chunks = "linear_recurrence_backward_scan", rows_of(keep=keep)
+  return call_backward(p, kernel, name, arrays, of_chunks, dfinal, scratch, interpret)

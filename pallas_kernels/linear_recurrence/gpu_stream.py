@@ -23,11 +23,12 @@ from pallas_kernels.linear_recurrence.gpu_scan import (
   call_backward,
   call_forward,
   indices_of_program,
-  joined,
   load_state,
   of_values,
   products,
   put,
+  right_side,
+  rows_of,
   scratch_of,
   solve,
   square,
@@ -61,7 +62,7 @@ def _shape(p: Plan, name: str) -> tuple[int, int]:
 def _stages(p: Plan, names: tuple[str, ...], o_bytes: int) -> int:
   """How many steps' operands fit into shared memory: at most 3."""
   values = sum(rows * columns for rows, columns in (_shape(p, name) for name in names))
-  each = 2 * p.parts * values + 4 * ROWS
+  each = 2 * p.parts * values + 4 * (ROWS + CHUNK)
   rows = CHUNK * p.columns
   own = 4 * p.K * p.columns + 2 * p.parts * (ROWS * p.columns + 2 * rows) + o_bytes * rows
   return min((SMEM - own) // each, 3)
@@ -71,11 +72,12 @@ def _named(names: tuple[tuple[str, ...], tuple[str, ...]], arrays: dict) -> dict
   return {name: arrays[name] for of_chunk in names for name in of_chunk}
 
 
-def _walk(p: Plan, body, table, arrays, keep, scratch, start, finish, reverse, o_bytes):
-  """Runs ``body(n, i, now, before, keep, scratch, read)`` for chunk n and rows i of the state; then ``finish()``.
+def _walk(p: Plan, body, table, arrays, rows, scratch, start, finish, reverse, o_bytes):
+  """Runs ``body(n, i, now, before, rows, scratch, read)`` for chunk n and rows i of the state; then ``finish()``.
 
-  ``now`` and ``before`` have the operands of this chunk and of the last one by name, each a list of parts; ``read`` is
-  the tuple of sums over rows that the body returns.
+  ``now`` and ``before`` have the operands of this chunk and of the last one by name, each a list of parts; ``rows``
+  what is kept of these rows by the last chunk, and beta of this one; ``read`` is the tuple of sums over rows that the
+  body returns.
   """
   batch, head, block = indices_of_program()
   current, previous = table[p.erase]
@@ -96,9 +98,11 @@ def _walk(p: Plan, body, table, arrays, keep, scratch, start, finish, reverse, o
   named = [(name, 0) for name in current] + [(name, 1) for name in previous]
   specs = [spec(name, back) for name, back in named for _ in arrays[name]]
   refs = [x for name, _ in named for x in arrays[name]]
-  if keep is not None:
-    specs.append(plgpu.BlockSpec((1, ROWS), lambda n, i: (chunk(n, 1), i)))
-    refs.append(keep.at[here])
+  where = {"keep": lambda n, i: (chunk(n, 1), i), "beta": lambda n, i: (chunk(n, 0), 0)}
+  sizes = {"keep": ROWS, "beta": CHUNK}
+  for name, x in rows.items():
+    specs.append(plgpu.BlockSpec((1, sizes[name]), where[name]))
+    refs.append(x.at[here])
 
   def step(index, *args):
     *values, read = args
@@ -106,11 +110,11 @@ def _walk(p: Plan, body, table, arrays, keep, scratch, start, finish, reverse, o
     # 0, but the compiler must not know: see gpu_scan.
     zero = lax.shift_right_logical(n, jnp.int32(24))
     values = [ref.at[zero] for ref in values]
-    kept = values.pop() if keep is not None else None
     operands = [{name: [values.pop(0) for _ in arrays[name]] for name in current}]
     operands.append({name: [values.pop(0) for _ in arrays[name]] for name in previous})
+    of_chunk = dict(zip(rows, values, strict=True))
     own = jax.tree.map(lambda ref: ref.at[zero], scratch)
-    return body(n, i, *operands, kept, own, read)
+    return body(n, i, *operands, of_chunk, own, read)
 
   def run(walk):
     walk(start())
@@ -183,6 +187,7 @@ def forward(
   p: Plan,
   operands: dict[str, list[Array]],
   keep: Float[Array, "heads N K"] | None,
+  beta: Float[Array, "heads N C"] | None,
   v: list[Float[Array, "BN C HvV"]],
   initial: Float[Array, "heads K V"],
   o_dtype,
@@ -194,26 +199,23 @@ def forward(
   arrays = _named(_FORWARD[p.erase], operands | {"v": v})
   rows = (CHUNK, p.columns)
 
-  def kernel(arrays, keep, initial, o, final, kept, scratch):
+  def kernel(arrays, of_chunks, initial, o, final, kept, scratch):
     batch, head, block = indices_of_program()
     here, columns = batch * p.Hv + head, pl.ds(block * p.columns, p.columns)
     column = pl.ds(head * p.V + block * p.columns, p.columns)
 
-    def body(n, i, now, before, keep, own, read):
+    def body(n, i, now, before, of_chunk, own, read):
       pairs = of_values(p, before, own["update"], "writes", "corrections")
       at = here * p.chunks + jnp.minimum(n, p.chunks - 1)
       kept_at = [ref.at[at, pl.ds(i * ROWS, ROWS), columns] for ref in kept]
-      _next_rows(p, n, i, keep, own, kept_at, pairs)
+      _next_rows(p, n, i, of_chunk.get("keep"), own, kept_at, pairs)
       o_sum, R = (_only(i > 0, x) for x in read)
       R = R + products(rows, (now["erased"], own["state"]))
       o_sum = o_sum + products(rows, (now["q"], own["state"]))
 
       @pl.when((i == p.K // ROWS - 1) & (n < p.chunks))
       def _():
-        if p.erase == "key":
-          right = R + joined(now["v"])
-        else:
-          right = R + products(rows, (now["removed"], now["v"]))
+        right = right_side(p, now, of_chunk.get("beta"), R)
         solve(p, now["inverse"], own["residual"], own["update"], right)
         pairs = of_values(p, now, own["update"], "scores", "corrected")
         out = o_sum + products(rows, *pairs)
@@ -227,12 +229,12 @@ def forward(
     start = functools.partial(_begin, p, scratch, initial.at[here, :, columns], "update", 2)
     finish = functools.partial(_end, p, scratch, final.at[here, :, columns])
     o_bytes = jnp.dtype(o_dtype).itemsize
-    _walk(p, body, _FORWARD, arrays, keep, scratch, start, finish, False, o_bytes)
+    _walk(p, body, _FORWARD, arrays, of_chunks, scratch, start, finish, False, o_bytes)
 
   scratch = _scratch(p, o_dtype)
-  name = "linear_recurrence_forward_stream"
+  name, of_chunks = "linear_recurrence_forward_stream", rows_of(keep=keep, beta=beta)
   return call_forward(
-    p, kernel, name, arrays, keep, initial, o_dtype, boundaries, scratch, interpret
+    p, kernel, name, arrays, of_chunks, initial, o_dtype, boundaries, scratch, interpret
   )
 
 
@@ -250,16 +252,16 @@ def backward(
   rows = (CHUNK, p.columns)
   reads, writes = ("scores", "writes") if p.erase == "key" else ("corrected", "corrections")
 
-  def kernel(arrays, keep, dfinal, dinitial, kept, solved, scratch):
+  def kernel(arrays, of_chunks, dfinal, dinitial, kept, solved, scratch):
     batch, head, block = indices_of_program()
     here, columns = batch * p.Hv + head, pl.ds(block * p.columns, p.columns)
     column = pl.ds(head * p.V + block * p.columns, p.columns)
 
-    def body(n, i, now, before, keep, own, read):
+    def body(n, i, now, before, of_chunk, own, read):
       at = p.chunks - 1 - jnp.minimum(n, p.chunks - 1)
       kept_at = [ref.at[here * p.chunks + at, pl.ds(i * ROWS, ROWS), columns] for ref in kept]
       pairs = [(before["q"], before["do"]), (before["erased"], own["residual"])]
-      _next_rows(p, n, i, keep, own, kept_at, pairs)
+      _next_rows(p, n, i, of_chunk.get("keep"), own, kept_at, pairs)
       dy = _only(i > 0, read[0]) + products(rows, (now[writes], own["state"]))
 
       @pl.when((i == p.K // ROWS - 1) & (n < p.chunks))
@@ -274,8 +276,8 @@ def backward(
 
     start = functools.partial(_begin, p, scratch, dfinal.at[here, :, columns], "residual", 1)
     finish = functools.partial(_end, p, scratch, dinitial.at[here, :, columns])
-    _walk(p, body, _BACKWARD, arrays, keep, scratch, start, finish, True, 0)
+    _walk(p, body, _BACKWARD, arrays, of_chunks, scratch, start, finish, True, 0)
 
   scratch = _scratch(p)
-  name = "linear_recurrence_backward_stream"
-  return call_backward(p, kernel, name, arrays, keep, dfinal, scratch, interpret)
+  name, of_chunks = "linear_recurrence_backward_stream", rows_of(keep=keep)
+  return call_backward(p, kernel, name, arrays, of_chunks, dfinal, scratch, interpret)
