@@ -32,6 +32,12 @@ def test_shapes(sizes):
   assert_close(jax.jit(step)(r, state), exact(r, state), 1e-6)
 
 
+@pytest.mark.parametrize("case", [KDA, ("scalar", "none", "decayed", True)])
+def test_heads_of_keys_are_shared(case):
+  r, state = make(case, 1, 2, 4, 64, 32)
+  assert_close(jax.jit(step)(r, state), exact(r, state), 1e-6)
+
+
 @pytest.mark.parametrize("V", [32, 64])
 def test_bfloat16_state(V):
   """The state is rounded once, on its way back: 2^-9 a number. Outputs are read before."""

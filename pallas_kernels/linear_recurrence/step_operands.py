@@ -1,4 +1,4 @@
-"""One token of a recurrence as the kernels of a single step take it."""
+"""One token of a recurrence as the TPU kernel of a single step takes it."""
 
 import jax.numpy as jnp
 
@@ -6,7 +6,7 @@ from pallas_kernels.linear_recurrence.recurrence import KeyErase, LowRankErase, 
 
 
 def operands(r: Recurrence) -> tuple[dict, dict, dict]:
-  """What a kernel takes of each head, [B, Hv, D] float32: of key channels, of value channels, and single numbers."""
+  """What the kernel takes of each head, [B, Hv, D] float32: of key channels, of value channels, and single numbers."""
   groups = r.v.shape[2] // r.k.shape[2]
 
   def token(x):
