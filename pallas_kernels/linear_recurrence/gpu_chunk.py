@@ -409,7 +409,7 @@ def _inverse(L: Array, x_refs, l_refs, z_refs) -> Array:
   return X
 
 
-def _kernel(p: Plan, tree, heads, undecayed, shared, count, *refs, tiles, ready, **memory):
+def _kernel(p: Plan, tree, heads, undecayed, bonus, shared, count, *refs, tiles, ready, **memory):
   """``count``: tiles that comparisons take, after those of inputs; outputs leave from there, too."""
   own = len(shared.inputs) * (p.K // 64)
   slots = [[tiles.at[own + n + j] for j in range(p.parts)] for n in range(0, count, p.parts)]
@@ -417,7 +417,6 @@ def _kernel(p: Plan, tree, heads, undecayed, shared, count, *refs, tiles, ready,
   c = _Chunk(p, refs, outs, heads, shared=shared, memory=memory | {"tiles": tiles}, slots=slots,
              anew=p.parts > 1 or p.erase == "low_rank")  # fmt: skip
   pool = tiles.at[pl.ds(own, count)]
-  bonus = "own" in c.refs
   channel, scalar = "G" in c.refs, "G_row" in c.refs
   erases, corrects = {"none": (None, None), "key": ("k", None)}.get(p.erase, ("b", "a"))
   reads = "before" if bonus else "G"
@@ -547,6 +546,7 @@ def operands(
   compared = {"none": 3, "key": 4, "low_rank": 5}[p.erase] if "G" in arrays else 3
   count = p.parts * max(compared if compares else 1, len(wide(p.erase)))
   inverse = 3 * _INVERSE_PARTS[p.parts] if compares and erases else 0
+  bonus = "own" in arrays
   if not compares:
     arrays = {name: x for name, x in arrays.items() if name not in _OF_PAIRS}
   shared = _shared(p, arrays, compares, count, inverse)
@@ -557,7 +557,7 @@ def operands(
   all_tiles = max(len(shared.inputs) * (p.K // 64) + count, inverse)
   scratch = {"tiles": tile_of(all_tiles)} | shared.scratch(p.K // 64)
   flat = plgpu.kernel(
-    functools.partial(_kernel, p, tree, heads, undecayed, shared, count),
+    functools.partial(_kernel, p, tree, heads, undecayed, bonus, shared, count),
     out_type=jax.tree.leaves(outs),
     grid=(p.B, p.chunks, p.Hv),
     grid_names=("batch", "chunk", "head"),
