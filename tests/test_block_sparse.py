@@ -290,6 +290,7 @@ GPU = {
     segment_ids=LONG_SEGMENTS, window=5, sinks=True, correlated=True
   ),
   "a group a query head": dict(block_size=128, groups=4, query_block=5, slots=1, dims=(64, 128)),
+  "heads that lie together, padded": dict(heads=(12, 1), groups=1, tokens=45),
 }
 
 
@@ -305,11 +306,12 @@ def test_gpu_kernels(monkeypatch, name):
   detecting = functools.partial(gpu.forward, interpret=InterpretGPUParams(detect_races=True))
   monkeypatch.setitem(api._FORWARD, "interpret_gpu", detecting)
   case = dict(block_size=64, slots=2) | GPU[name]
-  args = inputs(100, dims=case.pop("dims", (64, 64)))[: 4 if case.pop("sinks", 0) else 3]
+  T, options = case.pop("tokens", 100), {k: case.pop(k) for k in ("dims", "heads") if k in case}
+  args = inputs(T, **dict(dims=(64, 64)) | options)[: 4 if case.pop("sinks", 0) else 3]
   if case.pop("correlated", False):
     args[1] = np.sqrt(0.9) * args[1][:, :1] + np.sqrt(0.1) * args[1]
   args = [*(jnp.asarray(x, jnp.bfloat16) for x in args[:3]), *map(jnp.float32, args[3:])]
-  rows = -(-100 // case.get("query_block", 1))
+  rows = -(-T // case.get("query_block", 1))
   indices = choices(case.pop("groups", HKV), rows, 2, case.pop("slots"))
   with watch() as watched:
     got = with_gradients(args, indices, **case, backend="interpret_gpu")

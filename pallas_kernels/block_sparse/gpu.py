@@ -98,21 +98,45 @@ class _Plan:
     steps = blocks.size // _ROWS + (not blocks.layout.aligned)
     return cls(B, Hkv, G, rows, tokens, -(-T // tokens), Tk, D, v.shape[3], blocks.size, steps)
 
-  def by_tile(self, x: Array) -> Array:
-    """[B, T, H, ...] -> [B, G, tiles 64, ...], padded with zeros."""
+  @property
+  def unit(self) -> int:
+    """Rows of a tile that lie together, and are copied at once: a query's heads, or all if they are fewer than 8."""
+    return self.rows if self.rows >= 8 else _ROWS
+
+  @property
+  def copies(self) -> int:
+    return _ROWS // self.unit
+
+  def by_group(self, x: Array) -> Array:
+    """[B, T, H, ...] -> [B, tiles tokens, G, rows, ...], padded with zeros."""
     B, T, H = x.shape[:3]
     x = x.reshape(B, T, self.groups, H // self.groups, *x.shape[3:])
     pad = [(0, 0)] * x.ndim
     pad[1], pad[3] = (0, self.tiles * self.tokens - T), (0, self.rows - x.shape[3])
-    x = jnp.moveaxis(jnp.pad(x, pad), 2, 1)
-    return x.reshape(B, self.groups, self.tiles * _ROWS, *x.shape[4:])
+    return jnp.pad(x, pad)
+
+  def by_unit(self, x: Array) -> Array:
+    """[B, T, H, width] -> [B tiles 64/unit, G unit, width]: as it lies, where a group's heads are a unit."""
+    x, width = self.by_group(x), x.shape[3]
+    x = x.reshape(-1, self.unit // self.rows, self.groups, self.rows, width)
+    return jnp.moveaxis(x, 1, 2).reshape(-1, self.groups * self.unit, width)
+
+  def from_units(self, x: Array, like: Array) -> Array:
+    """The inverse of ``by_unit``, for queries and heads of ``like``."""
+    (B, T, H), width = like.shape[:3], x.shape[2]
+    x = x.reshape(-1, self.groups, self.unit // self.rows, self.rows, width)
+    x = jnp.moveaxis(x, 1, 2).reshape(B, -1, self.groups, self.rows, width)
+    return x[:, :T, :, : H // self.groups].reshape(B, T, H, width)
+
+  def by_tile(self, x: Array) -> Array:
+    """[B, T, H] -> [B, G, tiles 64], padded with zeros."""
+    return jnp.moveaxis(self.by_group(x), 2, 1).reshape(self.B, self.groups, -1)
 
   def from_tiles(self, x: Array, like: Array) -> Array:
     """The inverse of ``by_tile``, for queries and heads of ``like``."""
     B, T, H = like.shape[:3]
-    x = x.reshape(B, self.groups, self.tiles * self.tokens, self.rows, *x.shape[3:])
-    x = jnp.moveaxis(x[:, :, :T, : H // self.groups], 1, 2)
-    return x.reshape(B, T, H, *x.shape[4:])
+    x = x.reshape(B, self.groups, self.tiles * self.tokens, self.rows)
+    return jnp.moveaxis(x[:, :, :T, : H // self.groups], 1, 2).reshape(B, T, H)
 
   def of_rows(self, last: Array, *more: Array) -> Array:
     """[B, G, tiles, 2 + n, 64] int32 of each row: its query's bit and last key, and the bits of floats of it."""
@@ -149,6 +173,26 @@ def _times(a, b, spare):
   spare[...] = a
   plgpu.commit_smem()
   return _product(spare, b)
+
+
+def _units(p: _Plan, batch, group, tile):
+  """(where in an array that lies ``by_unit``, the rows of a matrix) of each copy that a tile takes."""
+  for i in range(p.copies):
+    at = (batch * p.tiles + tile) * p.copies + i
+    yield (at, pl.ds(group * p.unit, p.unit)), pl.ds(i * p.unit, p.unit)
+
+
+def _load(p: _Plan, x, x_s, ready, *place):
+  """A tile's matrix: ``p.copies`` arrivals."""
+  for at, rows in _units(p, *place):
+    plgpu.copy_gmem_to_smem(x.at[at], x_s.at[rows], ready)
+
+
+def _store(p: _Plan, x_s, x, *place):
+  """The inverse of ``_load``; wait for it."""
+  plgpu.commit_smem()
+  for at, rows in _units(p, *place):
+    plgpu.copy_smem_to_gmem(x_s.at[rows], x.at[at])
 
 
 def _spread(x, axis: int, columns: int = _ROWS):
@@ -221,10 +265,9 @@ def _forward_kernel(
   p: _Plan, scale, q, k, v, rows, first, chosen, count, o, lse, q_s, k_s, v_s, rows_s, ready, k_ready,
   v_ready, spare=None,
 ):  # fmt: skip
-  batch, group, tile = _place()
-  own = pl.ds(tile * _ROWS, _ROWS)
-  plgpu.copy_gmem_to_smem(q.at[batch, group, own], q_s, ready)
-  plgpu.copy_gmem_to_smem(rows.at[batch, group, tile], rows_s, ready)
+  batch, group, tile = place = _place()
+  _load(p, q, q_s, ready, *place)
+  plgpu.copy_gmem_to_smem(rows.at[place], rows_s, ready)
   plgpu.barrier_wait(ready)
   bits, last = _row_facts(rows_s, _COLUMN, 0)
   column = plgpu.broadcasted_iota(jnp.int32, (_ROWS, _ROWS), 1, layout=_MATRIX)
@@ -253,11 +296,10 @@ def _forward_kernel(
   # The outputs leave through memory of values: two programs fit an SM, and hide each other's waits.
   o_s = v_s.at[0]
   o_s[...] = (acc * _spread(share, 0, p.V)).astype(o_s.dtype)
-  plgpu.commit_smem()
-  plgpu.copy_smem_to_gmem(o_s, o.at[batch, group, own])
+  _store(p, o_s, o, *place)
   nothing = vector(-jnp.inf)
   logs = (top + jnp.log2(jnp.where(some, total, 1))) * (1 / _LOG2E)
-  lse[batch, group, own] = jnp.where(some, logs, nothing)
+  lse[batch, group, pl.ds(tile * _ROWS, _ROWS)] = jnp.where(some, logs, nothing)
   plgpu.wait_smem_to_gmem(0)
 
 
@@ -265,11 +307,10 @@ def _queries_kernel(
   p: _Plan, scale, q, k, v, do, rows, first, chosen, count, dq, q_s, do_s, k_s, v_s, rows_s, ready,
   k_ready, v_ready, spare=None,
 ):  # fmt: skip
-  batch, group, tile = _place()
-  own = pl.ds(tile * _ROWS, _ROWS)
-  plgpu.copy_gmem_to_smem(q.at[batch, group, own], q_s, ready)
-  plgpu.copy_gmem_to_smem(do.at[batch, group, own], do_s, ready)
-  plgpu.copy_gmem_to_smem(rows.at[batch, group, tile], rows_s, ready)
+  place = _place()
+  _load(p, q, q_s, ready, *place)
+  _load(p, do, do_s, ready, *place)
+  plgpu.copy_gmem_to_smem(rows.at[place], rows_s, ready)
   plgpu.barrier_wait(ready)
   bits, last, lse, delta = _row_facts(rows_s, _COLUMN, 2)
   column = plgpu.broadcasted_iota(jnp.int32, (_ROWS, _ROWS), 1, layout=_MATRIX)
@@ -287,8 +328,7 @@ def _queries_kernel(
 
   dx = _walk(p, k, v, first, chosen, count, k_s, v_s, k_ready, v_ready, step, _zeros(p.D))
   q_s[...] = dx.astype(q_s.dtype)
-  plgpu.commit_smem()
-  plgpu.copy_smem_to_gmem(q_s, dq.at[batch, group, own])
+  _store(p, q_s, dq, *place)
   plgpu.wait_smem_to_gmem(0)
 
 
@@ -308,11 +348,10 @@ def _keys_kernel(
     return jax.lax.rem(i - begin, jnp.int32(stages))
 
   def fetch(i):
-    slot, tile = slot_of(i), tiles[batch, group, i]
-    own = pl.ds(tile * _ROWS, _ROWS)
-    plgpu.copy_gmem_to_smem(q.at[batch, group, own], q_s.at[slot], q_ready.at[slot])
-    plgpu.copy_gmem_to_smem(rows.at[batch, group, tile], rows_s.at[slot], q_ready.at[slot])
-    plgpu.copy_gmem_to_smem(do.at[batch, group, own], do_s.at[slot], do_ready.at[slot])
+    slot, place = slot_of(i), (batch, group, tiles[batch, group, i])
+    _load(p, q, q_s.at[slot], q_ready.at[slot], *place)
+    plgpu.copy_gmem_to_smem(rows.at[place], rows_s.at[slot], q_ready.at[slot])
+    _load(p, do, do_s.at[slot], do_ready.at[slot], *place)
 
   @pl.when(of_keys)
   def _():
@@ -419,25 +458,25 @@ def _attend_forward(q, k, v, blocks, scale, interpret):
   p = _Plan.of(q, k, v, blocks)
   visits = gpu_tables.visits(blocks, p.tokens, k.shape[1])
   last = blocks.last_seen(p.tiles * p.tokens)
-  queries, rows = p.by_tile(q), p.of_rows(last)
+  queries, rows = p.by_unit(q), p.of_rows(last)
   operands = queries, _padded(p, k), _padded(p, v), rows, visits.first, visits.chosen, visits.count
   outs = (
-    jax.ShapeDtypeStruct((*queries.shape[:3], p.V), q.dtype),
-    jax.ShapeDtypeStruct(queries.shape[:3], jnp.float32),
+    jax.ShapeDtypeStruct((*queries.shape[:2], p.V), q.dtype),
+    jax.ShapeDtypeStruct((p.B, p.groups, p.tiles * _ROWS), jnp.float32),
   )
   scratch = dict(
     q_s=p.matrix(p.D),
     k_s=p.matrix(p.D, 2),
     v_s=p.matrix(p.V, 2),
     rows_s=plgpu.SMEM(rows.shape[3:], rows.dtype),
-    ready=plgpu.Barrier(num_arrivals=2),
+    ready=plgpu.Barrier(num_arrivals=p.copies + 1),
     k_ready=plgpu.Barrier(num_barriers=2),
     v_ready=plgpu.Barrier(num_barriers=2),
   )
   kernel = functools.partial(_forward_kernel, p, scale)
   grid, name = (p.groups, p.tiles), "block_sparse_forward"
   o, lse = _call(p, kernel, name, operands, outs, scratch, grid, interpret)
-  o, lse = p.from_tiles(o, q), p.from_tiles(lse, q)
+  o, lse = p.from_units(o, q), p.from_tiles(lse, q)
   return (o, lse), (q, k, v, blocks, o, lse)
 
 
@@ -451,10 +490,10 @@ def _attend_backward(scale, interpret, residuals, cotangents):
   visits = gpu_tables.visits(blocks, p.tokens, k.shape[1])
   last = blocks.last_seen(p.tiles * p.tokens)
   rows = p.of_rows(last, p.by_tile(finite), p.by_tile(delta))
-  arrays = p.by_tile(q), _padded(p, k), _padded(p, v), p.by_tile(do.astype(q.dtype)), rows
+  arrays = p.by_unit(q), _padded(p, k), _padded(p, v), p.by_unit(do.astype(q.dtype)), rows
   dq = _queries(p, scale, arrays, visits, interpret)
   dk, dv = _keys(p, scale, arrays, visits, blocks, interpret)
-  return p.from_tiles(dq, q), dk[:, : k.shape[1]], dv[:, : k.shape[1]], None
+  return p.from_units(dq, q), dk[:, : k.shape[1]], dv[:, : k.shape[1]], None
 
 
 def _queries(p: _Plan, scale, arrays, visits, interpret):
@@ -465,7 +504,7 @@ def _queries(p: _Plan, scale, arrays, visits, interpret):
     k_s=p.matrix(p.D, 2),
     v_s=p.matrix(p.V, 2),
     rows_s=plgpu.SMEM(rows.shape[3:], rows.dtype),
-    ready=plgpu.Barrier(num_arrivals=3),
+    ready=plgpu.Barrier(num_arrivals=2 * p.copies + 1),
     k_ready=plgpu.Barrier(num_barriers=2),
     v_ready=plgpu.Barrier(num_barriers=2),
   )
@@ -490,8 +529,8 @@ def _keys(p: _Plan, scale, arrays, visits, blocks, interpret):
     do_s=p.matrix(p.V, 2),
     rows_s=plgpu.SMEM((2, *rows.shape[3:]), rows.dtype),
     kv_ready=plgpu.Barrier(num_arrivals=2),
-    q_ready=plgpu.Barrier(num_arrivals=2, num_barriers=2),
-    do_ready=plgpu.Barrier(num_barriers=2),
+    q_ready=plgpu.Barrier(num_arrivals=p.copies + 1, num_barriers=2),
+    do_ready=plgpu.Barrier(num_arrivals=p.copies, num_barriers=2),
     done=plgpu.Barrier(num_arrivals=2, num_barriers=2),
   )
   kernel = functools.partial(_keys_kernel, p, scale)
