@@ -162,17 +162,18 @@ def _product(a, b):
   return pl.run_scoped(run, plgpu.ACC((_ROWS, b.shape[1]), jnp.float32))
 
 
-def _times(a, b, spare):
-  """``_product`` for a that is in registers.
+def _add(total, a, b, spare):
+  """total + a b, for a and a total that are in registers; the sum has the total's.
 
-  Pallas's interpreter multiplies only what is in shared memory: there, and only there, is some of it to spare.
+  Pallas's interpreter multiplies only what is in shared memory: there, and only there, is some of it to spare. Nor does
+  it know sums that are not of zeros.
   """
   if spare is None:
-    return _product(a, b)
+    return pl.run_state(lambda acc: plgpu.wgmma(acc, a, b))(plgpu.ACC.init(total))
   spare = spare.at[jax.lax.axis_index("warpgroup"), :, pl.ds(0, a.shape[1])]
   spare[...] = a
   plgpu.commit_smem()
-  return _product(spare, b)
+  return total + _product(spare, b)
 
 
 def _units(p: _Plan, batch, group, tile):
@@ -284,7 +285,7 @@ def _forward_kernel(
     total = total * before + jnp.sum(weights, axis=1)
     weights = weights.astype(v_s.dtype)
     plgpu.barrier_wait(v_ready)
-    return new, total, acc * _spread(before, 0, p.V) + _times(weights, v_s, spare)
+    return new, total, _add(acc * _spread(before, 0, p.V), weights, v_s, spare)
 
   def vector(x):
     return plgpu.layout_cast(jnp.full((_ROWS,), x, jnp.float32), _COLUMN)
@@ -324,7 +325,7 @@ def _queries_kernel(
     plgpu.barrier_wait(v_ready)
     dweights = _product(do_s, v_s.T)
     dlogits = (scale * weights * (dweights - _spread(delta, 0))).astype(k_s.dtype)
-    return dq + _times(dlogits, k_s, spare)
+    return _add(dq, dlogits, k_s, spare)
 
   dx = _walk(p, k, v, first, chosen, count, k_s, v_s, k_ready, v_ready, step, _zeros(p.D))
   q_s[...] = dx.astype(q_s.dtype)
@@ -380,7 +381,7 @@ def _keys_kernel(
     slot, weights, delta = weights_of(i)
     dweights = _product(v_s, do_s.at[slot].T)
     dlogits = scale * weights * (dweights - _spread(delta, 1))
-    sums += _times(dlogits.astype(k_s.dtype), q_s.at[slot], spare)
+    sums = _add(sums, dlogits.astype(k_s.dtype), q_s.at[slot], spare)
     plgpu.barrier_arrive(done.at[slot])
     plgpu.barrier_wait(done.at[slot])
     pl.when(i + stages < end)(functools.partial(fetch, i + stages))
@@ -388,7 +389,7 @@ def _keys_kernel(
 
   def values_step(i, sums):
     slot, weights, _ = weights_of(i)
-    sums += _times(weights.astype(k_s.dtype), do_s.at[slot], spare)
+    sums = _add(sums, weights.astype(k_s.dtype), do_s.at[slot], spare)
     plgpu.barrier_arrive(done.at[slot])
     return sums
 
