@@ -16,6 +16,8 @@ be copied row by row, the bytes that XLA's gather reads. Nor the window: that is
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +33,7 @@ from pallas_kernels.block_sparse.reference import Blocks, values_of
 _ROWS = 64
 # Logits of what is hidden, and the least that the softmax's maximum is: exp2 of the difference is zero.
 _HIDDEN, _LEAST = -1e30, -1e20
+_NEVER = jnp.iinfo(jnp.int32).max
 # Visits of a part of a walk over queries.
 _PART = 1024
 _LOG2E = math.log2(math.e)
@@ -146,6 +149,11 @@ class _Plan:
     more = (jax.lax.bitcast_convert_type(x, jnp.int32).reshape(shape) for x in more)
     return jnp.stack([jnp.broadcast_to(x, shape) for x in (bit, last, *more)], axis=3)
 
+  def least(self, last: Array) -> Array:
+    """[B, tiles] int32: the last key that all queries of a tile see, of those that see any."""
+    last = jnp.where(last < 0, _NEVER, last)
+    return jnp.min(last.reshape(self.B, self.tiles, self.tokens), axis=2)
+
   def matrix(self, width: int, *count: int):
     """Shared memory of 64 rows, as the tensor cores and bulk copies want it; ``count`` of them."""
     transforms = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
@@ -196,6 +204,11 @@ def _store(p: _Plan, x_s, x, *place):
     plgpu.copy_smem_to_gmem(x_s.at[rows], x.at[at])
 
 
+def _operand(x_s, spare):
+  """A matrix that is multiplied often, in registers: the tensor cores have no shared memory's bandwidth to spare."""
+  return plgpu.load(x_s, (), layout=_MATRIX) if spare is None else x_s
+
+
 def _spread(x, axis: int, columns: int = _ROWS):
   """A vector along one axis of a matrix of 64 rows."""
   return jax.lax.broadcast_in_dim(x, (_ROWS, columns), (axis,))
@@ -205,17 +218,10 @@ def _zeros(width: int):
   return plgpu.layout_cast(jnp.zeros((_ROWS, width), jnp.float32), _MATRIX)
 
 
-def _limit(bits, last, chosen, end):
-  """The last key before ``end`` that each row sees of a block, -1 where its query did not choose it."""
-  return jnp.where((bits & chosen) != 0, jnp.minimum(last, end - 1), -1)
-
-
-def _hide(p: _Plan, logits, column, limit, begin):
-  """The logits of keys that rows see: those from ``begin`` to a limit of each."""
-  seen = column <= _spread(limit, 0)
-  if p.steps * _ROWS > p.size:
-    seen &= column >= begin
-  return jnp.where(seen, logits, _HIDDEN)
+def _folded(scale: float) -> tuple[float, float]:
+  """(a, b), b positive: of a product, a is multiplied at once and b where a row's number is subtracted."""
+  unit = scale * _LOG2E
+  return (1, unit) if unit > 0 else (unit, 1)
 
 
 def _place():
@@ -223,37 +229,84 @@ def _place():
   return batch, group, jax.lax.axis_index("tile")
 
 
-def _walk(p: _Plan, k, v, first, chosen, count, k_s, v_s, k_ready, v_ready, step, carry):
-  """Runs ``step`` for 64 keys at a time of all blocks that a tile visits, with copies that run ahead."""
-  batch, group, tile = _place()
+class _Step(NamedTuple):
+  """64 keys of a walk: their block's first key, their own, who chose the block; keys, values, and that they are there.
+
+  ``free_k`` and ``free_v`` are called when both were read for the last time: their memory is filled again.
+  """
+
+  begin: Array
+  start: Array
+  chosen: Array
+  k_s: Array
+  v_s: Array
+  k_ready: Array
+  v_ready: Array
+  free_k: Callable[[], None]
+  free_v: Callable[[], None]
+
+
+def _walk(p: _Plan, k, v, first, chosen, count, k_s, v_s, k_ready, v_ready):
+  """Begins to copy the blocks that a tile visits.
+
+  Returns:
+    Of a function of ``_Step`` and a carry, and of a carry, the last one.
+  """
+  batch, group, _ = place = _place()
   head = jax.lax.div(group, jnp.int32(p.groups // p.heads))
-  steps, stages = count[batch, group, tile] * p.steps, k_s.shape[0]
+  steps, stages = count[place] * p.steps, k_s.shape[0]
 
-  def place(i):
-    """The block of step i, its first key, and where the copy begins."""
+  def facts(i):
     block = jax.lax.div(i, jnp.int32(p.steps))
-    begin = first[batch, group, tile, block]
+    begin = first[*place, block]
     start = jax.lax.div(begin, jnp.int32(8)) * 8 + jax.lax.rem(i, jnp.int32(p.steps)) * _ROWS
-    return block, begin, pl.multiple_of(start, 8)
+    return begin, pl.multiple_of(start, 8), chosen[*place, block]
 
-  def fetch(i):
+  def fetch(x, x_s, ready, i, start):
     slot = jax.lax.rem(i, jnp.int32(stages))
-    at = batch, pl.ds(place(i)[2], _ROWS), head
-    plgpu.copy_gmem_to_smem(k.at[at], k_s.at[slot], k_ready.at[slot])
-    plgpu.copy_gmem_to_smem(v.at[at], v_s.at[slot], v_ready.at[slot])
+    plgpu.copy_gmem_to_smem(x.at[batch, pl.ds(start, _ROWS), head], x_s.at[slot], ready.at[slot])
+
+  fetch_k = functools.partial(fetch, k, k_s, k_ready)
+  fetch_v = functools.partial(fetch, v, v_s, v_ready)
+
+  def begin(i):
+    start = facts(i)[1]
+    fetch_k(i, start)
+    fetch_v(i, start)
 
   for i in range(stages):
-    pl.when(i < steps)(functools.partial(fetch, jnp.int32(i)))
+    pl.when(i < steps)(functools.partial(begin, jnp.int32(i)))
 
-  def body(i, carry):
-    slot = jax.lax.rem(i, jnp.int32(stages))
-    block, begin, start = place(i)
-    facts = begin, start, chosen[batch, group, tile, block]
-    carry = step(*facts, *(x.at[slot] for x in (k_s, v_s, k_ready, v_ready)), carry)
-    pl.when(i + stages < steps)(functools.partial(fetch, i + stages))
-    return carry
+  def run(step, carry):
+    def body(i, carry):
+      slot, later = jax.lax.rem(i, jnp.int32(stages)), i + stages
+      # Read long before it is needed.
+      start = facts(jnp.minimum(later, steps - 1))[1]
 
-  return jax.lax.fori_loop(0, steps, body, carry)
+      def free(fetch):
+        pl.when(later < steps)(lambda: fetch(later, start))
+
+      slots = (x.at[slot] for x in (k_s, v_s, k_ready, v_ready))
+      frees = (functools.partial(free, fetch) for fetch in (fetch_k, fetch_v))
+      return step(_Step(*facts(i), *slots, *frees), carry)
+
+    return jax.lax.fori_loop(0, steps, body, carry)
+
+  return run
+
+
+def _seen(p: _Plan, logits, x: _Step, last, least):
+  """The logits of what the rows see of a block that they chose: all, but at its ends and near their own place."""
+
+  def some():
+    column = plgpu.broadcasted_iota(jnp.int32, (_ROWS, _ROWS), 1, layout=_MATRIX) + x.start
+    seen = column <= _spread(jnp.minimum(last, x.begin + (p.size - 1)), 0)
+    if p.steps * _ROWS > p.size:
+      seen &= column >= x.begin
+    return jnp.where(seen, logits, _HIDDEN)
+
+  end = jnp.minimum(least + 1, x.begin + p.size)
+  return jax.lax.cond((x.start >= x.begin) & (x.start + _ROWS <= end), lambda: logits, some)
 
 
 def _row_facts(rows_s, layout, count: int):
@@ -263,35 +316,37 @@ def _row_facts(rows_s, layout, count: int):
 
 
 def _forward_kernel(
-  p: _Plan, scale, q, k, v, rows, first, chosen, count, o, lse, q_s, k_s, v_s, rows_s, ready, k_ready,
-  v_ready, spare=None,
+  p: _Plan, scale, q, k, v, rows, least, first, chosen, count, o, lse, q_s, k_s, v_s, rows_s, ready,
+  k_ready, v_ready, spare=None,
 ):  # fmt: skip
   batch, group, tile = place = _place()
   _load(p, q, q_s, ready, *place)
   plgpu.copy_gmem_to_smem(rows.at[place], rows_s, ready)
+  walk = _walk(p, k, v, first, chosen, count, k_s, v_s, k_ready, v_ready)
   plgpu.barrier_wait(ready)
-  bits, last = _row_facts(rows_s, _COLUMN, 0)
-  column = plgpu.broadcasted_iota(jnp.int32, (_ROWS, _ROWS), 1, layout=_MATRIX)
+  (bits, last), least = _row_facts(rows_s, _COLUMN, 0), least[batch, tile]
+  at_once, unit = _folded(scale)
+  queries = _operand(q_s, spare)
 
-  def step(begin, start, chosen, k_s, v_s, k_ready, v_ready, carry):
+  def step(x, carry):
     top, total, acc = carry
-    plgpu.barrier_wait(k_ready)
-    logits = _product(q_s, k_s.T) * (scale * _LOG2E)
-    limit = _limit(bits, last, chosen, begin + p.size) - start
-    logits = _hide(p, logits, column, limit, begin - start)
-    new = jnp.maximum(top, jnp.max(logits, axis=1))
-    weights = jnp.exp2(logits - _spread(new, 0))
+    plgpu.barrier_wait(x.k_ready)
+    logits = _product(queries, x.k_s.T) * at_once
+    x.free_k()
+    logits, mine = _seen(p, logits, x, last, least), (bits & x.chosen) != 0
+    new = jnp.where(mine, jnp.maximum(top, jnp.max(logits, axis=1) * unit), top)
+    weights = jnp.exp2(logits * unit - _spread(jnp.where(mine, new, -_HIDDEN), 0))
     before = jnp.exp2(top - new)
     total = total * before + jnp.sum(weights, axis=1)
-    weights = weights.astype(v_s.dtype)
-    plgpu.barrier_wait(v_ready)
-    return new, total, _add(acc * _spread(before, 0, p.V), weights, v_s, spare)
+    plgpu.barrier_wait(x.v_ready)
+    acc = _add(acc * _spread(before, 0, p.V), weights.astype(x.v_s.dtype), x.v_s, spare)
+    x.free_v()
+    return new, total, acc
 
   def vector(x):
     return plgpu.layout_cast(jnp.full((_ROWS,), x, jnp.float32), _COLUMN)
 
-  carry = vector(_LEAST), vector(0.0), _zeros(p.V)
-  top, total, acc = _walk(p, k, v, first, chosen, count, k_s, v_s, k_ready, v_ready, step, carry)
+  top, total, acc = walk(step, (vector(_LEAST), vector(0.0), _zeros(p.V)))
   some = total > 0
   share = jnp.where(some, 1 / jnp.where(some, total, 1), 0)
   # The outputs leave through memory of values: two programs fit an SM, and hide each other's waits.
@@ -305,30 +360,33 @@ def _forward_kernel(
 
 
 def _queries_kernel(
-  p: _Plan, scale, q, k, v, do, rows, first, chosen, count, dq, q_s, do_s, k_s, v_s, rows_s, ready,
-  k_ready, v_ready, spare=None,
+  p: _Plan, scale, q, k, v, do, rows, least, first, chosen, count, dq, q_s, do_s, k_s, v_s, rows_s,
+  ready, k_ready, v_ready, spare=None,
 ):  # fmt: skip
-  place = _place()
+  batch, _, tile = place = _place()
   _load(p, q, q_s, ready, *place)
   _load(p, do, do_s, ready, *place)
   plgpu.copy_gmem_to_smem(rows.at[place], rows_s, ready)
+  walk = _walk(p, k, v, first, chosen, count, k_s, v_s, k_ready, v_ready)
   plgpu.barrier_wait(ready)
-  bits, last, lse, delta = _row_facts(rows_s, _COLUMN, 2)
-  column = plgpu.broadcasted_iota(jnp.int32, (_ROWS, _ROWS), 1, layout=_MATRIX)
+  (bits, last, lse, delta), least = _row_facts(rows_s, _COLUMN, 2), least[batch, tile]
+  at_once, unit = _folded(scale)
+  delta *= scale
 
-  def step(begin, start, chosen, k_s, v_s, k_ready, v_ready, dq):
-    plgpu.barrier_wait(k_ready)
-    logits = _product(q_s, k_s.T) * (scale * _LOG2E)
-    limit = _limit(bits, last, chosen, begin + p.size) - start
-    logits = _hide(p, logits, column, limit, begin - start)
-    weights = jnp.exp2(logits - _spread(lse, 0))
-    plgpu.barrier_wait(v_ready)
-    dweights = _product(do_s, v_s.T)
-    dlogits = (scale * weights * (dweights - _spread(delta, 0))).astype(k_s.dtype)
-    return _add(dq, dlogits, k_s, spare)
+  def step(x, dq):
+    plgpu.barrier_wait(x.k_ready)
+    logits = _product(q_s, x.k_s.T) * at_once
+    logits, mine = _seen(p, logits, x, last, least), (bits & x.chosen) != 0
+    weights = jnp.exp2(logits * unit - _spread(jnp.where(mine, lse, -_HIDDEN), 0))
+    plgpu.barrier_wait(x.v_ready)
+    dweights = _product(do_s, x.v_s.T)
+    x.free_v()
+    dlogits = weights * (dweights * scale - _spread(delta, 0))
+    dq = _add(dq, dlogits.astype(x.k_s.dtype), x.k_s, spare)
+    x.free_k()
+    return dq
 
-  dx = _walk(p, k, v, first, chosen, count, k_s, v_s, k_ready, v_ready, step, _zeros(p.D))
-  q_s[...] = dx.astype(q_s.dtype)
+  q_s[...] = walk(step, _zeros(p.D)).astype(q_s.dtype)
   _store(p, q_s, dq, *place)
   plgpu.wait_smem_to_gmem(0)
 
@@ -371,7 +429,8 @@ def _keys_kernel(
     plgpu.barrier_wait(q_ready.at[slot])
     bits, last, lse, delta = _row_facts(rows_s.at[slot], _ROW, 2)
     logits = _product(k_s, q_s.at[slot].T) * (scale * _LOG2E)
-    limit = _limit(bits, last, chosen[batch, group, i], origin + p.size)
+    last = jnp.where((bits & chosen[batch, group, i]) != 0, last, -1)
+    limit = jnp.minimum(last, origin + p.size - 1)
     seen = (row <= _spread(limit, 1)) & (row >= origin)
     weights = jnp.exp2(jnp.where(seen, logits, _HIDDEN) - _spread(lse, 1))
     plgpu.barrier_wait(do_ready.at[slot])
@@ -460,7 +519,8 @@ def _attend_forward(q, k, v, blocks, scale, interpret):
   visits = gpu_tables.visits(blocks, p.tokens, k.shape[1])
   last = blocks.last_seen(p.tiles * p.tokens)
   queries, rows = p.by_unit(q), p.of_rows(last)
-  operands = queries, _padded(p, k), _padded(p, v), rows, visits.first, visits.chosen, visits.count
+  tables = p.least(last), visits.first, visits.chosen, visits.count
+  operands = queries, _padded(p, k), _padded(p, v), rows, *tables
   outs = (
     jax.ShapeDtypeStruct((*queries.shape[:2], p.V), q.dtype),
     jax.ShapeDtypeStruct((p.B, p.groups, p.tiles * _ROWS), jnp.float32),
@@ -492,12 +552,12 @@ def _attend_backward(scale, interpret, residuals, cotangents):
   last = blocks.last_seen(p.tiles * p.tokens)
   rows = p.of_rows(last, p.by_tile(finite), p.by_tile(delta))
   arrays = p.by_unit(q), _padded(p, k), _padded(p, v), p.by_unit(do.astype(q.dtype)), rows
-  dq = _queries(p, scale, arrays, visits, interpret)
+  dq = _queries(p, scale, arrays, p.least(last), visits, interpret)
   dk, dv = _keys(p, scale, arrays, visits, blocks, interpret)
   return p.from_units(dq, q), dk[:, : k.shape[1]], dv[:, : k.shape[1]], None
 
 
-def _queries(p: _Plan, scale, arrays, visits, interpret):
+def _queries(p: _Plan, scale, arrays, least, visits, interpret):
   q, rows = arrays[0], arrays[-1]
   scratch = dict(
     q_s=p.matrix(p.D),
@@ -510,7 +570,7 @@ def _queries(p: _Plan, scale, arrays, visits, interpret):
     v_ready=plgpu.Barrier(num_barriers=2),
   )
   kernel = functools.partial(_queries_kernel, p, scale)
-  operands = *arrays, visits.first, visits.chosen, visits.count
+  operands = *arrays, least, visits.first, visits.chosen, visits.count
   out = jax.ShapeDtypeStruct(q.shape, q.dtype)
   grid, name = (p.groups, p.tiles), "block_sparse_queries"
   return _call(p, kernel, name, operands, out, scratch, grid, interpret)
