@@ -178,10 +178,14 @@ def _add(total, a, b, spare):
   """
   if spare is None:
     return pl.run_state(lambda acc: plgpu.wgmma(acc, a, b))(plgpu.ACC.init(total))
-  spare = spare.at[jax.lax.axis_index("warpgroup"), :, pl.ds(0, a.shape[1])]
-  spare[...] = a
+  return total + _product(_put(a, spare.at[0]), b)
+
+
+def _put(x, spare):
+  spare = spare.at[jax.lax.axis_index("warpgroup"), :, pl.ds(0, x.shape[1])]
+  spare[...] = x
   plgpu.commit_smem()
-  return total + _product(spare, b)
+  return spare
 
 
 def _units(p: _Plan, batch, group, tile):
@@ -205,8 +209,9 @@ def _store(p: _Plan, x_s, x, *place):
 
 
 def _operand(x_s, spare):
-  """A matrix that is multiplied often, in registers: the tensor cores have no shared memory's bandwidth to spare."""
-  return plgpu.load(x_s, (), layout=_MATRIX) if spare is None else x_s
+  """A matrix that is multiplied often, in registers: that leaves shared memory's bandwidth, and some of it, to others."""
+  x = plgpu.load(x_s, (), layout=_MATRIX)
+  return x if spare is None else _put(x, spare.at[1])
 
 
 def _spread(x, axis: int, columns: int = _ROWS):
@@ -239,22 +244,22 @@ class _Step(NamedTuple):
   start: Array
   chosen: Array
   k_s: Array
-  v_s: Array
   k_ready: Array
+  v_s: Array
   v_ready: Array
   free_k: Callable[[], None]
   free_v: Callable[[], None]
 
 
 def _walk(p: _Plan, k, v, first, chosen, count, k_s, v_s, k_ready, v_ready):
-  """Begins to copy the blocks that a tile visits.
+  """Begins to copy the blocks that a tile visits; but the last memory of keys, and that of values, is yet free.
 
   Returns:
     Of a function of ``_Step`` and a carry, and of a carry, the last one.
   """
   batch, group, _ = place = _place()
   head = jax.lax.div(group, jnp.int32(p.groups // p.heads))
-  steps, stages = count[place] * p.steps, k_s.shape[0]
+  steps = count[place] * p.steps
 
   def facts(i):
     block = jax.lax.div(i, jnp.int32(p.steps))
@@ -263,31 +268,36 @@ def _walk(p: _Plan, k, v, first, chosen, count, k_s, v_s, k_ready, v_ready):
     return begin, pl.multiple_of(start, 8), chosen[*place, block]
 
   def fetch(x, x_s, ready, i, start):
-    slot = jax.lax.rem(i, jnp.int32(stages))
+    slot = jax.lax.rem(i, jnp.int32(x_s.shape[0]))
     plgpu.copy_gmem_to_smem(x.at[batch, pl.ds(start, _ROWS), head], x_s.at[slot], ready.at[slot])
 
-  fetch_k = functools.partial(fetch, k, k_s, k_ready)
-  fetch_v = functools.partial(fetch, v, v_s, v_ready)
+  streams = (k, k_s, k_ready), (v, v_s, v_ready)
 
-  def begin(i):
-    start = facts(i)[1]
-    fetch_k(i, start)
-    fetch_v(i, start)
+  def begin(stream, i):
+    i = jnp.int32(i)
+    pl.when(i < steps)(lambda: fetch(*stream, i, facts(i)[1]))
 
-  for i in range(stages):
-    pl.when(i < steps)(functools.partial(begin, jnp.int32(i)))
+  for i in range(max(k_s.shape[0], v_s.shape[0]) - 1):
+    for stream in streams:
+      if i < stream[1].shape[0] - 1:
+        begin(stream, i)
 
   def run(step, carry):
+    for stream in streams:
+      begin(stream, stream[1].shape[0] - 1)
+
     def body(i, carry):
-      slot, later = jax.lax.rem(i, jnp.int32(stages)), i + stages
-      # Read long before it is needed.
-      start = facts(jnp.minimum(later, steps - 1))[1]
-
-      def free(fetch):
-        pl.when(later < steps)(lambda: fetch(later, start))
-
-      slots = (x.at[slot] for x in (k_s, v_s, k_ready, v_ready))
-      frees = (functools.partial(free, fetch) for fetch in (fetch_k, fetch_v))
+      slots, frees = [], []
+      for stream in streams:
+        _, x_s, ready = stream
+        stages = x_s.shape[0]
+        # Where to copy from is read long before it is needed.
+        later = i + stages
+        start = facts(jnp.minimum(later, steps - 1))[1]
+        copy = functools.partial(fetch, *stream, later, start)
+        frees.append(functools.partial(pl.when(later < steps), copy))
+        slot = jax.lax.rem(i, jnp.int32(stages))
+        slots += x_s.at[slot], ready.at[slot]
       return step(_Step(*facts(i), *slots, *frees), carry)
 
     return jax.lax.fori_loop(0, steps, body, carry)
@@ -316,10 +326,11 @@ def _row_facts(rows_s, layout, count: int):
 
 
 def _forward_kernel(
-  p: _Plan, scale, q, k, v, rows, least, first, chosen, count, o, lse, q_s, k_s, v_s, rows_s, ready,
-  k_ready, v_ready, spare=None,
+  p: _Plan, scale, q, k, v, rows, least, first, chosen, count, o, lse, k_s, v_s, rows_s, ready, k_ready,
+  v_ready, spare=None,
 ):  # fmt: skip
   batch, group, tile = place = _place()
+  q_s = k_s.at[k_s.shape[0] - 1]
   _load(p, q, q_s, ready, *place)
   plgpu.copy_gmem_to_smem(rows.at[place], rows_s, ready)
   walk = _walk(p, k, v, first, chosen, count, k_s, v_s, k_ready, v_ready)
@@ -360,11 +371,12 @@ def _forward_kernel(
 
 
 def _queries_kernel(
-  p: _Plan, scale, q, k, v, do, rows, least, first, chosen, count, dq, q_s, do_s, k_s, v_s, rows_s,
-  ready, k_ready, v_ready, spare=None,
+  p: _Plan, scale, q, k, v, do, rows, least, first, chosen, count, dq, q_s, k_s, v_s, rows_s, ready,
+  k_ready, v_ready, spare=None,
 ):  # fmt: skip
   batch, _, tile = place = _place()
   _load(p, q, q_s, ready, *place)
+  do_s = v_s.at[v_s.shape[0] - 1]
   _load(p, do, do_s, ready, *place)
   plgpu.copy_gmem_to_smem(rows.at[place], rows_s, ready)
   walk = _walk(p, k, v, first, chosen, count, k_s, v_s, k_ready, v_ready)
@@ -372,6 +384,7 @@ def _queries_kernel(
   (bits, last, lse, delta), least = _row_facts(rows_s, _COLUMN, 2), least[batch, tile]
   at_once, unit = _folded(scale)
   delta *= scale
+  cotangents = _operand(do_s, spare)
 
   def step(x, dq):
     plgpu.barrier_wait(x.k_ready)
@@ -379,7 +392,7 @@ def _queries_kernel(
     logits, mine = _seen(p, logits, x, last, least), (bits & x.chosen) != 0
     weights = jnp.exp2(logits * unit - _spread(jnp.where(mine, lse, -_HIDDEN), 0))
     plgpu.barrier_wait(x.v_ready)
-    dweights = _product(do_s, x.v_s.T)
+    dweights = _product(cotangents, x.v_s.T)
     x.free_v()
     dlogits = weights * (dweights * scale - _spread(delta, 0))
     dq = _add(dq, dlogits.astype(x.k_s.dtype), x.k_s, spare)
@@ -485,7 +498,7 @@ def _sums_kernel(p: _Plan, dk_parts, dv_parts, parts, dk, dv, dk_s, dv_s, **_):
 
 def _call(p: _Plan, kernel, name, operands, outs, scratch, grid, interpret, warpgroups=1):
   if interpret:
-    scratch = scratch | dict(spare=plgpu.SMEM((warpgroups, _ROWS, _ROWS), jnp.bfloat16))
+    scratch = scratch | dict(spare=plgpu.SMEM((2, warpgroups, _ROWS, max(p.D, p.V)), jnp.bfloat16))
   return plgpu.kernel(
     kernel,
     out_type=outs,
@@ -526,12 +539,11 @@ def _attend_forward(q, k, v, blocks, scale, interpret):
     jax.ShapeDtypeStruct((p.B, p.groups, p.tiles * _ROWS), jnp.float32),
   )
   scratch = dict(
-    q_s=p.matrix(p.D),
-    k_s=p.matrix(p.D, 2),
+    k_s=p.matrix(p.D, 3),
     v_s=p.matrix(p.V, 2),
     rows_s=plgpu.SMEM(rows.shape[3:], rows.dtype),
     ready=plgpu.Barrier(num_arrivals=p.copies + 1),
-    k_ready=plgpu.Barrier(num_barriers=2),
+    k_ready=plgpu.Barrier(num_barriers=3),
     v_ready=plgpu.Barrier(num_barriers=2),
   )
   kernel = functools.partial(_forward_kernel, p, scale)
@@ -561,7 +573,6 @@ def _queries(p: _Plan, scale, arrays, least, visits, interpret):
   q, rows = arrays[0], arrays[-1]
   scratch = dict(
     q_s=p.matrix(p.D),
-    do_s=p.matrix(p.V),
     k_s=p.matrix(p.D, 2),
     v_s=p.matrix(p.V, 2),
     rows_s=plgpu.SMEM(rows.shape[3:], rows.dtype),
