@@ -209,7 +209,7 @@ def _store(p: _Plan, x_s, x, *place):
 
 
 def _operand(x_s, spare):
-  """A matrix that is multiplied often, in registers: that leaves shared memory's bandwidth, and some of it, to others."""
+  """A matrix that is multiplied often, in registers: that leaves shared memory and its bandwidth to others."""
   x = plgpu.load(x_s, (), layout=_MATRIX)
   return x if spare is None else _put(x, spare.at[1])
 
@@ -383,7 +383,6 @@ def _queries_kernel(
   plgpu.barrier_wait(ready)
   (bits, last, lse, delta), least = _row_facts(rows_s, _COLUMN, 2), least[batch, tile]
   at_once, unit = _folded(scale)
-  delta *= scale
   cotangents = _operand(do_s, spare)
 
   def step(x, dq):
@@ -405,9 +404,8 @@ def _queries_kernel(
 
 
 def _keys_kernel(
-  p: _Plan, scale, q, k, v, do, rows, first, chosen, tiles, keys, begins, ends, dk, dv, k_s, v_s,
-  q_s, do_s, rows_s, kv_ready, q_ready, do_ready, done,
-  spare=None,
+  p: _Plan, scale, q, k, v, do, rows, least, first, chosen, tiles, keys, begins, ends, dk, dv, k_s,
+  v_s, q_s, do_s, rows_s, kv_ready, q_ready, do_ready, done, spare=None,
 ):  # fmt: skip
   """One warpgroup has the sums of keys, one those of values: together they are more than a warpgroup's registers."""
   batch, group, part = _place()
@@ -415,54 +413,64 @@ def _keys_kernel(
   start = keys[batch, group, part] * _ROWS
   begin, end = begins[batch, group, part], ends[batch, group, part]
   stages, of_keys = q_s.shape[0], jax.lax.axis_index("warpgroup") == 0
+  at_once, unit = _folded(scale)
 
   def slot_of(i):
     return jax.lax.rem(i - begin, jnp.int32(stages))
 
-  def fetch(i):
-    slot, place = slot_of(i), (batch, group, tiles[batch, group, i])
+  def fetch(i, tile):
+    slot, place = slot_of(i), (batch, group, tile)
     _load(p, q, q_s.at[slot], q_ready.at[slot], *place)
     plgpu.copy_gmem_to_smem(rows.at[place], rows_s.at[slot], q_ready.at[slot])
     _load(p, do, do_s.at[slot], do_ready.at[slot], *place)
 
-  @pl.when(of_keys)
+  # That of values has less to multiply.
+  @pl.when(jnp.logical_not(of_keys))
   def _():
     at = batch, pl.ds(start, _ROWS), head
     plgpu.copy_gmem_to_smem(k.at[at], k_s, kv_ready)
     plgpu.copy_gmem_to_smem(v.at[at], v_s, kv_ready)
     for i in range(stages):
-      pl.when(begin + i < end)(functools.partial(fetch, begin + i))
+      pl.when(begin + i < end)(lambda i=begin + i: fetch(i, tiles[batch, group, i]))
 
   plgpu.barrier_wait(kv_ready)
-  # Turned: keys are rows, and a query's rows are columns.
-  row = plgpu.broadcasted_iota(jnp.int32, (_ROWS, _ROWS), 0, layout=_MATRIX) + start
 
   def weights_of(i):
-    slot, origin = slot_of(i), first[batch, group, i]
+    slot, origin, who = slot_of(i), first[batch, group, i], chosen[batch, group, i]
+    seen_by_all = jnp.minimum(least[batch, tiles[batch, group, i]] + 1, origin + p.size)
     plgpu.barrier_wait(q_ready.at[slot])
+    # Turned: keys are rows, and a query's rows are columns.
     bits, last, lse, delta = _row_facts(rows_s.at[slot], _ROW, 2)
-    logits = _product(k_s, q_s.at[slot].T) * (scale * _LOG2E)
-    last = jnp.where((bits & chosen[batch, group, i]) != 0, last, -1)
-    limit = jnp.minimum(last, origin + p.size - 1)
-    seen = (row <= _spread(limit, 1)) & (row >= origin)
-    weights = jnp.exp2(jnp.where(seen, logits, _HIDDEN) - _spread(lse, 1))
+    logits = _product(k_s, q_s.at[slot].T) * at_once
+
+    def some():
+      row = plgpu.broadcasted_iota(jnp.int32, (_ROWS, _ROWS), 0, layout=_MATRIX) + start
+      seen = row <= _spread(jnp.minimum(last, origin + (p.size - 1)), 1)
+      return jnp.where(seen & (row >= origin), logits, _HIDDEN)
+
+    whole = (start >= origin) & (start + _ROWS <= seen_by_all)
+    logits = jax.lax.cond(whole, lambda: logits, some)
+    lse = jnp.where((bits & who) != 0, lse, -_HIDDEN)
+    weights = jnp.exp2(logits * unit - _spread(lse, 1))
     plgpu.barrier_wait(do_ready.at[slot])
     return slot, weights, delta
 
   def keys_step(i, sums):
     slot, weights, delta = weights_of(i)
     dweights = _product(v_s, do_s.at[slot].T)
-    dlogits = scale * weights * (dweights - _spread(delta, 1))
+    dlogits = weights * (dweights * scale - _spread(delta, 1))
     sums = _add(sums, dlogits.astype(k_s.dtype), q_s.at[slot], spare)
     plgpu.barrier_arrive(done.at[slot])
-    plgpu.barrier_wait(done.at[slot])
-    pl.when(i + stages < end)(functools.partial(fetch, i + stages))
     return sums
 
   def values_step(i, sums):
+    # Read long before it is needed.
+    later = tiles[batch, group, jnp.minimum(i + stages, end - 1)]
     slot, weights, _ = weights_of(i)
     sums = _add(sums, weights.astype(k_s.dtype), do_s.at[slot], spare)
     plgpu.barrier_arrive(done.at[slot])
+    plgpu.barrier_wait(done.at[slot])
+    pl.when(i + stages < end)(lambda: fetch(i + stages, later))
     return sums
 
   def walk(step, out, width):
@@ -562,10 +570,10 @@ def _attend_backward(scale, interpret, residuals, cotangents):
   finite = jnp.where(lse == -jnp.inf, 0, lse) * _LOG2E
   visits = gpu_tables.visits(blocks, p.tokens, k.shape[1])
   last = blocks.last_seen(p.tiles * p.tokens)
-  rows = p.of_rows(last, p.by_tile(finite), p.by_tile(delta))
+  rows = p.of_rows(last, p.by_tile(finite), p.by_tile(delta * scale))
   arrays = p.by_unit(q), _padded(p, k), _padded(p, v), p.by_unit(do.astype(q.dtype)), rows
   dq = _queries(p, scale, arrays, p.least(last), visits, interpret)
-  dk, dv = _keys(p, scale, arrays, visits, blocks, interpret)
+  dk, dv = _keys(p, scale, arrays, p.least(last), visits, blocks, interpret)
   return p.from_units(dq, q), dk[:, : k.shape[1]], dv[:, : k.shape[1]], None
 
 
@@ -587,7 +595,7 @@ def _queries(p: _Plan, scale, arrays, least, visits, interpret):
   return _call(p, kernel, name, operands, out, scratch, grid, interpret)
 
 
-def _keys(p: _Plan, scale, arrays, visits, blocks, interpret):
+def _keys(p: _Plan, scale, arrays, least, visits, blocks, interpret):
   """The gradients of keys and values, [B, Tk, heads, ...] bfloat16, padded as they are."""
   table = gpu_tables.visitors(visits, blocks, _ROWS, p.Tk, _PART)
   parts, rows = table.keys.shape[2], arrays[-1]
@@ -606,7 +614,16 @@ def _keys(p: _Plan, scale, arrays, visits, blocks, interpret):
     done=plgpu.Barrier(num_arrivals=2, num_barriers=2),
   )
   kernel = functools.partial(_keys_kernel, p, scale)
-  operands = *arrays, table.first, table.chosen, table.tile, table.keys, table.begin, table.end
+  operands = (
+    *arrays,
+    least,
+    table.first,
+    table.chosen,
+    table.tile,
+    table.keys,
+    table.begin,
+    table.end,
+  )
   grid, name = (p.groups, parts), "block_sparse_keys"
   sums = _call(p, kernel, name, operands, outs, scratch, grid, interpret, warpgroups=2)
   return _sums(p, *sums, table.parts, interpret)
