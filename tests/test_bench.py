@@ -224,14 +224,21 @@ def test_kernels_of_a_call_are_told(monkeypatch):
   assert record["seconds"]["reference"] == pytest.approx(7e-3 / row.calls)
 
 
-def test_a_peer_tunes_again_when_it_is_timed(monkeypatch):
+def test_a_peer_tunes_when_it_is_timed(monkeypatch):
+  """Not while it is prepared, beside others: then it compiles whatever may be chosen."""
   told = []
   monkeypatch.setattr(bench_peers, "_synchronize", lambda: None)
-  monkeypatch.setattr(bench_peers, "forget", lambda: told.append("forget"))
+  monkeypatch.setattr(bench_peers, "forget", lambda clock: told.append(clock.__name__))
   start = bench_peers.prepare(lambda args: lambda: told.append(args), "small")
-  assert told == ["forget", "small"]  # tuners time for less long from then on
+  assert told == ["_once", "small"]
   start("fresh")
-  assert told == ["forget", "small", "forget", "fresh"]
+  assert told == ["_once", "small", "_briefly", "fresh"]
+
+
+def test_all_choices_of_a_tuner_run_once():
+  calls = []
+  assert bench_peers._once(lambda: calls.append(1), quantiles=(0.5, 0.2, 0.8)) == [1.0] * 3
+  assert calls == [1]
 
 
 def _row(name, error=lambda: 0.0, make=lambda: (jnp.ones(8),), timed=True):
