@@ -269,18 +269,20 @@ def _times(x: Array, factor: Array | None) -> Array:
 
 
 def middle_rows(p: Plan) -> tuple[int, ...]:
-  """For every level and every block of the base: the middle of the level's block that it is in. And the last row."""
-  rows = range(0, CHUNK, base(p))
+  """The middles of a level's blocks, level by level, the smallest blocks first. And the last row."""
   sizes = [base(p) << level for level in range(levels(p))]
-  return *(row // n * n + n // 2 - 1 for n in sizes for row in rows), CHUNK - 1
+  return *(row + n // 2 - 1 for n in sizes for row in range(0, CHUNK, n)), CHUNK - 1
 
 
-def _middle(c: _Chunk, level: int | Array, i: int | Array, size: int) -> Array:
-  """Of a level's blocks, of which the smallest has ``size`` tokens: the middle of each row's."""
-  first, row = level * (CHUNK // base(c.p)), _iota(0)
-  out = c.middle(first, i)
-  for start in range(size, CHUNK, size):
-    out = jnp.where(row >= start, c.middle(first + start // base(c.p), i), out)
+def _middle(c: _Chunk, level: int | Array, i: int | Array) -> Array:
+  """Of the block of a level that a row is in, in all rows."""
+  smallest = base(c.p) if isinstance(level, int) else 2 * base(c.p)
+  blocks = 2 * (CHUNK // base(c.p))  # of all levels, and one
+  first = blocks - lax.shift_right_logical(jnp.int32(blocks), jnp.int32(level))
+  out, row = c.middle(first, i), _iota(0)
+  for start in range(smallest, CHUNK, smallest):
+    block = lax.shift_right_logical(jnp.int32(start // base(c.p)), jnp.int32(level))
+    out = jnp.where(row >= start, c.middle(first + block, i), out)
   return out
 
 
@@ -291,10 +293,9 @@ def exponents(c: _Chunk, level: int | Array, i: int | Array, decays) -> dict[str
   columns have is the opposite of "G". At other levels of a token of a block's second half the decay from its middle,
   and of one of the first half, which is a column, that to there: what columns have is "G".
   """
-  within = isinstance(level, int)
-  middle = _middle(c, level, i, base(c.p) if within else 2 * base(c.p))
+  middle = _middle(c, level, i)
   out = {d: c.tile(d, i) - middle for d in sorted({"G", *decays})}
-  if within:
+  if isinstance(level, int):
     return out
   return {d: jnp.minimum(x, -x if d == "G" else 0.0) for d, x in out.items()}
 
