@@ -62,7 +62,7 @@ def both(r, S, segment_ids=None):
     return got, run(r, S, segment_ids, backend="reference", chunk=None)
 
 
-@pytest.mark.parametrize("case", some(CASES, [SSD, KDA, RWKV7]))
+@pytest.mark.parametrize("case", some(CASES, [SSD, KDA, RWKV6, RWKV7]))
 def test_matches_reference(case):
   """Outputs, final state and every gradient, of packed segments."""
   assert_close(*both(*inputs(case), SEGMENTS), 3e-5)

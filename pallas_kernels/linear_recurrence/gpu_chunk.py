@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -301,18 +301,19 @@ def exponents(c: _Chunk, level: int | Array, i: int | Array, decays) -> dict[str
 
 
 def sums(count: int, steps, products_of, start=None):
-  """Sums over steps of ``count`` products each, kept where tensor cores add to them; and what a step carries on.
+  """``count`` sums of products over steps, kept where tensor cores add to them; and what a step carries on.
 
-  ``products_of(step, carry)`` returns the pairs of operands, and a function that gives the next carry.
+  ``products_of(step, carry)`` returns pairs of operands for each sum, and a function that gives the next carry.
   """
 
   def run(*totals):
     def step(j, carry):
       pairs, then = products_of(j, carry)
-      for acc, (a, b) in zip(totals, pairs, strict=True):
-        for i, x in enumerate(a):
-          for y in b[: len(b) - i]:
-            plgpu.wgmma(acc, x, y)
+      for acc, of_sum in zip(totals, pairs, strict=True):
+        for a, b in of_sum:
+          for i, x in enumerate(a):
+            for y in b[: len(b) - i]:
+              plgpu.wgmma(acc, x, y)
       carry = then()
       plgpu.wgmma_wait(0)
       plgpu.commit_smem()  # all warps are done with what was multiplied
@@ -324,19 +325,18 @@ def sums(count: int, steps, products_of, start=None):
   return pl.run_scoped(run, *[plgpu.ACC(_TILE, jnp.float32)] * count)
 
 
-def _compare(c: _Chunk, rows, cols: list[str], pool, kept) -> dict[tuple[str, str], Array]:
-  """Products of ``rows``, (name, that of their decay), with columns, under the decay between them.
+def _compare(c: _Chunk, rows, cols: list[str], pool, kept) -> Callable[[tuple[str, str]], Array]:
+  """Products of ``rows``, (name, that of their decay), with columns, under the decay between them, by pair of names.
 
   Without a decay a channel plain products. What lies above the diagonal means nothing. ``kept``: places in shared
   memory for results that are rounded anyway; all at once would be more than registers hold.
   """
   count, channel = c.p.K // 64, "G" in c.refs
   pairs = [(name, other) for name, _ in rows for other in cols]
-  if not channel and c.shared.inputs:
-    return {
-      (x, y): products(_TILE, *[([c.held(x, i)], [c.held(y, i).T]) for i in range(count)])
-      for x, y in pairs
-    }
+  if not channel and c.shared.inputs:  # when asked for: two at once would take more registers
+    return lambda pair: products(
+      _TILE, *[([c.held(pair[0], i)], [c.held(pair[1], i).T]) for i in range(count)]
+    )
   decays = {name: decay if channel else "G" for name, decay in rows}
 
   def of_tiles(level):
@@ -361,7 +361,7 @@ def _compare(c: _Chunk, rows, cols: list[str], pool, kept) -> dict[tuple[str, st
       for names in [of_columns, of_rows] if c.anew else [of_columns + of_rows]:
         place(names)
       plgpu.commit_smem()
-      met = [(places[x, decays[x]], transposed(places[y, column])) for x, y in pairs]
+      met = [[(places[x, decays[x]], transposed(places[y, column]))] for x, y in pairs]
       return met, lambda: None
 
     def operands(i, _):
@@ -372,7 +372,7 @@ def _compare(c: _Chunk, rows, cols: list[str], pool, kept) -> dict[tuple[str, st
 
   z = of_tiles(0)
   if not channel:
-    return z
+    return z.__getitem__
   here = of_one_block(base(c.p), c.zero())
   z = {pair: jnp.where(here, x, 0.0) for pair, x in z.items()}
   for pair, refs in kept.items():
@@ -386,7 +386,7 @@ def _compare(c: _Chunk, rows, cols: list[str], pool, kept) -> dict[tuple[str, st
     return {pair: jnp.where(here, z[pair], x) for pair, x in held.items()}
 
   out = lax.fori_loop(1, levels(c.p), step, z)
-  return out | {pair: joined(refs) for pair, refs in kept.items()}
+  return (out | {pair: joined(refs) for pair, refs in kept.items()}).__getitem__
 
 
 def _inverse(L: Array, x_refs, l_refs, z_refs) -> Array:
@@ -445,7 +445,7 @@ def _kernel(p: Plan, tree, heads, undecayed, bonus, shared, count, *refs, tiles,
     compared = _compare(c, some, cols, pool, kept)
     c.free()
     for name, other in pairs:
-      z, decay = compared[name, other], dict(rows)[name]
+      z, decay = compared((name, other)), dict(rows)[name]
       if scalar:
         z = z * jnp.exp(jnp.minimum(c.rows(f"{decay}_row") - c.columns("G_column"), 0.0))
       z = jnp.where(seen(name), z, 0.0)

@@ -257,6 +257,17 @@ class _Facts:
     self.decays = [d for d in ("G", "before") if d == "G" or d in [row[1] for row in self.rows]]
 
 
+def _values_of(f: _Facts, pairs) -> list[str]:
+  """What is laid out like v of which rows and columns that are compared are the gradients."""
+  of_row, of_col = {name: value for name, *_, value in f.rows}, dict(f.cols)
+  return sorted({x for name, other in pairs for x in (of_row[name], of_col[other])})
+
+
+def _tiles_at_once(p: Plan) -> int:
+  """Tiles of each of them in shared memory: two, where that leaves room for another program."""
+  return 2 if p.parts == 1 and p.V % (2 * _BLOCK) == 0 else 1
+
+
 def _compared_kernel(
   p: Plan, tree, heads, undecayed, *refs, shared, pairs, pool, squares, slot, of_values, of_squares, ready=None,
   **memory,
@@ -278,19 +289,27 @@ def _compared_kernel(
   def gain(name, value):
     gains[name] = gains[name] + value if name in gains else value
 
+  of_row = {name: value for name, *_, value in f.rows}
+  of_col = dict(f.cols)
+  tiles = range(_tiles_at_once(p))
+
+  def compared(step, _):
+    sources = {
+      (x, j): at.value_tile(x, len(tiles) * step + j) for x in _values_of(f, pairs) for j in tiles
+    }
+    got = _fetch(sources, pool, of_values)
+    return [
+      [(got[of_row[name], j], transposed(got[of_col[other], j])) for j in tiles]
+      for name, other in pairs
+    ], lambda: None
+
+  gradients, _ = sums(len(pairs), p.V // _BLOCK // len(tiles), compared)
+  if square:
+    plgpu.barrier_wait(of_squares)
   # One after the other: all at once are more than registers hold.
-  for n, pair in enumerate(pairs):
-    name, other = pair
-    _, decay, _, of_row = next(row for row in f.rows if row[0] == name)
-    of_col, operand = dict(f.cols)[other], f.pairs[pair]
-
-    def compared(j, _, of_row=of_row, of_col=of_col):
-      got = _fetch({x: at.value_tile(x, j) for x in (of_row, of_col)}, pool, of_values)
-      return [(got[of_row], transposed(got[of_col]))], lambda: None
-
-    (dz,), _ = sums(1, p.V // _BLOCK, compared)
-    if n == 0 and square:
-      plgpu.barrier_wait(of_squares)
+  for (name, other), dz in zip(pairs, gradients, strict=True):
+    _, decay, *_ = next(row for row in f.rows if row[0] == name)
+    operand = f.pairs[name, other]
     erases_key = p.erase == "key" and name == "k"
     mask = row > col if f.bonus or name != "q" else row >= col
     if "runs" in refs:
@@ -416,8 +435,8 @@ def _channels_kernel(
           return None
         return dkeep + jnp.sum(joined(got["S"]) * joined(got["D"]), axis=1)
 
-      pairs = [(got[of_row], transposed(got["S"])) for *_, of_row in rows]
-      return pairs + [(got[written], transposed(got["D"])) for _, written in cols], then
+      pairs = [[(got[of_row], transposed(got["S"]))] for *_, of_row in rows]
+      return pairs + [[(got[written], transposed(got["D"]))] for _, written in cols], then
 
     start = _numbers() if keeps and cols else None
     met, dkeep = sums(len(rows) + len(cols), p.V // _BLOCK, step, start)
@@ -613,11 +632,12 @@ def gradients(
       names += ["G_column", *{f"{row[1]}_row" for row in f.rows if row[0] in dict(pairs)}]
     outs |= {name: floats(*numbers) for name in names}
     squares = sum(f.pairs[pair] in f.squares for pair in pairs) * p.parts
+    fetched = len(_values_of(f, pairs)) * _tiles_at_once(p) * p.parts
     scratch = {
-      "pool": [tile_of() for _ in range(2 * p.parts)],
+      "pool": [tile_of() for _ in range(fetched)],
       "squares": [tile_of() for _ in range(squares)],
       "slot": [tile_of() for _ in range(p.parts)],
-      "of_values": plgpu.Barrier(num_arrivals=2 * p.parts),
+      "of_values": plgpu.Barrier(num_arrivals=fetched),
       "of_squares": plgpu.Barrier(num_arrivals=max(squares, 1)),
     } | shared.scratch(1)
     kernel = functools.partial(_compared_kernel, shared=shared, pairs=pairs)
