@@ -54,7 +54,7 @@ def linear_recurrence(
   """Runs the recurrence over all tokens; see ``Recurrence`` for its inputs.
 
   Differentiable in everything but ``segment_ids``. The backward pass keeps the inputs and the states at chunk
-  boundaries, and computes the rest again.
+  boundaries (on a GPU also what tokens are to tokens, see ``gpu.py``), and computes the rest again.
 
   On TPUs q, k, v and all else of [B, T, heads, dim] should be reshaped from [B, T, heads * dim], as projections write
   them, and the outputs and gradients be used like that: then nothing is copied. Where XLA holds such an array with four
@@ -161,14 +161,14 @@ def _chunked(backend, chunk_size, r, initial_state, runs):
 
 def _chunked_forward(backend, chunk_size, r, initial_state, runs):
   forward, _ = _CHUNKED[backend]
-  o, final, boundaries = forward(r, initial_state, runs, chunk_size, keep=True)
-  return (o, final), (r, runs, boundaries)
+  o, final, kept = forward(r, initial_state, runs, chunk_size, keep=True)
+  return (o, final), (r, runs, kept)
 
 
 def _chunked_backward(backend, chunk_size, residuals, cotangents):
-  r, runs, boundaries = residuals
+  r, runs, kept = residuals
   _, backward = _CHUNKED[backend]
-  dr, dinitial = backward(r, runs, chunk_size, boundaries, *cotangents)
+  dr, dinitial = backward(r, runs, chunk_size, kept, *cotangents)
   return dr, dinitial, None
 
 

@@ -1,12 +1,15 @@
 """The recurrence on Hopper GPUs.
 
-Pallas Mosaic GPU kernels are: decays of channels, summed over a chunk's tokens (``gpu_decay.py``), what is local to a
-chunk, for all chunks at once (``gpu_chunk.py``: decays applied, triangular systems inverted), what walks chunks one after the other, the state forward and its gradient backward
-(``gpu_scan.py``, and ``gpu_stream.py`` where a chunk of keys is too large for it), and, once the states at a chunk's
-ends and their gradients are there, the gradients of what it is computed from (``gpu_gradients.py``). What tokens are
-to tokens the forward pass keeps, with the states before chunks, for the backward pass: as much again as keys and
-values in bfloat16. XLA compiles what is elementwise, numbers a token and head, and their derivatives; and the
-gradients of a low-rank erase in float32, whose sums and operands in parts are more than a Hopper GPU's shared memory.
+Pallas Mosaic GPU kernels are: decays of channels, summed over a chunk's tokens (``gpu_decay.py``); what is local to a
+chunk, for all chunks at once (``gpu_chunk.py``: decays applied, triangular systems inverted); what walks chunks one
+after the other, the state forward and its gradient backward (``gpu_scan.py``, and ``gpu_stream.py`` where a chunk of
+keys is too large for it); and, once the states at a chunk's ends and their gradients are there, the gradients of what
+it is computed from (``gpu_gradients.py``). XLA compiles what is elementwise, numbers a token and head, and their
+derivatives; and the gradients of a low-rank erase in float32, whose sums and operands in parts are more than a Hopper
+GPU's shared memory.
+
+The forward pass keeps for the backward pass the states before chunks and what tokens are to tokens: of a key erase
+three matrices, 64 numbers a token and head each. What has key channels is computed again.
 """
 
 import dataclasses
