@@ -287,10 +287,12 @@ LONG_SEGMENTS = np.stack([np.repeat([1, 2, 3], [37, 50, 13]), np.repeat([3, 1, 2
 GPU = {
   "aligned": dict(),
   "documents, a window, sinks": dict(
-    segment_ids=LONG_SEGMENTS, window=5, sinks=True, correlated=True
+    segment_ids=LONG_SEGMENTS, window=5, sinks=True, correlated=True, part=64
   ),
   "a group a query head": dict(block_size=128, groups=4, query_block=5, slots=1, dims=(64, 128)),
-  "heads that lie together, padded": dict(heads=(12, 1), groups=1, tokens=45),
+  "heads that lie together, padded": dict(
+    heads=(12, 1), groups=1, segment_ids=LONG_SEGMENTS[:, 30:75], part=14
+  ),
 }
 
 
@@ -302,11 +304,12 @@ def test_gpu_kernels(monkeypatch, name):
 
   Neighbouring keys are nearly the same in one case: many weights of nearly one size.
   """
-  monkeypatch.setattr(gpu, "_PART", 64 if "segment_ids" in GPU[name] else 2)
   detecting = functools.partial(gpu.forward, interpret=InterpretGPUParams(detect_races=True))
   monkeypatch.setitem(api._FORWARD, "interpret_gpu", detecting)
-  case = dict(block_size=64, slots=2) | GPU[name]
-  T, options = case.pop("tokens", 100), {k: case.pop(k) for k in ("dims", "heads") if k in case}
+  case = dict(block_size=64, slots=2, part=2) | GPU[name]
+  monkeypatch.setattr(gpu, "_PART", case.pop("part"))
+  T = case["segment_ids"].shape[1] if "segment_ids" in case else 100
+  options = {k: case.pop(k) for k in ("dims", "heads") if k in case}
   args = inputs(T, **dict(dims=(64, 64)) | options)[: 4 if case.pop("sinks", 0) else 3]
   if case.pop("correlated", False):
     args[1] = np.sqrt(0.9) * args[1][:, :1] + np.sqrt(0.1) * args[1]
@@ -337,7 +340,8 @@ def test_parts_of_walks(documents):
   layout = Layout.together(B, T, jnp.asarray(SEGMENTS) if documents else None)
   blocks = Blocks(choices(HKV, T, 6, 3), layout, size)
   visits = gpu_tables.visits(blocks, 2, T)
-  table = jax.tree.map(np.asarray, gpu_tables.visitors(visits, blocks, rows, T + rows, part))
+  by = visits.first, visits.chosen, jnp.zeros((B, visits.first.shape[2]), jnp.int32)
+  table = jax.tree.map(np.asarray, gpu_tables.visitors(*by, blocks, rows, T + rows, part))
   for b, g in np.ndindex(B, HKV):
     parts = table.parts[b, g]
     lengths = table.end[b, g] - table.begin[b, g]

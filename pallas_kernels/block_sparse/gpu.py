@@ -149,6 +149,17 @@ class _Plan:
     more = (jax.lax.bitcast_convert_type(x, jnp.int32).reshape(shape) for x in more)
     return jnp.stack([jnp.broadcast_to(x, shape) for x in (bit, last, *more)], axis=3)
 
+  def of_visits(self, rows: Array, *numbers: Array) -> Array:
+    """The facts of those who visit keys: of a tile as ``of_rows`` has them, or [B, G, T, n, 64] int32 of a query.
+
+    A query's rows may be any of a matrix: its numbers are repeated.
+    """
+    if self.copies == 1:
+      return rows
+    shape = (self.B, self.groups, self.tiles * self.tokens, 1, self.rows)
+    numbers = (jax.lax.bitcast_convert_type(x, jnp.int32).reshape(shape) for x in numbers)
+    return jnp.tile(jnp.concatenate(list(numbers), axis=3), self.copies)
+
   def least(self, last: Array) -> Array:
     """[B, tiles] int32: the last key that all queries of a tile see, of those that see any."""
     last = jnp.where(last < 0, _NEVER, last)
@@ -319,9 +330,9 @@ def _seen(p: _Plan, logits, x: _Step, last, least):
   return jax.lax.cond((x.start >= x.begin) & (x.start + _ROWS <= end), lambda: logits, some)
 
 
-def _row_facts(rows_s, layout, count: int):
-  """The query's bit and last key of each row, and the ``count`` numbers that follow."""
-  facts = [plgpu.load(rows_s.at[i], (), layout=layout) for i in range(2 + count)]
+def _row_facts(rows_s, layout):
+  """The query's bit and last key of each row, and the numbers that follow."""
+  facts = [plgpu.load(rows_s.at[i], (), layout=layout) for i in range(rows_s.shape[0])]
   return *facts[:2], *(jax.lax.bitcast_convert_type(x, jnp.float32) for x in facts[2:])
 
 
@@ -335,7 +346,7 @@ def _forward_kernel(
   plgpu.copy_gmem_to_smem(rows.at[place], rows_s, ready)
   walk = _walk(p, k, v, first, chosen, count, k_s, v_s, k_ready, v_ready)
   plgpu.barrier_wait(ready)
-  (bits, last), least = _row_facts(rows_s, _COLUMN, 0), least[batch, tile]
+  (bits, last), least = _row_facts(rows_s, _COLUMN), least[batch, tile]
   at_once, unit = _folded(scale)
   queries = _operand(q_s, spare)
 
@@ -381,7 +392,7 @@ def _queries_kernel(
   plgpu.copy_gmem_to_smem(rows.at[place], rows_s, ready)
   walk = _walk(p, k, v, first, chosen, count, k_s, v_s, k_ready, v_ready)
   plgpu.barrier_wait(ready)
-  (bits, last, lse, delta), least = _row_facts(rows_s, _COLUMN, 2), least[batch, tile]
+  (bits, last, lse, delta), least = _row_facts(rows_s, _COLUMN), least[batch, tile]
   at_once, unit = _folded(scale)
   cotangents = _operand(do_s, spare)
 
@@ -404,25 +415,34 @@ def _queries_kernel(
 
 
 def _keys_kernel(
-  p: _Plan, scale, q, k, v, do, rows, least, first, chosen, tiles, keys, begins, ends, dk, dv, k_s,
+  p: _Plan, scale, q, k, v, do, rows, first, stop, chosen, who, keys, begins, ends, dk, dv, k_s,
   v_s, q_s, do_s, rows_s, kv_ready, q_ready, do_ready, done, spare=None,
 ):  # fmt: skip
-  """One warpgroup has the sums of keys, one those of values: together they are more than a warpgroup's registers."""
+  """A step has 64 rows of those who visit the keys, whether they are neighbours or not.
+
+  One warpgroup has the sums of keys, one those of values: together they are more than a warpgroup's registers.
+  """
   batch, group, part = _place()
   head = jax.lax.div(group, jnp.int32(p.groups // p.heads))
   start = keys[batch, group, part] * _ROWS
   begin, end = begins[batch, group, part], ends[batch, group, part]
+  steps = jax.lax.div(end - begin + (p.copies - 1), jnp.int32(p.copies))
   stages, of_keys = q_s.shape[0], jax.lax.axis_index("warpgroup") == 0
   at_once, unit = _folded(scale)
 
-  def slot_of(i):
-    return jax.lax.rem(i - begin, jnp.int32(stages))
+  def of_visits(x, step):
+    """Numbers of a step's visits; the part's last again for those that there are not."""
+    at = (jnp.minimum(begin + step * p.copies + i, end - 1) for i in range(p.copies))
+    return [x[batch, group, i] for i in at]
 
-  def fetch(i, tile):
-    slot, place = slot_of(i), (batch, group, tile)
-    _load(p, q, q_s.at[slot], q_ready.at[slot], *place)
-    plgpu.copy_gmem_to_smem(rows.at[place], rows_s.at[slot], q_ready.at[slot])
-    _load(p, do, do_s.at[slot], do_ready.at[slot], *place)
+  def fetch(step, units):
+    slot = jax.lax.rem(step, jnp.int32(stages))
+    for i, number in enumerate(units):
+      own = slot, pl.ds(i * p.unit, p.unit)
+      at = batch * (p.tiles * p.copies) + number, pl.ds(group * p.unit, p.unit)
+      plgpu.copy_gmem_to_smem(q.at[at], q_s.at[own], q_ready.at[slot])
+      plgpu.copy_gmem_to_smem(rows.at[batch, group, number], rows_s.at[slot, i], q_ready.at[slot])
+      plgpu.copy_gmem_to_smem(do.at[at], do_s.at[own], do_ready.at[slot])
 
   # That of values has less to multiply.
   @pl.when(jnp.logical_not(of_keys))
@@ -430,51 +450,76 @@ def _keys_kernel(
     at = batch, pl.ds(start, _ROWS), head
     plgpu.copy_gmem_to_smem(k.at[at], k_s, kv_ready)
     plgpu.copy_gmem_to_smem(v.at[at], v_s, kv_ready)
-    for i in range(stages):
-      pl.when(begin + i < end)(lambda i=begin + i: fetch(i, tiles[batch, group, i]))
+    for i in map(jnp.int32, range(stages)):
+      pl.when(i < steps)(lambda i=i: fetch(i, of_visits(who, i)))
 
   plgpu.barrier_wait(kv_ready)
+  unit_of = plgpu.broadcasted_iota(jnp.int32, (_ROWS,), 0, layout=_ROW) // p.unit
 
-  def weights_of(i):
-    slot, origin, who = slot_of(i), first[batch, group, i], chosen[batch, group, i]
-    seen_by_all = jnp.minimum(least[batch, tiles[batch, group, i]] + 1, origin + p.size)
+  def columns(numbers):
+    """Of a number or a vector of each visit: the one of each column's visit."""
+    return functools.reduce(
+      lambda total, x: jnp.where(unit_of == x[0], x[1], total),
+      enumerate(numbers[1:], 1),
+      plgpu.layout_cast(jnp.broadcast_to(numbers[0], (_ROWS,)), _ROW),
+    )
+
+  def weights_of(step):
+    slot = jax.lax.rem(step, jnp.int32(stages))
+    origins, stops = of_visits(first, step), of_visits(stop, step)
     plgpu.barrier_wait(q_ready.at[slot])
     # Turned: keys are rows, and a query's rows are columns.
-    bits, last, lse, delta = _row_facts(rows_s.at[slot], _ROW, 2)
+    if p.copies == 1:
+      mine, last, lse, delta = _row_facts(rows_s.at[slot, 0], _ROW)
+    else:
+      facts = (
+        [plgpu.load(rows_s.at[slot, i, j], (), layout=_ROW) for i in range(p.copies)]
+        for j in range(2)
+      )
+      lse, delta = (jax.lax.bitcast_convert_type(columns(x), jnp.float32) for x in facts)
     logits = _product(k_s, q_s.at[slot].T) * at_once
 
     def some():
       row = plgpu.broadcasted_iota(jnp.int32, (_ROWS, _ROWS), 0, layout=_MATRIX) + start
-      seen = row <= _spread(jnp.minimum(last, origin + (p.size - 1)), 1)
-      return jnp.where(seen & (row >= origin), logits, _HIDDEN)
+      if p.copies == 1:
+        seen = (row >= origins[0]) & (
+          row <= _spread(jnp.minimum(last, origins[0] + (p.size - 1)), 1)
+        )
+      else:
+        seen = (row >= _spread(columns(origins), 1)) & (row < _spread(columns(stops), 1))
+      return jnp.where(seen, logits, _HIDDEN)
 
-    whole = (start >= origin) & (start + _ROWS <= seen_by_all)
+    # In the order of keys, the last begins last.
+    whole = (start >= origins[-1]) & (start + _ROWS <= functools.reduce(jnp.minimum, stops))
     logits = jax.lax.cond(whole, lambda: logits, some)
-    lse = jnp.where((bits & who) != 0, lse, -_HIDDEN)
-    weights = jnp.exp2(logits * unit - _spread(lse, 1))
+    if p.copies == 1:
+      there = (mine & of_visits(chosen, step)[0]) != 0
+    else:
+      there = unit_of < end - begin - step * p.copies
+    weights = jnp.exp2(logits * unit - _spread(jnp.where(there, lse, -_HIDDEN), 1))
     plgpu.barrier_wait(do_ready.at[slot])
     return slot, weights, delta
 
-  def keys_step(i, sums):
-    slot, weights, delta = weights_of(i)
+  def keys_step(step, sums):
+    slot, weights, delta = weights_of(step)
     dweights = _product(v_s, do_s.at[slot].T)
     dlogits = weights * (dweights * scale - _spread(delta, 1))
     sums = _add(sums, dlogits.astype(k_s.dtype), q_s.at[slot], spare)
     plgpu.barrier_arrive(done.at[slot])
     return sums
 
-  def values_step(i, sums):
-    # Read long before it is needed.
-    later = tiles[batch, group, jnp.minimum(i + stages, end - 1)]
-    slot, weights, _ = weights_of(i)
+  def values_step(step, sums):
+    # Read long before they are needed.
+    later = of_visits(who, step + stages)
+    slot, weights, _ = weights_of(step)
     sums = _add(sums, weights.astype(k_s.dtype), do_s.at[slot], spare)
     plgpu.barrier_arrive(done.at[slot])
     plgpu.barrier_wait(done.at[slot])
-    pl.when(i + stages < end)(lambda: fetch(i + stages, later))
+    pl.when(step + stages < steps)(lambda: fetch(step + stages, later))
     return sums
 
   def walk(step, out, width):
-    out[batch, group, part] = jax.lax.fori_loop(begin, end, step, _zeros(width))
+    out[batch, group, part] = jax.lax.fori_loop(0, steps, step, _zeros(width))
 
   # Nobody reads a part that is of nothing.
   some = begin < end
@@ -570,15 +615,21 @@ def _attend_backward(scale, interpret, residuals, cotangents):
   finite = jnp.where(lse == -jnp.inf, 0, lse) * _LOG2E
   visits = gpu_tables.visits(blocks, p.tokens, k.shape[1])
   last = blocks.last_seen(p.tiles * p.tokens)
-  rows = p.of_rows(last, p.by_tile(finite), p.by_tile(delta * scale))
-  arrays = p.by_unit(q), _padded(p, k), _padded(p, v), p.by_unit(do.astype(q.dtype)), rows
-  dq = _queries(p, scale, arrays, p.least(last), visits, interpret)
-  dk, dv = _keys(p, scale, arrays, p.least(last), visits, blocks, interpret)
+  numbers = p.by_tile(finite), p.by_tile(delta * scale)
+  rows = p.of_rows(last, *numbers)
+  arrays = p.by_unit(q), _padded(p, k), _padded(p, v), p.by_unit(do.astype(q.dtype))
+  dq = _queries(p, scale, (*arrays, rows, p.least(last)), visits, interpret)
+  if p.copies == 1:
+    by = visits.first, visits.chosen, p.least(last)
+  else:
+    by = gpu_tables.firsts(blocks, p.tiles * p.tokens), None, last
+  table = gpu_tables.visitors(*by, blocks, _ROWS, p.Tk, _PART)
+  dk, dv = _keys(p, scale, (*arrays, p.of_visits(rows, *numbers)), table, interpret)
   return p.from_units(dq, q), dk[:, : k.shape[1]], dv[:, : k.shape[1]], None
 
 
-def _queries(p: _Plan, scale, arrays, least, visits, interpret):
-  q, rows = arrays[0], arrays[-1]
+def _queries(p: _Plan, scale, arrays, visits, interpret):
+  q, rows = arrays[0], arrays[-2]
   scratch = dict(
     q_s=p.matrix(p.D),
     k_s=p.matrix(p.D, 2),
@@ -589,15 +640,14 @@ def _queries(p: _Plan, scale, arrays, least, visits, interpret):
     v_ready=plgpu.Barrier(num_barriers=2),
   )
   kernel = functools.partial(_queries_kernel, p, scale)
-  operands = *arrays, least, visits.first, visits.chosen, visits.count
+  operands = *arrays, visits.first, visits.chosen, visits.count
   out = jax.ShapeDtypeStruct(q.shape, q.dtype)
   grid, name = (p.groups, p.tiles), "block_sparse_queries"
   return _call(p, kernel, name, operands, out, scratch, grid, interpret)
 
 
-def _keys(p: _Plan, scale, arrays, least, visits, blocks, interpret):
+def _keys(p: _Plan, scale, arrays, table, interpret):
   """The gradients of keys and values, [B, Tk, heads, ...] bfloat16, padded as they are."""
-  table = gpu_tables.visitors(visits, blocks, _ROWS, p.Tk, _PART)
   parts, rows = table.keys.shape[2], arrays[-1]
   outs = tuple(
     jax.ShapeDtypeStruct((p.B, p.groups, parts, _ROWS, d), jnp.float32) for d in (p.D, p.V)
@@ -607,23 +657,15 @@ def _keys(p: _Plan, scale, arrays, least, visits, blocks, interpret):
     v_s=p.matrix(p.V),
     q_s=p.matrix(p.D, 2),
     do_s=p.matrix(p.V, 2),
-    rows_s=plgpu.SMEM((2, *rows.shape[3:]), rows.dtype),
+    rows_s=plgpu.SMEM((2, p.copies, *rows.shape[3:]), rows.dtype),
     kv_ready=plgpu.Barrier(num_arrivals=2),
-    q_ready=plgpu.Barrier(num_arrivals=p.copies + 1, num_barriers=2),
+    q_ready=plgpu.Barrier(num_arrivals=2 * p.copies, num_barriers=2),
     do_ready=plgpu.Barrier(num_arrivals=p.copies, num_barriers=2),
     done=plgpu.Barrier(num_arrivals=2, num_barriers=2),
   )
   kernel = functools.partial(_keys_kernel, p, scale)
-  operands = (
-    *arrays,
-    least,
-    table.first,
-    table.chosen,
-    table.tile,
-    table.keys,
-    table.begin,
-    table.end,
-  )
+  tables = table.first, table.stop, table.chosen, table.who, table.keys, table.begin, table.end
+  operands = *arrays, *tables
   grid, name = (p.groups, parts), "block_sparse_keys"
   sums = _call(p, kernel, name, operands, outs, scratch, grid, interpret, warpgroups=2)
   return _sums(p, *sums, table.parts, interpret)

@@ -27,21 +27,28 @@ class Visits:
   count: Int[Array, "B G tiles"]
 
 
-def visits(blocks: Blocks, tokens: int, Tk: int) -> Visits:
-  """Of tiles of ``tokens`` neighbouring queries, at most 32."""
+def firsts(blocks: Blocks, T: int) -> Int[Array, "B G T S"]:
+  """The first key of each block that a query chose and sees something of, else a number that is larger than all.
+
+  Padded to T queries.
+  """
   Tq = blocks.layout.positions.shape[0]
-  tiles = -(-Tq // tokens)
   indices = jnp.repeat(blocks.indices, blocks.query_block, axis=2)[:, :, :Tq]
-  B, G, _, S = indices.shape
   first = (blocks.layout.starts[:, None, :, None] + indices * blocks.size).astype(jnp.int32)
   seen = (indices >= 0) & (first <= blocks.last_seen(Tq)[:, None, :, None])
+  pad = ((0, 0), (0, 0), (0, T - Tq), (0, 0))
+  return jnp.pad(jnp.where(seen, first, _NEVER), pad, constant_values=_NEVER)
+
+
+def visits(blocks: Blocks, tokens: int, Tk: int) -> Visits:
+  """Of tiles of ``tokens`` neighbouring queries, at most 32."""
+  tiles = -(-blocks.layout.positions.shape[0] // tokens)
+  first = firsts(blocks, tiles * tokens)
+  B, G, T, S = first.shape
   # Blocks first, then queries: the queries of a block become neighbours.
-  key = jnp.where(
-    seen, first * tokens + (jnp.arange(Tq, dtype=jnp.int32) % tokens)[:, None], _NEVER
-  )
-  pad = ((0, 0), (0, 0), (0, tiles * tokens - Tq), (0, 0))
-  key = jnp.pad(key, pad, constant_values=_NEVER).reshape(B, G, tiles, tokens * S)
-  key = jnp.sort(key, axis=-1)
+  query = (jnp.arange(T, dtype=jnp.int32) % tokens)[:, None]
+  key = jnp.where(first < _NEVER, first * tokens + query, _NEVER)
+  key = jnp.sort(key.reshape(B, G, tiles, tokens * S), axis=-1)
   first, bit = key // tokens, jnp.left_shift(1, key % tokens)
   new = jnp.pad(first[..., 1:] != first[..., :-1], ((0, 0),) * 3 + ((1, 0),), constant_values=True)
   seen = key < _NEVER
@@ -64,37 +71,54 @@ def visits(blocks: Blocks, tokens: int, Tk: int) -> Visits:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Visitors:
-  """The tiles of queries that visit each tile of keys, in parts of bounded length.
+  """The queries, or tiles of them, that visit each tile of keys, in parts of bounded length.
 
   Attributes:
-    first, chosen, tile: of a visit: the block's first key, the queries that chose it, the tile that they are in; in
+    first, stop: of a visit: the block's first key, and the first key from there on that not all who chose it see; in
       the order of keys.
+    chosen: the queries of the tile that chose it; [1, 1, 1] where a query visits alone.
+    who: the query or tile.
     keys: the tile of keys that a part is of.
     begin, end: the visits of a part; parts that are of nothing, the last ones, have none.
     parts: the first part of each tile of keys, which the next tile's follow, and where the last tile's end.
   """
 
   first: Int[Array, "B G N"]
-  chosen: Int[Array, "B G N"]
-  tile: Int[Array, "B G N"]
+  stop: Int[Array, "B G N"]
+  chosen: Int[Array, "B G N"] | Int[Array, "1 1 1"]
+  who: Int[Array, "B G N"]
   keys: Int[Array, "B G parts"]
   begin: Int[Array, "B G parts"]
   end: Int[Array, "B G parts"]
   parts: Int[Array, "B G tiles+1"]
 
 
-def visitors(v: Visits, blocks: Blocks, rows: int, Tk: int, part: int) -> Visitors:
-  """The inverse of ``visits``, for tiles of ``rows`` keys and parts of at most ``part`` visits.
+def visitors(
+  first: Int[Array, "B G units n"],
+  chosen: Int[Array, "B G units n"] | None,
+  least: Int[Array, "B units"],
+  blocks: Blocks,
+  rows: int,
+  Tk: int,
+  part: int,
+) -> Visitors:
+  """The inverse of ``visits``, or of ``firsts``, for tiles of ``rows`` keys and parts of at most ``part`` visits.
 
   A block that does not begin with a tile of keys is visited in one more of them.
+
+  Args:
+    least: the last key that all queries of a tile see.
   """
-  B, G, tiles, n = v.first.shape
-  tile = jnp.broadcast_to(jnp.arange(tiles, dtype=jnp.int32)[:, None], v.first.shape)
-  flat = (x.reshape(B, G, -1) for x in (v.first, v.chosen, tile))
-  first, chosen, tile = jax.lax.sort(tuple(flat), dimension=-1, num_keys=1)
+  B, G, units, n = first.shape
+  who = jnp.broadcast_to(jnp.arange(units, dtype=jnp.int32)[:, None], first.shape)
+  given = (first, who) if chosen is None else (first, who, chosen)
+  flat = tuple(x.reshape(B, G, -1) for x in given)
+  first, who, *bits = jax.lax.sort(flat, dimension=-1, num_keys=1)
+  last = jax.vmap(lambda least, who: least[who])(least, who)
+  stop = jnp.minimum(last, jnp.where(first < _NEVER, first + (blocks.size - 1), 0)) + 1
   starts = jnp.arange(-(-Tk // rows)) * rows
   over = blocks.size // rows + (not blocks.layout.aligned)
-  parts = -(-tiles * n * over // part) + len(starts)
+  parts = -(-units * n * over // part) + len(starts)
 
   def one(first):
     low = jnp.searchsorted(first, starts - blocks.size + 1)
@@ -106,4 +130,5 @@ def visitors(v: Visits, blocks: Blocks, rows: int, Tk: int, part: int) -> Visito
     end = jnp.minimum(begin + part, high[keys])
     return tuple(x.astype(jnp.int32) for x in (keys, begin, jnp.maximum(begin, end), bounds))
 
-  return Visitors(first, chosen, tile, *jax.vmap(jax.vmap(one))(first))
+  bits = bits[0] if bits else jnp.ones((1, 1, 1), jnp.int32)
+  return Visitors(first, stop, bits, who, *jax.vmap(jax.vmap(one))(first))
