@@ -10,11 +10,9 @@ imports once, and compiles once what runs of one model share: its seeds, learnin
 
 import contextlib
 import fcntl
-import functools
 import json
 import math
 import os
-import subprocess
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,6 +31,7 @@ from attnlab.errors import UserError
 from attnlab.evaluate import by_position, make_evaluate
 from attnlab.state import load_model, reading_mesh, run_config
 from attnlab.train import train
+from pallas_kernels import sources
 
 # What the tests are of: other examples of a task, another half of a text's validation, than those that choose the
 # learning rate (seed 0 and half 1: experiments/cells.py).
@@ -63,19 +62,9 @@ def run(directory: Path) -> dict[str, Any]:
   }
 
 
-@functools.cache
 def commit() -> str | None:
-  """Of the sources that run, "-dirty" where they differ from it; None: not known."""
-
-  def git(*args: str) -> subprocess.CompletedProcess[str]:
-    where = Path(__file__).resolve().parent.parent
-    return subprocess.run(["git", *args], cwd=where, capture_output=True, text=True)
-
-  with contextlib.suppress(OSError):
-    if name := git("rev-parse", "--short=12", "HEAD").stdout.strip():
-      sources = ("attnlab", "configs", "experiments", "pallas_kernels")
-      return name + ("-dirty" if git("diff", "--quiet", "HEAD", "--", *sources).returncode else "")
-  return None
+  """Of the sources that run."""
+  return sources.commit("attnlab", "configs", "experiments", "pallas_kernels")
 
 
 def test(directory: Path, tests: Sequence[Mapping[str, Any]]) -> list[float]:

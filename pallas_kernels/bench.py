@@ -15,7 +15,7 @@ installed (pip install --no-deps ejkernel): with its default chunk of 256 tokens
 On a GPU every kernel is checked, then timed by the device's clock beside XLA, cuDNN's flash attention over all keys
 and, where torch and fla-core can be imported, fla's Triton kernels on the same numbers. Processes (--jobs) check and
 compile rows side by side; they are timed one after the other, with nothing else running. --only takes some of them, to
-a record of their own (DATE-gpu-only.json):
+a record of their own (DATE-gpu-only.json, then -2 and so on), and --readme takes the newest time of each:
 
     python -m pallas_kernels.bench --platform=gpu --only 'kda.*forward_backward'
 
@@ -39,7 +39,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import bench_gpu, bench_workers
+from pallas_kernels import bench_gpu, bench_workers, sources
 from pallas_kernels.linear_recurrence import KeyErase, Recurrence, linear_recurrence
 from pallas_kernels.linear_recurrence.shapes import SHAPES, Shape, inputs
 
@@ -253,6 +253,7 @@ def _write(
   today = datetime.date.today().isoformat()
   record = {
     "date": today,
+    "commit": sources.commit("pallas_kernels"),
     "command": "python -m pallas_kernels.bench " + " ".join(sys.argv[1:]),
     "device": f"{jax.devices()[0].device_kind}, {len(jax.devices())} x {jax.default_backend()}",
     "processor": platform.processor() or platform.machine(),
@@ -284,12 +285,14 @@ def on_gpu(
     sys.exit(f"bench: there is no GPU here that JAX sees; its devices are {jax.devices()}")
   signal.signal(signal.SIGTERM, signal.default_int_handler)  # time that runs out is as Ctrl-C
   copy = bench_gpu.copy_bandwidth(bench_gpu.device_clock)
+  suffix = ""
+  if out and only:  # some rows are not the record of a GPU
+    suffix = bench_gpu.some_rows(out, datetime.date.today().isoformat())
 
   def keep(records: list[dict], *, say: bool = False) -> None:
     failures = bench_gpu.failures(records)
     more = {"copy_bytes_per_second": copy, "failures": failures, "driver": bench_gpu.driver()}
     if out:
-      suffix = "-only" if only else ""  # some rows are not the record of a GPU
       _write(out, suffix, bench_gpu.with_backward(records), more, say=say)
 
   jobs = jobs or len(os.sched_getaffinity(0))

@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import pathlib
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -543,8 +544,8 @@ def markdown(record: dict | None) -> str:
     return "No GPU has run this yet."
   lines = [f"{record['device']}, {record['date']}; x: how many times faster than the other.", ""]
   lines += [
-    "| | | ms | x XLA | x fla | x full attention | of a copy's bytes a second |",
-    "|---" * 7 + "|",
+    "| | | ms | x XLA | x fla | x full attention | of a copy's bytes a second | commit |",
+    "|---" * 8 + "|",
   ]
   for row in record["rows"]:
     if "bytes_per_second" not in row:
@@ -557,7 +558,9 @@ def markdown(record: dict | None) -> str:
       f"{1e3 * next(iter(row['seconds'].values())):.3f}",
     ]
     cells += ["-" if t is None else f"{t:.2f}" for t in others]
-    cells.append(f"{row['bytes_per_second'] / record['copy_bytes_per_second']:.0%}")
+    copy = row.get("copy_bytes_per_second", record["copy_bytes_per_second"])
+    cells.append(f"{row['bytes_per_second'] / copy:.0%}")
+    cells.append((row.get("commit") or "-")[:7])
     lines.append("| " + " | ".join(cells) + " |")
   lines += ["", *sorted({row["note"] for row in record["rows"] if "note" in row})]
   return "\n".join(lines)
@@ -570,9 +573,31 @@ def with_table(text: str, record: dict | None) -> str:
 
 
 def newest_record(folder: pathlib.Path) -> dict | None:
-  """The last record of a GPU, by date."""
+  """The last record of a GPU, by date, with what some of its rows were timed at since; each row has its commit."""
   paths = sorted(folder.glob("*-gpu.json"))
-  return json.loads(paths[-1].read_text()) if paths else None
+  if not paths:
+    return None
+  whole = json.loads(paths[-1].read_text())
+  rows = {}
+  later = sorted(folder.glob("*-gpu-only*.json"), key=lambda path: (path.name[:10], number(path)))
+  for path in [paths[-1], *(path for path in later if path.name[:10] >= whole["date"])]:
+    record = json.loads(path.read_text())
+    for row in record["rows"]:
+      if record["device"] == whole["device"] and (path == paths[-1] or "bytes_per_second" in row):
+        more = {name: record.get(name) for name in ("date", "commit", "copy_bytes_per_second")}
+        rows[row["kernel"], row["shape"], row["phase"]] = row | more
+  return whole | {"rows": list(rows.values())}
+
+
+def number(path: pathlib.Path) -> int:
+  """Of a day's records of some rows: DATE-gpu-only.json is the first, DATE-gpu-only-2.json the second."""
+  return int(re.fullmatch(r".*-only-?(\d*)", path.stem)[1] or 1)  # type: ignore[index]
+
+
+def some_rows(folder: pathlib.Path, today: str) -> str:
+  """The end of the name of a new record of some rows: none is written over."""
+  taken = [number(path) for path in folder.glob(f"{today}-gpu-only*.json")]
+  return f"-only-{max(taken) + 1}" if taken else "-only"
 
 
 def driver() -> str | None:

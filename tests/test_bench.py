@@ -65,6 +65,35 @@ def test_the_readme_has_the_newest_record():
   )
 
 
+def test_records_of_some_rows_are_newer_than_the_whole(tmp_path):
+  """The newest time of each row, with its commit; not what an older day timed, nor another GPU, nor what failed."""
+
+  def write(name, date, commit, device="an H200", **rows):
+    rows = [
+      {"kernel": "k", "shape": shape, "phase": "p", "seconds": {"gpu": x}}
+      | ({"bytes_per_second": 1} if x else {})
+      for shape, x in rows.items()
+    ]
+    record = dict(date=date, commit=commit, device=device, copy_bytes_per_second=2, rows=rows)
+    (tmp_path / f"{date}-{name}.json").write_text(json.dumps(record))
+
+  assert bench_gpu.newest_record(tmp_path) is None
+  assert bench_gpu.some_rows(tmp_path, "2026-01-02") == "-only"
+  write("gpu", "2026-01-02", "one", a=1.0, b=1.0, c=1.0)
+  write("gpu-only", "2026-01-01", "zero", a=9.0)
+  write("gpu-only", "2026-01-02", "two", a=2.0, b=2.0)
+  write("gpu-only-2", "2026-01-02", "three", "an H100", b=9.0)
+  for n in range(3, 11):
+    write(f"gpu-only-{n}", "2026-01-02", f"only {n}", a=float(n), b=0.0)
+  assert bench_gpu.some_rows(tmp_path, "2026-01-02") == "-only-11"
+  record = bench_gpu.newest_record(tmp_path)
+  assert [(r["shape"], r["seconds"]["gpu"], r["commit"]) for r in record["rows"]] == [
+    ("a", 10.0, "only 10"),
+    ("b", 2.0, "two"),
+    ("c", 1.0, "one"),
+  ]
+
+
 def test_a_wrong_kernel_is_not_timed():
   row = next(rows())
   row.error = lambda: 0.5
