@@ -114,11 +114,12 @@ def test_long_float32_keys(case, K):
 
 @pytest.mark.parametrize("case", some([GDN, KDA, RWKV7], [KDA]))
 def test_decays_from_none_to_strong(case):
-  """From 1 to e^-5 a token, some far beyond: exp of no difference overflows, and none leaks."""
+  """From 1 to e^-5 a token, some far beyond, and to nothing: exp of no difference overflows, and none leaks."""
   r, S = inputs(case, T=95, Hv=1)
   rng = np.random.default_rng(2)
   decay = -5.0 * rng.random(r.log_decay.shape) ** 3
   decay[rng.random(decay.shape) < 0.02] = -1e4
+  decay[rng.random(decay.shape) < 0.02] = -np.inf
   r = dataclasses.replace(r, log_decay=jnp.asarray(decay, jnp.float32))
   assert_close(*both(r, S, SEGMENTS[:, :95]), 3e-5)
 

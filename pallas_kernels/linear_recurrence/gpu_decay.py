@@ -45,13 +45,16 @@ def _width(W: int) -> int:
   return next(n for n in (4 * _THREADS, 2 * _THREADS, _THREADS) if W % n == 0)
 
 
+def _layout(width: int):
+  return plgpu.Layout.WG_STRIDED((width,), vec_size=width // _THREADS)
+
+
 def _program(width: int):
   """Its chunk, its channels, and how to load such numbers."""
-  layout = plgpu.Layout.WG_STRIDED((width,), vec_size=width // _THREADS)
   columns = pl.ds(lax.axis_index("block") * width, width)
 
   def load(ref):
-    return plgpu.load(ref, layout=layout, optimized=False).astype(jnp.float32)
+    return plgpu.load(ref, layout=_layout(width), optimized=False).astype(jnp.float32)
 
   return lax.axis_index("chunk"), columns, load
 
@@ -85,8 +88,7 @@ def _sums(x: Array, smallest: float, before: bool, interpret) -> list[Array]:
         G[where] = total
       return total
 
-    # A sum of nothing, laid out as what is loaded.
-    nothing = load(x.at[here, 0, columns]) * 0.0
+    nothing = plgpu.layout_cast(jnp.zeros((width,), jnp.float32), _layout(width))
     last[here, columns] = lax.fori_loop(0, C // _AHEAD, tokens, nothing)
 
   return _call(kernel, "decays", [x], [each, whole, *[each] * before], interpret)

@@ -342,6 +342,9 @@ class _Held:
   Args:
     sources: inputs and gradients of comparisons, by name; the first of the ``pool``, and after them what is ``spare``.
     summed: gradients that are summed in ``exact``, in float32; those of other inputs are in registers.
+
+  Attributes:
+    in_memory: whether those of inputs are among the ``summed``: registers are short of more than that.
   """
 
   def __init__(self, c: _Chunk, sources: dict, summed, pool, exact):
