@@ -454,7 +454,9 @@ def _keys_kernel(
       pl.when(i < steps)(lambda i=i: fetch(i, of_visits(who, i)))
 
   plgpu.barrier_wait(kv_ready)
-  unit_of = plgpu.broadcasted_iota(jnp.int32, (_ROWS,), 0, layout=_ROW) // p.unit
+  if p.copies > 1:
+    # Of columns. (Mosaic's search for layouts did not end where nothing reads it.)
+    unit_of = plgpu.broadcasted_iota(jnp.int32, (_ROWS,), 0, layout=_ROW) // p.unit
 
   def columns(numbers):
     """Of a number or a vector of each visit: the one of each column's visit."""
