@@ -5,7 +5,8 @@ the queries chose is loaded once for all of them, and hidden from those that did
 and with trained indexers they share most, is neither read nor multiplied twice.
 
 The backward pass has three kernels. One walks the same blocks again for the gradients of queries. For those of keys and
-values the table is inverted: each tile of keys walks the tiles of queries that visit it. Some keys (a document's first,
+values the table is inverted: each tile of keys walks the queries that chose it, a matrix of them at a time (tiles of
+queries, where a query has fewer than 8 rows, which bulk copies do not take alone). Some keys (a document's first,
 say) are visited by all queries; the walks are cut in parts of equal length, each with sums of its own, which the third
 kernel adds. (XLA's ``segment_sum`` took longer for that than all else together.)
 
