@@ -564,7 +564,7 @@ def operands(
     grid_names=("batch", "chunk", "head"),
     scratch_types=scratch,
     compiler_params=approximate(p),
-    kernel_name="linear_recurrence_chunk",
+    kernel_name="linear_recurrence_chunk" if compares else "linear_recurrence_operands",
     interpret=interpret,
   )(*jax.tree.leaves(arrays))
   return jax.tree.unflatten(jax.tree.structure(outs), flat)
