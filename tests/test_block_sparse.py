@@ -19,7 +19,9 @@ from pallas_kernels.block_sparse import (
   api,
   block_sparse_attention,
   gpu,
+  gpu_backward,
   gpu_tables,
+  gpu_tiles,
   merge_attention,
   over_queries,
   select_blocks,
@@ -307,7 +309,7 @@ def test_gpu_kernels(monkeypatch, name):
   detecting = functools.partial(gpu.forward, interpret=InterpretGPUParams(detect_races=True))
   monkeypatch.setitem(api._FORWARD, "interpret_gpu", detecting)
   case = dict(block_size=64, slots=2, part=2) | GPU[name]
-  monkeypatch.setattr(gpu, "_PART", case.pop("part"))
+  monkeypatch.setattr(gpu_backward, "_PART", case.pop("part"))
   T = case["segment_ids"].shape[1] if "segment_ids" in case else 100
   options = {k: case.pop(k) for k in ("dims", "heads") if k in case}
   args = inputs(T, **dict(dims=(64, 64)) | options)[: 4 if case.pop("sinks", 0) else 3]
@@ -358,14 +360,16 @@ def test_parts_of_walks(documents):
 
 def test_sums_of_parts():
   """Tiles of keys with several parts, one and none, for two groups of a head; nobody reads what is of no tile."""
-  p = gpu._Plan(B, HKV, 4, 2, 32, 2, 192, 64, 128, 64, 1)
+  p = gpu_tiles.Plan(B, HKV, 4, 2, 32, 2, 192, 64, 128, 64, 1)
   rng = np.random.default_rng(0)
   parts = np.array([[[0, 3, 3, 4], [0, 0, 0, 2], [0, 1, 1, 5], [0, 1, 1, 2]]] * B, np.int32)
   sums = [rng.normal(size=(B, 4, 6, 64, d)).astype(np.float32) for d in (p.D, p.V)]
   for x, i in itertools.product(sums, range(4)):
     x[:, i, parts[0, i, -1] :] = np.nan
   with watch() as watched:
-    got = gpu._sums(p, *sums, jnp.asarray(parts), InterpretGPUParams(detect_races=True))
+    got = gpu_backward.sum_parts(
+      p, *sums, jnp.asarray(parts), InterpretGPUParams(detect_races=True)
+    )
   assert watched.kernels == 1 and not watched.racy
   for g, x in zip(got, sums, strict=True):
     want = np.zeros((B, 3, 64, HKV, x.shape[-1]), np.float32)
