@@ -28,6 +28,7 @@ from pallas_kernels.linear_recurrence.gpu_scan import (
   SMEM,
   Plan,
   joined,
+  multiply,
   products,
   put,
   tiles,
@@ -310,10 +311,7 @@ def sums(count: int, steps, products_of, start=None):
     def step(j, carry):
       pairs, then = products_of(j, carry)
       for acc, of_sum in zip(totals, pairs, strict=True):
-        for a, b in of_sum:
-          for i, x in enumerate(a):
-            for y in b[: len(b) - i]:
-              plgpu.wgmma(acc, x, y)
+        multiply(acc, of_sum)
       carry = then()
       plgpu.wgmma_wait(0)
       plgpu.commit_smem()  # all warps are done with what was multiplied

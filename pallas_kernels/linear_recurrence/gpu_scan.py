@@ -95,14 +95,19 @@ def put(refs, x: Array) -> None:
     ref[...] = part
 
 
+def multiply(acc, pairs) -> None:
+  """Adds ``a b`` of each pair of operands, which are lists of parts, to an accumulator of tensor cores."""
+  for a, b in pairs:
+    for i, x in enumerate(a):
+      for y in b[: len(b) - i]:
+        plgpu.wgmma(acc, x, y)
+
+
 def products(shape, *pairs) -> Array:
-  """The sum of ``a b`` over pairs of operands, each a list of parts, in float32."""
+  """The sum of ``a b`` over pairs of operands, in float32."""
 
   def run(acc):
-    for a, b in pairs:
-      for i, x in enumerate(a):
-        for y in b[: len(b) - i]:
-          plgpu.wgmma(acc, x, y)
+    multiply(acc, pairs)
     return acc[...]
 
   return pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))
