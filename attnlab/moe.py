@@ -67,7 +67,8 @@ class MoE(nnx.Module):
       (rows, {"balance_loss": (), "expert_load_max": ()}),
     )
     # Scores in float32 at least: a tie broken by rounding would change a token's experts.
-    logits = self.router(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
+    with jax.default_matmul_precision("highest"):
+      logits = self.router(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
     y, aux = run(x, logits, self.bias[...], weights)
     if self.shared is not None:
       y = y + self.shared(x)

@@ -172,7 +172,6 @@ def config(
   evaluations: int = 10,
   eval_batches: int = 8,
   stop_accuracy: float = 0.0,
-  optim: Mapping[str, float] | None = None,
 ) -> ConfigDict:
   """A cell's config under the recipe that all experiments share: AdamW without weight decay, 5 % warm-up, cosine.
 
@@ -182,7 +181,6 @@ def config(
       library's sources.
     steps, batch_size: of training, which ends early at stop_accuracy of validation (0: never).
     evaluations, eval_batches: how often it is validated, and on how many batches.
-    optim: what differs from the recipe, of a published protocol.
   """
   c = base()
   c.model.pattern = pattern
@@ -195,7 +193,7 @@ def config(
   else:
     c.data.update(dict(name="task", task=task))
     c.data.task_args = ConfigDict({"train_examples": 1 << 22, **task_args})
-  c.optim.update(dict(warmup_steps=steps // 20, weight_decay=0.0) | dict(optim or {}))
+  c.optim.update(dict(warmup_steps=steps // 20, weight_decay=0.0))
   c.train.update(dict(steps=steps, batch_size=batch_size, log_every=20, checkpoint_every=1000))
   c.train.update(dict(eval_every=steps // evaluations, eval_batches=eval_batches))
   c.train.stop_accuracy = stop_accuracy

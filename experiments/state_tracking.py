@@ -91,9 +91,11 @@ def group(name: str, tests: tuple[int, ...], steps: int, **more: Any) -> Task:
 
 GROUPS = ("s3", "s4", "a5", "s5")
 # arXiv:2411.12537, and arXiv:2502.10297: two million words a hundred times, of one element less than there.
-UNLOCKING = dict(conv_size=4, optim=dict(warmup_steps=2000, final_fraction=1e-3))
-LONGER = dict(conv_size=4, optim=dict(warmup_steps=10_000, final_fraction=1e-3, weight_decay=0.1))
-PRODUCT = dict(batch_size=2048, heads=12, optim=dict(weight_decay=1e-6))
+UNLOCKING: dict[str, Any] = dict(conv_size=4, optim=dict(warmup_steps=2000, final_fraction=1e-3))
+LONGER: dict[str, Any] = dict(
+  conv_size=4, optim=dict(warmup_steps=10_000, final_fraction=1e-3, weight_decay=0.1)
+)
+PRODUCT: dict[str, Any] = dict(batch_size=2048, heads=12, optim=dict(weight_decay=1e-6))
 SIZES = {
   "cpu": Size(
     (parity(1, (40, 128, 256), 300, batch_size=64), group("s3", (16, 64), 300)),
@@ -155,8 +157,8 @@ def cell(s: Size, task: Task, name: str, pattern: str, published: float | None) 
   c = config(
     pattern, task.name, training["task_args"], seq_len=training["seq_len"], layers=task.layers,
     d_model=s.d_model, mlp=s.mlp, steps=task.steps, batch_size=task.batch_size, evaluations=12,
-    optim=task.optim,
   )  # fmt: skip
+  c.optim.update(task.optim)
   tests, shortest = [], task.train[0]
   for longest in task.tests:
     data = task.data(shortest, longest, everywhere=False)

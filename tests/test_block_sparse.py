@@ -32,6 +32,7 @@ from pallas_kernels.block_sparse import (
   tpu_tiles,
 )
 from pallas_kernels.block_sparse.reference import Blocks
+from pallas_kernels.cost.kernels import pallas_calls
 from pallas_kernels.softmax_attention import softmax_attention
 
 B, H, HKV, D, V = 2, 4, 2, 6, 5
@@ -396,6 +397,39 @@ def test_auto_becomes_xla_on_a_gpu_that_the_kernels_do_not_serve(monkeypatch, ca
   got, want = (attend(*args, indices, block_size=16, backend=name) for name in ("auto", "xla"))
   for g, w in zip(got, want, strict=True):
     np.testing.assert_array_equal(g, w)
+
+
+def test_a_sink_of_nothing_where_nothing_is_seen():
+  """Its softmax has no part at all: zero, and gradients that are numbers."""
+  q, k, v, sinks = (jnp.asarray(x, jnp.float32) for x in inputs(16))
+  sinks = sinks.at[0].set(-jnp.inf)
+  indices = choices(HKV, 16, 4, 2)
+  indices[:, :, :5] = -1
+  (o, lse), gradients = with_gradients([q, k, v, sinks], indices, block_size=4)
+  assert not np.any(o[:, :5]) and np.all(lse[:, :5, 0] == -np.inf)
+  np.testing.assert_array_equal(lse[:, :5, 1:], np.broadcast_to(sinks[1:], lse[:, :5, 1:].shape))
+  assert all(np.all(np.isfinite(g)) for g in gradients)
+
+
+def test_selections_have_no_gradient_however_many_pieces():
+  def total(y, rows):
+    return jnp.sum(over_queries(jnp.square, rows, y, checkpoint=False))
+
+  for rows in (2, 4):
+    assert not np.any(jax.grad(total)(jnp.ones((1, 4, 1)), rows))
+
+
+def test_a_gpu_does_not_copy_a_cache_for_a_token(monkeypatch):
+  """The kernel takes keys that are padded, all of them."""
+  monkeypatch.setattr(dispatch, "platform", lambda: "gpu")
+  monkeypatch.setattr(dispatch, "needs_hopper", lambda: None)
+  q, k, v = (jnp.zeros((1, T, 2, 64), jnp.bfloat16) for T in (1, 4096, 4096))
+
+  def decode(q, k, v):
+    indices = jnp.zeros((1, 2, 1, 4), jnp.int32)
+    return block_sparse_attention(q, k, v, indices, block_size=64, query_positions=jnp.array([9]))
+
+  assert not pallas_calls(jax.make_jaxpr(decode)(q, k, v).jaxpr)
 
 
 def test_gpu_kernels_meet_a_cache():

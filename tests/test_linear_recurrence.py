@@ -126,6 +126,22 @@ def test_past_65536_tokens():
   assert_close(got["d"].v[:, -64:], want["d"].v[:, -64:], 1e-5)
 
 
+@pytest.mark.parametrize("decay", ["scalar", "channel"])
+def test_resets_cost_no_digits(decay):
+  """Decays that forget everything, every second token of half a chunk, and weak ones after them.
+
+  A sum of 16 logs of -32 is 512, of which a rounding in float32 is 3e-5.
+  """
+  r, S = cast(make(decay, None, "decayed", False, B=1, T=64), jnp.float32)
+  t = np.arange(64)[None, :, None, None]
+  g = jnp.broadcast_to(np.where((t < 32) & (t % 2 == 0), -1000.0, -0.01), r.log_decay.shape)
+  r = dataclasses.replace(r, log_decay=g.astype(jnp.float32))
+  want = linear_recurrence(r, S, backend="reference", return_state=True)
+  got = linear_recurrence(r, S, chunk_size=64, backend="xla", return_state=True)
+  for a, b in zip(got, want, strict=True):
+    assert np.linalg.norm(a - b) < 4e-5 * np.linalg.norm(b)
+
+
 @pytest.mark.parametrize("case", FEW[-3:], ids=ids)
 def test_groups_of_chunks(case, monkeypatch):
   """What accelerators use; on a CPU a group is one chunk."""
@@ -420,6 +436,8 @@ def test_other_bad_arguments():
     ValueError, match="unknown backend 'cuda'; known: auto, tpu, interpret, gpu, "
   ):
     linear_recurrence(r, S, backend="cuda")
+  with pytest.raises(ValueError, match="at least one sequence"):
+    linear_recurrence(jax.tree.map(lambda x: x[:0], r))
   with pytest.raises(ValueError, match="at least one token"):
     linear_recurrence(jax.tree.map(lambda x: x[:, :0], r), S)
   with pytest.raises(ValueError, match="a step takes one token; got 5"):

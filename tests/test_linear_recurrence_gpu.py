@@ -88,6 +88,20 @@ def test_any_length(T):
   assert_close(*both(*inputs(GDN, T=T, Hv=1)), 3e-5)
 
 
+def test_nothing_but_queries_keys_and_values():
+  """Without numbers a token, segments or tiles that are shared, a program has nothing to bring before it begins."""
+  assert_close(*both(*inputs(("none", None, "decayed", False), T=65, Hv=1)), 3e-5)
+
+
+def test_queries_of_another_dtype():
+  """What is float32 has gradients of float32, whatever queries are."""
+  r, S = inputs(GDN, T=64, Hv=1)
+  got, want = both(dataclasses.replace(r, q=r.q.astype(jnp.bfloat16)), S)
+  for name in ("k", "v"):
+    a, b = (np.asarray(getattr(x["d"], name), np.float64) for x in (got, want))
+    assert np.linalg.norm(a - b) < 3e-5 * np.linalg.norm(b), name
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("K, V", [(128, 128), (256, 64)])
 @pytest.mark.parametrize("case", [RWKV6, GDN, RWKV7], ids=ids)
@@ -215,6 +229,9 @@ def test_named_backend_says_why_it_cannot():
     linear_recurrence(r, S, backend="gpu")
   with pytest.raises(NotImplementedError, match="chunks of 64"):
     linear_recurrence(r, S, backend="interpret_gpu", chunk_size=32)
+  long = jax.tree.map(lambda x: jax.ShapeDtypeStruct((70_000, *x.shape[1:]), x.dtype), r)
+  with pytest.raises(NotImplementedError, match="up to 65535 chunks of 64; got 210000"):
+    gpu.supports(long, None)
   small, S = inputs(GDN, K=32)
   with pytest.raises(NotImplementedError, match="64, 128 or 256 channels"):
     linear_recurrence(small, S, backend="interpret_gpu")

@@ -181,14 +181,28 @@ def test_nothing_unwritten_is_read(case, sizes):
       assert np.isfinite(x).all(), name
 
 
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_one_input_in_float32(name):
+  """All arithmetic is then float32's; the others' gradients are rounded as they are."""
+  r, S = inputs(GDN)
+  short = {x: getattr(r, x).astype(jnp.bfloat16) for x in {"q", "k", "v"} - {name}}
+  r = dataclasses.replace(r, **short)
+  got = linear_recurrence(r, S, backend="interpret", return_state=True)
+  want = linear_recurrence(r, S, backend="reference", return_state=True)
+  for a, b, bound in zip(got, want, (3e-5 if name == "v" else 5e-3, 3e-5), strict=True):
+    assert np.linalg.norm(np.float64(a) - np.float64(b)) < bound * np.linalg.norm(np.float64(b))
+
+
 def test_named_backend_says_why_it_cannot():
   with jax.enable_x64(True):
     r, S = make(*GDN)
     with pytest.raises(NotImplementedError, match="float64"):
-      linear_recurrence(r, S, backend="tpu")
+      linear_recurrence(r, S, backend="interpret")
   r, S = inputs(GDN)
+  with pytest.raises(NotImplementedError, match="needs a TPU; this is a cpu"):
+    linear_recurrence(r, S, backend="tpu")
   with pytest.raises(NotImplementedError, match="chunks of 16 to 128"):
-    linear_recurrence(r, S, backend="tpu", chunk_size=8)
+    linear_recurrence(r, S, backend="interpret", chunk_size=8)
   o, _ = linear_recurrence(r, S, backend="xla", chunk_size=8)
   assert o.shape == r.v.shape  # what one cannot, another can
 

@@ -339,6 +339,11 @@ def test_there_is_no_gpu_kernel_and_it_says_why():
     short_conv(x, jnp.ones((4, 128)), backend="gpu")
 
 
+def test_named_kernel_says_that_this_is_no_tpu():
+  with pytest.raises(NotImplementedError, match="needs a TPU; this is a cpu"):
+    short_conv(jnp.ones((1, 4, 8)), jnp.ones((4, 8)), backend="tpu")
+
+
 def test_kernel_refuses_float64():
   x, weight, bias, before = inputs(5)
   with pytest.raises(NotImplementedError, match="float64"):

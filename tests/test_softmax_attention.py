@@ -200,8 +200,9 @@ def test_unfilled_slots_may_hold_anything(small_blocks):
   "backend, with_sinks", [("xla", False), ("xla", True), ("reference", False)]
 )
 def test_a_query_that_sees_nothing(small_blocks, backend, with_sinks):
-  """Gives zero, and finite gradients to everything."""
+  """Gives zero, and finite gradients to everything; one of the sinks is as good as none."""
   *args, sinks = inputs(12, 20)
+  sinks[0] = -np.inf
   args = args + [sinks] * with_sinks
   options = dict(query_positions=np.arange(12), segment_ids=np.ones((B, 12), int))
   options["key_segment_ids"] = np.ones((B, 20), int)
@@ -410,6 +411,25 @@ def test_what_cudnn_refuses(change, words):
   seen = Visibility(jnp.arange(T), jnp.arange(T), ids, ids, c["window"], aligned)
   with pytest.raises(NotImplementedError, match=words):
     cudnn.limitations(q, k, v, sinks if c["sinks"] else None, seen, max_dim)
+
+
+def test_splash_knows_documents_of_keys_from_those_of_queries():
+  """Keys that are padding, say, among tokens of one document."""
+  T = 40
+  q, k, v, _ = (jnp.asarray(x, jnp.float32) for x in inputs(T))
+  ids, of_keys = jnp.ones((B, T), int), jnp.tile(jnp.arange(T) >= 8, (B, 1)).astype(int)
+  seen = Visibility(jnp.arange(T), jnp.arange(T), ids, of_keys, None, True)
+  got = jax.jit(lambda *args: LIBRARIES["splash"](*args, None, seen, D**-0.5))(q, k, v)
+  documents = dict(segment_ids=ids, key_segment_ids=of_keys)
+  for g, w in zip(got, definition(q, k, v, **documents), strict=True):
+    np.testing.assert_allclose(g[:, 8:], w[:, 8:], rtol=1e-5, atol=1e-5)
+
+
+def test_splash_gives_sinks_a_gradient_of_their_dtype():
+  x = jnp.ones(3, jnp.bfloat16)
+  assert jax.grad(lambda x: jnp.sum(splash._own_dtype(x).astype(jnp.float32)))(x).dtype == x.dtype
+  _, vjp = jax.vjp(splash._own_dtype, x)
+  assert vjp(x)[0].dtype == x.dtype
 
 
 @pytest.mark.parametrize("backend, words", [("cudnn", "GPU"), ("splash", "TPU")])

@@ -96,6 +96,10 @@ def test_refusals_say_why():
   two = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=1), r)
   with pytest.raises(ValueError, match="one token"):
     step(two, state)
+  with pytest.raises(ValueError, match="state must have shape"):
+    step(r, state[:1])
+  with pytest.raises(NotImplementedError, match="needs a TPU; this is a cpu"):
+    linear_recurrence_step(r, state, backend="tpu")
   with jax.enable_x64(True):
     wide = dataclasses.replace(r, q=jnp.asarray(np.asarray(r.q, np.float64)))
     with pytest.raises(NotImplementedError, match="float64"):

@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 
 from attnlab import sharding
+from attnlab.errors import UserError
 from attnlab.mixers import sparse_references
 from attnlab.mixers.attention import append_to_ring, attend, new_cache, together
 from attnlab.mixers.base import MixerOutput, register
@@ -48,6 +49,10 @@ class NSABase(SparseMixer):
   def __init__(self, config, layer, key):
     self.pool_size, self.pool_stride = self.pool_sizes(config)
     check_sizes(self.name, config, self.pool_size, self.pool_stride)
+    if config.sinks:
+      raise UserError(
+        f"mixer {self.name!r}: its three branches have softmaxes of their own; sinks=True is not possible"
+      )
     super().__init__(config, layer, key)
     self.branch_proj = Linear(jax.random.fold_in(key, 1), layer.d_model, self.H * 3)
 

@@ -29,8 +29,8 @@ _CHECKS = {
   "interpret_gpu": gpu.limitations,
 }
 _ORDER = {"cpu": ["xla"], "gpu": ["gpu", "xla"], "tpu": ["tpu", "xla"]}
-# Few queries of a cache: the TPU kernel reads all of it.
-_FEW = _ORDER | {"tpu": ["xla"]}
+# Few queries of a cache: the TPU kernel reads all of it, and for the GPU kernel all of it is padded.
+_FEW = _ORDER | {"gpu": ["xla"], "tpu": ["xla"]}
 
 
 def block_sparse_attention(
@@ -75,7 +75,8 @@ def block_sparse_attention(
       nothing. ``None`` is 0.
     backend: "auto", "tpu" (Pallas kernels; for blocks of no multiple of 16 tokens of what is gathered), "gpu" (Pallas
       kernels; bfloat16, blocks of multiples of 64), "interpret" and "interpret_gpu" (the same, on any machine, slowly),
-      "xla" (gathers the blocks of some queries at a time) or "reference" (a dense mask, all logits at once).
+      "xla" (gathers the blocks of some queries at a time) or "reference" (a dense mask, all logits at once). The
+      window is ``softmax_attention``'s, with "xla" that of XLA, else as that chooses.
 
   Returns:
     o in q's dtype, zero where a query sees nothing, and lse, the logarithm of the softmax's denominator in float32,
@@ -112,6 +113,7 @@ def block_sparse_attention(
   far = _FORWARD[name](q, k, v, blocks, scale)
   if not window:
     return _with_sinks(*far, sinks)
+  where["backend"] = "xla" if backend == "xla" else "auto"
   near = softmax_attention(q, k, values, scale=scale, window=window, sinks=sinks, **where)
   return merge_attention(far, near)
 
@@ -120,9 +122,12 @@ def _with_sinks(o, lse, sinks):
   """``(o, lse)`` of a softmax that sinks have a part of."""
   if sinks is None:
     return o, lse
-  with_sink = jnp.logaddexp(lse, sinks.astype(lse.dtype))
-  share = jnp.where(lse > -jnp.inf, jnp.exp(lse - with_sink), 0)
-  return (o * share[..., None]).astype(o.dtype), with_sink
+  # -inf has no derivative: what sees nothing goes around logaddexp and exp, whose sink may be -inf too.
+  sinks, seen = jnp.broadcast_to(sinks.astype(lse.dtype), lse.shape), lse > -jnp.inf
+  known = jnp.where(seen, lse, 0)
+  both = jnp.logaddexp(known, sinks)
+  share = jnp.where(seen, jnp.exp(known - both), 0)
+  return (o * share[..., None]).astype(o.dtype), jnp.where(seen, both, sinks)
 
 
 def merge_attention(

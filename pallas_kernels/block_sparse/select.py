@@ -82,7 +82,7 @@ def over_queries(fn: Callable[..., Any], rows: int, *args: Any, checkpoint: bool
   rows = min(rows, T)
   count = -(-T // rows)
   if count == 1:
-    return fn(*args)
+    return fn(*args) if checkpoint else jax.lax.stop_gradient(fn(*args))
 
   def cut(x):
     x = jnp.pad(x, ((0, 0), (0, count * rows - T)) + ((0, 0),) * (x.ndim - 2))

@@ -7,7 +7,7 @@ from typing import Any
 from jax._src.state.types import AbstractRef
 
 
-def _subjaxprs(value) -> Iterator[Any]:
+def subjaxprs(value) -> Iterator[Any]:
   for x in value if isinstance(value, tuple | list) else (value,):
     if hasattr(x, "jaxpr"):
       yield x.jaxpr
@@ -33,7 +33,7 @@ def _kernels(jaxpr, times: int) -> Iterator[tuple[Any, int]]:
     else:
       inner = times * (eqn.params["length"] if eqn.primitive.name == "scan" else 1)
       for value in eqn.params.values():
-        for sub in _subjaxprs(value):
+        for sub in subjaxprs(value):
           yield from _kernels(sub, inner)
 
 
@@ -64,7 +64,7 @@ def matmul_flops(jaxpr, trips: float = 1) -> float:
       k = math.prod(eqn.invars[0].aval.shape[i] for i in contract)
       total += 2 * k * math.prod(eqn.outvars[0].aval.shape) * _passes(eqn)
       continue
-    inner = [matmul_flops(j, trips) for value in eqn.params.values() for j in _subjaxprs(value)]
+    inner = [matmul_flops(j, trips) for value in eqn.params.values() for j in subjaxprs(value)]
     if inner:
       branches = eqn.primitive.name == "cond"
       runs = trips if eqn.primitive.name == "while" else eqn.params.get("length", 1)
@@ -94,7 +94,7 @@ def trip_counts(jaxpr, unknown: float | None = None) -> list[tuple[int, float | 
         inner = depth + 1, times(runs, unknown)
         yield inner
       for value in eqn.params.values():
-        for sub in _subjaxprs(value):
+        for sub in subjaxprs(value):
           yield from walk(sub, *inner)
 
   return list(walk(jaxpr, 1, 1))

@@ -34,7 +34,7 @@ _STEPS = {
 }
 _STEP_CHECKS = {
   "reference": lambda r, state: None,
-  "tpu": step_tpu.supports,
+  "tpu": step_tpu.check,
   "interpret": step_tpu.supports,
   "gpu": step_gpu.check,
   "interpret_gpu": step_gpu.supports,
@@ -91,7 +91,10 @@ def linear_recurrence(
   elif initial_state.shape != state_shape:
     raise ValueError(f"initial_state must have shape {state_shape}; got {initial_state.shape}")
   initial_state = initial_state.astype(r.accumulate_dtype)
-  serves = {name: lambda: tpu.supports(r, chunk_size) for name in ("tpu", "interpret")}
+  serves = {
+    "tpu": lambda: tpu.check(r, chunk_size),
+    "interpret": lambda: tpu.supports(r, chunk_size),
+  }
   serves["gpu"] = lambda: gpu.check(r, chunk_size)
   serves["interpret_gpu"] = lambda: gpu.supports(r, chunk_size)
   serves |= {name: lambda: None for name in ("xla", "reference")}
@@ -130,6 +133,9 @@ def linear_recurrence_step(
   r.validate()
   if r.k.shape[1] != 1:
     raise ValueError(f"a step takes one token; got {r.k.shape[1]}")
+  expected = (r.k.shape[0], r.v.shape[2], r.k.shape[3], r.v.shape[3])
+  if state.shape != expected:
+    raise ValueError(f"state must have shape {expected}; got {state.shape}")
   serves = {name: functools.partial(f, r, state) for name, f in _STEP_CHECKS.items()}
   name = dispatch.choose(backend, serves, _STEP_ORDER)
   return _reference_step(r, state) if name == "reference" else _step(name, r, state)

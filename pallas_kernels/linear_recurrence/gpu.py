@@ -30,6 +30,8 @@ from pallas_kernels.linear_recurrence import (
 from pallas_kernels.linear_recurrence.gpu_scan import CHUNK, Plan
 from pallas_kernels.linear_recurrence.recurrence import KeyErase, LowRankErase, Recurrence
 
+# Programs along a grid's second axis, which has the chunks.
+_MOST = 65535
 # Chunks whose gradients are computed at once: memory for what is local to a chunk.
 _GROUP = 8
 
@@ -51,6 +53,9 @@ def supports(r: Recurrence, chunk: int | None) -> None:
     raise NotImplementedError(
       f"the GPU kernels take keys of 64, 128 or 256 channels and values of a multiple of 64; got {K} and {V}"
     )
+  B, T = r.k.shape[:2]
+  if (chunks := B * -(-T // CHUNK)) > _MOST:
+    raise NotImplementedError(f"the GPU kernels take up to {_MOST} chunks of {CHUNK}; got {chunks}")
 
 
 def _plan(r: Recurrence) -> Plan:
@@ -92,7 +97,8 @@ def _arrays(p: Plan, bonus, tokens: Recurrence, runs, interpret):
   if p.erase == "key":
     arrays["beta"] = of_heads(tokens.erase.beta.reshape(B, N, CHUNK, Hv))
   if bonus is not None:
-    own = jnp.einsum("bthk,bthk,hk->bth", tokens.q.astype(f32), tokens.k.astype(f32), bonus)
+    # No einsum: of float32 a GPU's is one of 11 bits.
+    own = jnp.sum(tokens.q.astype(f32) * tokens.k.astype(f32) * bonus, axis=-1)
     own = jnp.repeat(own, Hv // own.shape[-1], axis=-1)
     arrays["own"] = of_heads(own.reshape(B, N, CHUNK, Hv))
 
@@ -117,7 +123,7 @@ def _arrays(p: Plan, bonus, tokens: Recurrence, runs, interpret):
       kept = jnp.exp(last).reshape(B, N, 1, Hv, K)
       keep = kept if keep is None else kept * keep[..., None]
     else:
-      g = jnp.maximum(tokens.log_decay.astype(f32), jnp.log(jnp.finfo(f32).tiny))
+      g = jnp.maximum(tokens.log_decay.astype(f32), xla.strongest(f32))
       G = jnp.cumsum(
         jnp.broadcast_to(g[..., 0], (B, *g.shape[1:3])).reshape(B, N, CHUNK, -1), axis=2
       )
@@ -208,6 +214,8 @@ def backward(
 ) -> tuple[Recurrence, Float[Array, "B Hv K V"]]:
   """Gradients of inputs and initial state."""
   p = _plan(r)
+  vectors = (r.q, r.k, r.erase.a, r.erase.b) if p.erase == "low_rank" else (r.q, r.k)
+  own_dtype = jnp.result_type(*vectors)
   tokens, bonus, padded, _ = xla.prepare(r, runs, CHUNK)
   (arrays, kept), of_inputs = jax.vjp(
     lambda bonus, tokens: _arrays(p, bonus, tokens, padded, interpret), bonus, tokens
@@ -240,7 +248,7 @@ def backward(
     H,
     undecayed,
     kept is not None,
-    r.q.dtype if H == p.Hv else jnp.float32,
+    own_dtype if H == p.Hv else jnp.float32,
     interpret,
   )
   dkept = darrays.pop("keep", None)

@@ -408,7 +408,9 @@ def _inverse(L: Array, x_refs, l_refs, z_refs) -> Array:
   return X
 
 
-def _kernel(p: Plan, tree, heads, undecayed, bonus, shared, count, *refs, tiles, ready, **memory):
+def _kernel(
+  p: Plan, tree, heads, undecayed, bonus, shared, count, *refs, tiles, ready=None, **memory
+):
   """``count``: tiles that comparisons take, after those of inputs; outputs leave from there, too."""
   own = len(shared.inputs) * (p.K // 64)
   slots = [[tiles.at[own + n + j] for j in range(p.parts)] for n in range(0, count, p.parts)]

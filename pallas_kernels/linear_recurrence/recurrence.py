@@ -103,6 +103,10 @@ class Recurrence:
     Hv = v.shape[2]
     if T < 1:
       raise ValueError("there must be at least one token (T >= 1)")
+    if min(B, H, Hv) < 1:
+      raise ValueError(
+        f"there must be at least one sequence and head; got k {k.shape} and v {v.shape}"
+      )
     if Hv % H:
       raise ValueError(f"the heads of v ({Hv}) must be a multiple of the heads of q and k ({H})")
 

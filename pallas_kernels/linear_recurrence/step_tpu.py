@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
+from pallas_kernels import dispatch
 from pallas_kernels.linear_recurrence.recurrence import Recurrence
 from pallas_kernels.linear_recurrence.step_operands import operands
 
@@ -30,8 +31,14 @@ _PARTS = 3
 _BLOCK = 1 << 20
 
 
+def check(r: Recurrence, state: Float[Array, "B Hv K V"]) -> None:
+  """Raises NotImplementedError, saying why, where the kernel cannot serve the call on this machine."""
+  dispatch.needs_tpu(r.accumulate_dtype)
+  supports(r, state)
+
+
 def supports(r: Recurrence, state: Float[Array, "B Hv K V"]) -> None:
-  """Raises NotImplementedError, saying why, where the kernel cannot serve the call."""
+  """The part of ``check`` that does not ask where it runs."""
   if r.accumulate_dtype != jnp.float32:
     raise NotImplementedError("the TPU kernel computes in float32; float64 needs 'reference'")
   if state.dtype not in (jnp.float32, jnp.bfloat16):

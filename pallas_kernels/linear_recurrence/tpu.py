@@ -46,8 +46,14 @@ _BASES = {True: (8, -20.0), False: (16, -10.0)}
 _HEADS = {"forward": 16, "backward": 8}
 
 
+def check(r: Recurrence, chunk: int | None) -> None:
+  """Raises NotImplementedError, saying why, where the kernels cannot serve the call on this machine."""
+  dispatch.needs_tpu(r.accumulate_dtype)
+  supports(r, chunk)
+
+
 def supports(r: Recurrence, chunk: int | None) -> None:
-  """Raises NotImplementedError, saying why, where the kernels cannot serve a call."""
+  """The part of ``check`` that does not ask where it runs."""
   if r.accumulate_dtype != jnp.float32:
     raise NotImplementedError("the TPU kernels compute in float32; float64 inputs need 'xla'")
   if chunk is not None and not 16 <= chunk <= _CHUNK:
@@ -143,7 +149,10 @@ def _heads(r: Recurrence, most: int) -> int:
 def _plan(r: Recurrence, runs, C: int | None, direction: str) -> _Plan:
   B, T, H, K = r.k.shape
   Hv, V = r.v.shape[2:]
-  exact = r.k.dtype == jnp.float32 or r.v.dtype == jnp.float32
+  vectors = [r.q, r.k, r.v]
+  if isinstance(r.erase, LowRankErase):
+    vectors += [r.erase.a, r.erase.b]
+  exact = any(x.dtype == jnp.float32 for x in vectors)
   small = dispatch.vmem() <= dispatch.SMALL_VMEM
   C = C or (_CHUNK // 2 if exact and small else _CHUNK)
   erase = {KeyErase: "key", LowRankErase: "low_rank", type(None): "none"}[type(r.erase)]

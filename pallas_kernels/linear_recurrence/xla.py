@@ -15,6 +15,7 @@ transposed copy of a whole input exists, and a chunk's arrays stay in a CPU's ca
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -167,6 +168,14 @@ class Chunks:
   carried_run: Array | None  # [chunks, B, 1, 1, 1]: the run of the state that comes in
 
 
+def strongest(dtype: jax.typing.DTypeLike) -> float:
+  """The log of the strongest decay: what is left of a state then is less than a rounding of a rounding.
+
+  A stronger one would take digits of the sums of all decays that follow in its chunk.
+  """
+  return 2 * math.log(jnp.finfo(dtype).eps)
+
+
 def local(x: Chunks) -> dict:
   """What tokens of a chunk are to each other and to the state, decays and masks applied.
 
@@ -190,8 +199,7 @@ def local(x: Chunks) -> dict:
   decayed = remaining = lambda y, *_: y
   whole = jnp.ones((q.shape[0], 1, 1, 1, 1, 1), dtype)
   if x.log_decay is not None:
-    # A decay too strong for the dtype is 0 either way; bounded, it costs the others no digits of G.
-    G = jnp.cumsum(jnp.maximum(x.log_decay, jnp.log(jnp.finfo(dtype).tiny)), axis=-2)
+    G = jnp.cumsum(jnp.maximum(x.log_decay, strongest(dtype)), axis=-2)
     before = jnp.concatenate([jnp.zeros_like(G[..., :1, :]), G[..., :-1, :]], axis=-2)
     last = G[..., -1:, :]
     whole = jnp.exp(_t(last))

@@ -9,15 +9,15 @@ from pallas_kernels.dispatch import at_a_time
 
 def attend(q, k, v, first, complete, scale):
   """As ``pool_attention``."""
-  (B, N), V = k.shape[:2], v.shape[3]
+  (B, N), V, dtype = k.shape[:2], v.shape[3], jnp.result_type(q, k, v)
 
   def some(q, first, complete):
     logits, seen = _logits(q, k, first, complete, scale)
     p, top, total = _exponentials(logits, seen)
     some = total > 0
     total = jnp.where(some, total, 1)
-    p = (p / total).astype(q.dtype)
-    o = jnp.einsum("bgrtn,bngv->btgrv", p, v.astype(q.dtype), precision="highest")
+    p = (p / total).astype(dtype)
+    o = jnp.einsum("bgrtn,bngv->btgrv", p, v.astype(dtype), precision="highest").astype(q.dtype)
     lse = jnp.where(some, top + jnp.log(total), -jnp.inf)[..., 0]
     return o.reshape(*q.shape[:3], V), jnp.moveaxis(lse, 3, 1).reshape(q.shape[:3])
 
@@ -47,13 +47,13 @@ def _exponentials(logits, seen):
 def _logits(q, k, first, complete, scale):
   """[B, G, R, T, N], in float32 (float64 for float64 inputs), and whether they are seen."""
   (B, T), (N, G) = q.shape[:2], k.shape[1:3]
-  dtype = jnp.promote_types(q.dtype, jnp.float32)
+  inputs = jnp.result_type(q, k)
   logits = jnp.einsum(
     "btgrk,bngk->bgrtn",
-    q.reshape(B, T, G, -1, q.shape[3]),
-    k.astype(q.dtype),
+    q.reshape(B, T, G, -1, q.shape[3]).astype(inputs),
+    k.astype(inputs),
     precision="highest",
-    preferred_element_type=dtype,
+    preferred_element_type=jnp.promote_types(inputs, jnp.float32),
   )
   number = jnp.arange(N) - first[..., None]
   seen = (number >= 0) & (number < complete[..., None])

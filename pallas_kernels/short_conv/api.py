@@ -58,11 +58,10 @@ def short_conv(
   if initial_state is None:
     initial_state = jnp.zeros((B, weight.shape[0] - 1, D), x.dtype)
   runs = None if segment_ids is None else segments.runs(segment_ids)
-  serves = functools.partial(tpu.check, x, weight)
   backends: dict[str, Callable[[], None]] = {
     "xla": lambda: None,
-    "tpu": serves,
-    "interpret": serves,
+    "tpu": functools.partial(tpu.check, x, weight),
+    "interpret": functools.partial(tpu.limitations, x, weight),
     "gpu": functools.partial(_no_gpu_kernel, x),
   }
   name = dispatch.choose(backend, backends, _ORDER)

@@ -19,6 +19,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import dispatch
+
 _LANES, _SUBLANES = 128, 8
 # Rows and lanes that are computed together: 4 registers an array, so that all taps of it stay in registers.
 _ROWS = 32
@@ -27,7 +29,13 @@ _TIME, _CHANNELS = 512, 512
 
 
 def check(x: Array, weight: Array) -> None:
-  """Raises NotImplementedError, saying why, where the kernels cannot serve the call."""
+  """Raises NotImplementedError, saying why, where the kernels cannot serve the call on this machine."""
+  dispatch.needs_tpu(x.dtype)
+  limitations(x, weight)
+
+
+def limitations(x: Array, weight: Array) -> None:
+  """The part of ``check`` that does not ask where it runs."""
   for name, dtype in (("x", x.dtype), ("weight", weight.dtype)):
     if dtype not in (jnp.bfloat16, jnp.float32):
       raise NotImplementedError(f"the TPU kernel takes bfloat16 or float32; {name} is {dtype}")

@@ -36,7 +36,7 @@ def _own_dtype(x):
   return x
 
 
-_own_dtype.defvjp(lambda x: (x, None), lambda _, dx: (dx.astype(jnp.float32),))
+_own_dtype.defvjp(lambda x: (x, x[:0]), lambda none, dx: (dx.astype(none.dtype),))
 
 
 def forward(q, k, v, sinks, seen: Visibility, scale: float, interpret: bool = False):
@@ -74,10 +74,10 @@ def forward(q, k, v, sinks, seen: Visibility, scale: float, interpret: bool = Fa
     x = jnp.pad(x, ((0, 0), (0, size - T), (0, 0), (0, 0)))
     return jnp.swapaxes(x, 1, 2)
 
-  ids = seen.query_segments
-  if ids is not None:
-    ids = jnp.pad(ids, ((0, 0), (0, size - T)))
-    ids = splash.SegmentIds(ids, ids)
+  ids = None
+  if seen.query_segments is not None:
+    both = seen.query_segments, seen.key_segments
+    ids = splash.SegmentIds(*(jnp.pad(x, ((0, 0), (0, size - T))) for x in both))
   scaled = (q * np.float32(scale)).astype(q.dtype)
   args = (heads_first(scaled), heads_first(k), heads_first(v))
   sinks_ = None if sinks is None else _own_dtype(sinks)

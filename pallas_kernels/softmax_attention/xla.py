@@ -225,7 +225,8 @@ def _attend_backward(scale, residuals, cotangents):
   delta = jnp.sum(do.astype(dtype) * o.astype(dtype), axis=-1) - dlse
   dsinks = None
   if sinks is not None:
-    share = jnp.exp(sinks.astype(dtype) - lse)
+    # Where nothing is seen and the sink is -inf, so is lse.
+    share = jnp.where(lse == -jnp.inf, 0, jnp.exp(sinks.astype(dtype) - lse))
     dsinks = -jnp.sum(share * delta, axis=(0, 1)).astype(sinks.dtype)
   q_, do_, lse_, delta_ = (blocks.pad(x) for x in (q, do, lse, delta))
 
