@@ -36,6 +36,8 @@ from experiments.cells import Cell, Experiment
 
 flags.disclaim_key_flags()  # The flags are those of the experiment that calls `main`.
 
+# For two cores in half an hour (head_to_head: four), for one accelerator in about one (head_to_head: three, both by the
+# number of updates: it has not been timed), and with the settings of a paper where there is one.
 SIZES = ("cpu", "gpu", "paper")
 DEV = Path("/dev")
 # Of a progress table: more cells than this are told of only while they run.
@@ -450,7 +452,9 @@ def main(experiment: Experiment) -> None:
   flags.DEFINE_list(
     "only", [], "Cells: axis=value, or axis=value|value; several, separated by commas."
   )
-  flags.DEFINE_enum("size", "cpu", SIZES, "Two CPU cores, one accelerator, or as published.")
+  flags.DEFINE_enum(
+    "size", "cpu", SIZES, "For two CPU cores, for one accelerator, or the size of a paper."
+  )
   flags.DEFINE_integer(
     "seeds", 3, "Runs of each cell, the learning rate being chosen on the first.", 1
   )

@@ -68,7 +68,7 @@ class Size:
 
 SIZES = {
   "cpu": Size(32, 64, 6, 128, 2, 16, 4, 64, 128, 4, 600, 32, (5e-3, 1e-2)),
-  "gpu": Size(512, 1024, 60, 1024, 4, 32, 32, 256, 512, 8, 8000, 64, (5e-4, 1e-3, 2e-3)),
+  "gpu": Size(512, 1024, 60, 1024, 4, 32, 32, 256, 512, 8, 1500, 64, (1e-3, 2e-3)),
   "paper": Size(4096, 8192, 510, 4096, 8, 64, 64, 512, 1024, 16, 40_000, 64, (2.5e-4, 5e-4, 1e-3)),
 }  # fmt: skip
 
@@ -253,10 +253,11 @@ EXPERIMENT = Experiment(
   name="head_to_head",
   title="Head to head: mixers and hybrids, one recipe",
   about=(
-    "Full, sliding-window, linear and sparse attention and their hybrids, with nothing else changed: the same "
+    "Full, sliding-window, linear and sparse attention and their hybrids, with little else changed: the same "
     "examples in the same order, optimizer, updates, heads and parameters (within 3 %: the MLP's width makes up for "
     "the mixer's). The window has as many bytes as Gated DeltaNet's state; hybrids have no position encoding in "
-    "softmax layers; those of linear and sparse layers have no full attention at all. Where no layer has a convolution "
+    "softmax layers, as models that ship have it, and RoPE in sparse ones; those of linear and sparse layers have no "
+    "full attention at all. Where no layer has a convolution "
     "or a token shift, attention to two tokens comes before the model, one layer more.\n\n"
     "Each model is trained on each task by itself. Recall asks for the value of a key; lookups, for that, for the "
     "value of the value, or for the value of that: a question says which, and tests are of one kind each. Parity and "

@@ -53,7 +53,7 @@ SIZES = {
   ),
   "gpu": Size(
     512, 1024, 32, 32, 2, 32, "block_size=32, top_k=4, initial=1, local=1, pool_size=16, pool_stride=8",
-    256, 512, 10_000, 64, (5e-4, 1e-3, 2e-3),
+    256, 512, 3000, 64, (1e-3, 2e-3),
   ),
   # Not a paper's: block sizes and the share of what is seen are InfLLM-V2's at 32k.
   "paper": Size(

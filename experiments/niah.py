@@ -42,7 +42,7 @@ class Size:
 
 SIZES = {
   "cpu": Size((32, 64, 128, 256), 64, 64, 2, 16, 2, 400, 32, (5e-3, 1e-2)),
-  "gpu": Size((512, 1024, 2048, 4096), 512, 256, 4, 64, 4, 5000, 64, (1e-3, 3e-3)),
+  "gpu": Size((512, 1024, 2048, 4096), 512, 256, 4, 64, 4, 4000, 64, (1e-3, 3e-3)),
   # The lengths of the paper, whose models are 1.3B and are trained on text: nothing here is its protocol.
   "paper": Size((1024, 2048, 4096, 8192), 4096, 512, 4, 128, 8, 20_000, 64, (5e-4, 1e-3)),
 }

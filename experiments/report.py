@@ -120,7 +120,13 @@ def write(
   lines = _lines(table)
   with open(out / "table.csv", "w", newline="") as file:
     csv.writer(file).writerows(lines)
+  grids = dict.fromkeys(cell.learning_rates for cell in plan.cells)
   told = _told(experiment, table, command, size)
+  told["Learning rates"] = "; or ".join(
+    ", ".join(f"{rate:g}" for rate in grid)
+    + " (the best by validation, of the first seed)" * (len(grid) > 1)
+    for grid in grids
+  )
   predictions = _predictions(experiment, table)
   summary = _summary(experiment, table)
   (out / "table.md").write_text(_markdown(experiment, summary, lines, told, predictions))
@@ -139,8 +145,9 @@ def _lines(table: Sequence[Row]) -> list[list[str]]:
   facts = list(dict.fromkeys(k for row in table for k in row.facts))
   lines = [[*axes, "ours, %", "spread", "seeds", "published, %", *facts]]
   for row in table:
-    mean = f"{row.mean:.1f}" if row.mean is not None else "-"
-    spread = f"{row.spread:.1f}" if row.spread is not None else "-"
+    digits = 2 if row.is_bits else 1
+    mean = f"{row.mean:.{digits}f}" if row.mean is not None else "-"
+    spread = f"{row.spread:.{digits}f}" if row.spread is not None else "-"
     published = f"{row.published:g}" if row.published is not None else "-"
     line = [*(str(row.axes.get(a, "-")) for a in axes), mean, spread, str(len(row.values))]
     lines.append([*line, published, *(_short(row.facts.get(k)) for k in facts)])
@@ -161,8 +168,9 @@ def _summary(experiment: Experiment, table: Sequence[Row]) -> list[list[str]]:
   fields: dict[tuple[str, ...], dict[Any, list[str]]] = {}
   for row in table:
     cells = fields.setdefault(tuple(str(row.axes[name]) for name in down), {})
-    spread = f" ± {row.spread:.1f}" if row.spread is not None else ""
-    mean = "-" if row.mean is None else f"{row.mean:.{2 if row.is_bits else 1}f}"
+    digits = 2 if row.is_bits else 1
+    spread = f" ± {row.spread:.{digits}f}" if row.spread is not None else ""
+    mean = "-" if row.mean is None else f"{row.mean:.{digits}f}"
     if row.values and row.facts.get("not finite") == len(row.values):
       mean, spread = "not finite", ""
     cells.setdefault(row.axes[across], []).append(mean + spread)

@@ -55,6 +55,16 @@ def result(accuracy, nll=1.0, tests=(0.5, 0.75)):
   return dict(accuracy=accuracy, nll=nll, tests=list(tests), **facts)
 
 
+@pytest.mark.parametrize("name", [m.name for m in pkgutil.iter_modules(experiments.__path__)])
+def test_an_accelerators_size_is_an_hours_work(name):
+  """At a hundred updates a second, three seeds of each cell. (The grid of head_to_head takes three times as long.)"""
+  module = importlib.import_module(f"experiments.{name}")
+  if hasattr(module, "EXPERIMENT"):
+    cells = module.EXPERIMENT.cells("gpu")
+    updates = sum(c.config.train.steps * (len(c.learning_rates) + 2) for c in cells)
+    assert updates <= 360_000 * (3 if name == "head_to_head" else 1)
+
+
 # Which runs.
 
 
@@ -441,7 +451,7 @@ def test_every_parameter_can_be_saved():
   """Mamba-3 without rotation has no projection to angles: orbax refuses arrays of no size."""
   from experiments.mamba3_table import SIZES, mechanisms
 
-  for pattern in mechanisms(SIZES["cpu"]).values():
+  for pattern in mechanisms(SIZES["cpu"], SIZES["cpu"].tasks[0]).values():
     c = tiny().config
     c.model.pattern = pattern
     c = resolve(c)

@@ -237,6 +237,8 @@ def make_softmax():
   [
     ("nsa", dict(pool_stride=3)),
     ("nsa", dict(pool_size=3)),
+    ("nsa", dict(sinks=True)),
+    ("nsa_fla", dict(sinks=True)),
     ("infllm2", dict(block_size=5)),
     ("infllm2", dict(top_k=1)),
   ],
