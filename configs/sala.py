@@ -1,5 +1,8 @@
 """Three Lightning layers to one of InfLLM-V2, no full attention, after MiniCPM-SALA: RoPE in the linear layers alone.
 
+The linear layers are MiniMax-01's, with q and k of unit length. (The released ones have no activations, slopes that are
+the same in all layers, and a learned norm of q and k.)
+
 python -m attnlab.train --config=configs/sala.py
   3.36 bits per byte on held-out files after 100 updates of the tiny size, under a minute on two CPU cores
 python -m attnlab.train --config=configs/sala.py:size=1.3b

@@ -59,6 +59,16 @@ def at_a_time(bytes_of_one: int) -> int:
   return 1 << (most.bit_length() - 1)
 
 
+def needs_parts(name: str, x: jax.Array) -> None:
+  """Raises ValueError where an array is split over a mesh with explicit axes, and not by ``jax.shard_map``."""
+  spec = getattr(jax.typeof(x).sharding, "spec", ())
+  if any(axis is not None for axis in spec):
+    raise ValueError(
+      f"{name} is split over devices, as {spec}, and kernels run on a device's own part: call them within "
+      "jax.shard_map(fn, in_specs=..., out_specs=..., check_vma=False), which may split sequences and heads"
+    )
+
+
 def needs_hopper() -> None:
   """Raises NotImplementedError where what is compiled for is no Hopper GPU: Mosaic GPU kernels are made for sm_90a."""
   if platform() != "gpu":

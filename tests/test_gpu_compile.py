@@ -76,7 +76,7 @@ def same_cost(names):
 KEYS = ("kernel", "phase", "shape", "call")
 # One of each kind: what every run of the tests reads.
 FEW = [
-  "linear_recurrence/forward_backward/kimi_linear",
+  "linear_recurrence/forward_backward/qwen3_next",
   "linear_recurrence_step/float32_state/kimi_linear",
   "block_sparse/forward/nsa",
 ]

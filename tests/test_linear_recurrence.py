@@ -29,6 +29,7 @@ from recurrences import (
   run_jit,
 )
 
+from pallas_kernels import gated_delta_rule
 from pallas_kernels.linear_recurrence import (
   KeyErase,
   LowRankErase,
@@ -149,6 +150,27 @@ def test_groups_of_chunks(case, monkeypatch):
   want = reference(r, S, SEGMENTS)
   monkeypatch.setattr(xla, "_sizes", lambda r, chunk: (4, 3))
   assert_close(run(r, S, SEGMENTS, chunk=4), want, 1e-11)
+
+
+def test_on_a_mesh():
+  """As README.md has it: within shard_map, with every gradient; without it an error that says so."""
+  r, _ = cast(make("scalar", "key", "decayed", False, B=2, H=4, Hv=4), jnp.float32)
+  args = r.q, r.k, r.v, r.log_decay[..., 0], r.erase.beta
+  mesh, axes = jax.make_mesh((2, 2), ("data", "model")), jax.P("data", None, "model")
+
+  def gradients(run):
+    return jax.jit(jax.grad(lambda args: jnp.sum(run(*args)[0] ** 2)))
+
+  want = gradients(gated_delta_rule)(args)
+  with jax.set_mesh(mesh):
+    args = jax.device_put(args, jax.NamedSharding(mesh, axes))
+    run = jax.shard_map(
+      gated_delta_rule, in_specs=(axes,) * 5, out_specs=(axes, None), check_vma=False
+    )
+    for a, b in zip(gradients(run)(args), want, strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+    with pytest.raises(ValueError, match="shard_map"):
+      gated_delta_rule(*args)
 
 
 def test_ungrouped_heads_and_no_state():

@@ -32,12 +32,14 @@ from recurrences import (
 )  # fmt: skip
 
 from pallas_kernels import dispatch
+from pallas_kernels.cost.kernels import pallas_calls
 from pallas_kernels.linear_recurrence import (
   api,
   gpu,
   gpu_gradients,
   gpu_stream,
   linear_recurrence,
+  linear_recurrence_step,
 )
 
 KDA, GDN = ("channel", "key", "decayed", False), ("scalar", "key", "decayed", False)
@@ -221,6 +223,17 @@ def test_auto_becomes_xla_on_a_gpu_that_the_kernels_do_not_serve(monkeypatch, ca
     linear_recurrence(r, S, backend="gpu")
   got, want = (linear_recurrence(r, S, backend=name)[0] for name in ("auto", "xla"))
   np.testing.assert_array_equal(got, want)
+
+
+def test_auto_is_the_kernels(monkeypatch):
+  """For a sequence and for a token, in bfloat16 and float32."""
+  monkeypatch.setattr(dispatch, "platform", lambda: "gpu")
+  monkeypatch.setattr(dispatch, "needs_hopper", lambda: None)
+  for dtype in (jnp.bfloat16, jnp.float32):
+    r, S = inputs(GDN, dtype)
+    token = jax.tree.map(lambda x: x[:, :1], r)
+    for fn, args in ((linear_recurrence, (r, S)), (linear_recurrence_step, (token, S))):
+      assert pallas_calls(jax.make_jaxpr(fn)(*args).jaxpr)
 
 
 def test_named_backend_says_why_it_cannot():

@@ -34,7 +34,8 @@ from recurrences import (
 )  # fmt: skip
 
 from pallas_kernels import dispatch, segments
-from pallas_kernels.linear_recurrence import linear_recurrence, tpu
+from pallas_kernels.cost.kernels import pallas_calls
+from pallas_kernels.linear_recurrence import linear_recurrence, linear_recurrence_step, tpu
 
 SEGMENTS = np.stack([np.repeat([1, 2, 3], [5, 40, 26]), np.repeat([4, 2, 4, 9], [1, 31, 8, 31])])
 
@@ -191,6 +192,16 @@ def test_one_input_in_float32(name):
   want = linear_recurrence(r, S, backend="reference", return_state=True)
   for a, b, bound in zip(got, want, (3e-5 if name == "v" else 5e-3, 3e-5), strict=True):
     assert np.linalg.norm(np.float64(a) - np.float64(b)) < bound * np.linalg.norm(np.float64(b))
+
+
+def test_auto_is_the_kernels(monkeypatch):
+  """For a sequence and for a token, in bfloat16 and float32."""
+  monkeypatch.setattr(dispatch, "platform", lambda: "tpu")
+  for dtype in (jnp.bfloat16, jnp.float32):
+    r, S = inputs(GDN, dtype)
+    token = jax.tree.map(lambda x: x[:, :1], r)
+    for fn, args in ((linear_recurrence, (r, S)), (linear_recurrence_step, (token, S))):
+      assert pallas_calls(jax.make_jaxpr(fn)(*args).jaxpr)
 
 
 def test_named_backend_says_why_it_cannot():

@@ -54,12 +54,17 @@ SEGMENTS = np.array(
 WHOLE = np.ones((B, T), np.int32)
 
 
-def cases(shapes_alone):
+# One of each kind: of a test that is for the long run with all others.
+FEW = ("softmax", "mla", "kda", "mamba2", "nsa")
+
+
+def cases(shapes_alone, few):
   """Parameters of ``case``: every mixer with its defaults and each variant.
 
   Args:
     shapes_alone: for a test of what depends on the shapes of arrays. Variants without a number among their settings
       have the default's, and are for the long run.
+    few: for a test of which FEW, with their defaults, are for every run.
   """
   for name, cls in mixers().items():
     for variant, settings in {"default": {}, **cls.variants}.items():
@@ -68,7 +73,10 @@ def cases(shapes_alone):
       marks = [pytest.mark.xdist_group(identity)]
       alike = all(isinstance(x, bool | str) for x in settings.values())
       # Selection and kernel are the same for all sparse mixers: their further settings are for the long run.
-      if variant != "default" and (cls.family == "sparse" or alike and shapes_alone):
+      other = cls.family == "sparse" or alike and shapes_alone
+      if (variant != "default" and other) or (
+        few and identity not in map("{}-default".format, FEW)
+      ):
         marks.append(pytest.mark.slow)
       yield pytest.param((cls, dict(settings)), id=identity, marks=marks)
 
@@ -79,9 +87,15 @@ def of_shapes(test):
   return test
 
 
+def of_few(test):
+  """Marks a test as one that every run has of a few mixers."""
+  test.of_few = True
+  return test
+
+
 def pytest_generate_tests(metafunc):
   if "case" in metafunc.fixturenames:
-    of = cases(shapes_alone=hasattr(metafunc.function, "of_shapes"))
+    of = cases(*(hasattr(metafunc.function, mark) for mark in ("of_shapes", "of_few")))
     metafunc.parametrize("case", of, indirect=True, scope="module")
 
 
@@ -193,8 +207,8 @@ class Case:
     """Outputs of each row as one document: what reading it in pieces must give."""
     return self.outputs(self.x)
 
-  def cache(self, max_len):
-    return self.layer(self.params).init_cache(B, max_len)
+  def cache(self, max_len, dtype=jnp.float32):
+    return self.layer(self.params).init_cache(B, max_len, dtype)
 
   @functools.cached_property
   def prefill(self):
@@ -405,16 +419,16 @@ def test_packed(case):
   assert_close({k: v for k, v in grads.items() if k != "[1]"}, total, 1e-4, 1 - 1e-8)
 
 
-def read(case, pieces, total):
+def read(case, pieces, total, dtype=jnp.float32):
   """Outputs of tokens that come in pieces of three, then one by one, from an empty cache."""
-  cache = first = case.cache(12)
-  done, out = 0, []
+  cache = first = case.cache(12, dtype)
+  tokens, done, out = case.x.astype(dtype), 0, []
   for _ in range(pieces):
     pos = np.broadcast_to(done + np.arange(3), (B, 3))
-    y, cache = case.prefill(case.x[:, done : done + 3], pos, WHOLE[:, :3], cache)
+    y, cache = case.prefill(tokens[:, done : done + 3], pos, WHOLE[:, :3], cache)
     out.append(y)
     done += 3
-  x = np.pad(case.x, ((0, 0), (0, 4), (0, 0)))[:, done : done + 4]
+  x = np.pad(tokens, ((0, 0), (0, 4), (0, 0)))[:, done : done + 4]
   y, cache = case.decode(x, np.full(B, done), cache)
   assert jax.tree.map(jax.typeof, cache) == jax.tree.map(jax.typeof, first)
   return np.concatenate([*out, y], axis=1)[:, :total]
@@ -428,6 +442,17 @@ def test_decode(case, pieces):
   """
   total = min(3 * pieces + 4, T)
   np.testing.assert_allclose(read(case, pieces, total), case.alone[:, :total], rtol=1e-4, atol=1e-4)
+
+
+@of_few
+def test_decode_in_bfloat16(case):
+  """A prompt and four more tokens, activations and cache in bfloat16, beside the whole sequence in float32: as
+  ``test_bfloat16``, whose bound of outputs this is."""
+  if case.cls.own_loss:
+    case = Case(case.cls, case.settings | dict(top_k=8))
+  y = read(case, 1, T, jnp.bfloat16)
+  assert y.dtype == jnp.bfloat16
+  assert error(y, case.alone) < 0.02
 
 
 @of_shapes

@@ -40,7 +40,7 @@ class CompressedAttention(SparseCore, Mixer):
 
   @dataclasses.dataclass(frozen=True, kw_only=True)
   class Config(Mixer.Config):
-    """Sizes, by default those of the released model.
+    """Sizes, by default those of the released model, but for ``out_groups``: it has 8, of 8 heads each.
 
     Attributes:
       num_heads: None: ``d_model / head_dim``, at least one.

@@ -54,6 +54,8 @@ class KDA(LinearMixer):
     self.b_proj = Linear(keys[1], D, self.Hv)
     self.A_log = param(keys[2], rate, (self.Hv,), ("heads",))
     shape, axes = (self.Hv, self.K), ("heads", None)
+    # As Mamba-2 and Gated DeltaNet begin: steps of 1e-3 to 0.1, after which something is left. (fla's KDA layer has
+    # zeros, steps of 0.7.)
     self.dt_bias = param(keys[3], inverse_softplus_step(), shape, axes, weight_decay=False)
 
   def make_gate(self, d_model, key):

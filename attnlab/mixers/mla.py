@@ -35,7 +35,7 @@ class MultiHeadLatentAttention(Mixer):
 
   @dataclasses.dataclass(frozen=True, kw_only=True)
   class Config(Mixer.Config):
-    """Sizes, by default DeepSeek-V2's.
+    """Sizes, by default DeepSeek-V2's, but for its latent of queries (1536 channels), which small models do without.
 
     Attributes:
       num_heads: None: ``d_model / nope_dim``.

@@ -76,10 +76,12 @@ def linear_recurrence(
     The outputs in v's dtype, and the final state in float32 (float64 for float64 inputs), or ``None``.
 
   Raises:
-    ValueError: shapes that do not fit, or a chunk size that is not a power of two.
+    ValueError: shapes that do not fit, a chunk size that is not a power of two, or arrays that a mesh with explicit
+      axes splits: there it is called within ``jax.shard_map``, see README.md.
     NotImplementedError: a backend that was named cannot serve the call.
   """
   r.validate()
+  dispatch.needs_parts("v", r.v)
   B, T, H, K = r.k.shape
   state_shape = (B, r.v.shape[2], K, r.v.shape[3])
   if chunk_size is not None and (chunk_size < 1 or chunk_size & (chunk_size - 1)):
@@ -131,6 +133,7 @@ def linear_recurrence_step(
     NotImplementedError: a backend that was named cannot serve the call.
   """
   r.validate()
+  dispatch.needs_parts("v", r.v)
   if r.k.shape[1] != 1:
     raise ValueError(f"a step takes one token; got {r.k.shape[1]}")
   expected = (r.k.shape[0], r.v.shape[2], r.k.shape[3], r.v.shape[3])
