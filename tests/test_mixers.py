@@ -447,12 +447,12 @@ def test_decode(case, pieces):
 @of_few
 def test_decode_in_bfloat16(case):
   """A prompt and four more tokens, activations and cache in bfloat16, beside the whole sequence in float32: as
-  ``test_bfloat16``, whose bound of outputs this is."""
+  ``test_bfloat16``, and half as much again, for what a step reads was rounded when it was kept."""
   if case.cls.own_loss:
     case = Case(case.cls, case.settings | dict(top_k=8))
   y = read(case, 1, T, jnp.bfloat16)
   assert y.dtype == jnp.bfloat16
-  assert error(y, case.alone) < 0.02
+  assert error(y, case.alone) < 0.03
 
 
 @of_shapes
