@@ -46,7 +46,7 @@ def turns(run, x, dy, positions, fraction, heads):
 
 
 def in_both(cases):
-  """Each case in float32, and in bfloat16, which is of the dtype and not of the shape: two of three for the long run."""
+  """Each case in float32, and in bfloat16: two of three of those, the dtype being what differs, for the long run."""
   return [
     pytest.param(*case, dtype, marks=[pytest.mark.slow] if dtype == jnp.bfloat16 and i % 3 else [])
     for i, case in enumerate(cases)
