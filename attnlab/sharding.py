@@ -222,8 +222,10 @@ def local(fn: Callable, in_axes: Any, out_axes: Any) -> Callable:
       lambda axes, x: _spec(x.shape, axes, mesh, 1), in_axes, args, is_leaf=is_axes
     )
     whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
-    # Without the mesh: inside fn no axis is split, and not every operation has rules for axes that are.
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+    # Without the mesh's axes: inside fn none is split, and not every operation has rules for those that are. With its
+    # device, by which backends are chosen.
+    one = jax.sharding.AbstractMesh((), (), abstract_device=mesh.abstract_device)
+    with jax.sharding.use_abstract_mesh(one):
       outs = jax.eval_shape(fn, *whole)
     out_specs = jax.tree.map(
       lambda axes, x: _spec(x.shape, axes, mesh, 1), out_axes, outs, is_leaf=is_axes
