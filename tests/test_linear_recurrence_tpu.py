@@ -194,6 +194,13 @@ def test_one_input_in_float32(name):
     assert np.linalg.norm(np.float64(a) - np.float64(b)) < bound * np.linalg.norm(np.float64(b))
 
 
+def test_a_wide_erase_keeps_the_arithmetic_of_keys():
+  """RWKV-7 multiplies bfloat16 keys by float32 rates: that is still a model in bfloat16, in one pass a product."""
+  r, _ = inputs(RWKV7, jnp.bfloat16)
+  r = dataclasses.replace(r, erase=jax.tree.map(lambda x: x.astype(jnp.float32), r.erase))
+  assert not any(tpu._plan(r, None, None, way).exact for way in ("forward", "backward"))
+
+
 def test_auto_is_the_kernels(monkeypatch):
   """For a sequence and for a token, in bfloat16 and float32."""
   monkeypatch.setattr(dispatch, "platform", lambda: "tpu")

@@ -113,8 +113,8 @@ def block_sparse_attention(
   far = _FORWARD[name](q, k, v, blocks, scale)
   if not window:
     return _with_sinks(*far, sinks)
-  where["backend"] = "xla" if backend == "xla" else "auto"
-  near = softmax_attention(q, k, values, scale=scale, window=window, sinks=sinks, **where)
+  where |= dict(scale=scale, window=window, sinks=sinks)
+  near = softmax_attention(q, k, values, **where, backend="xla" if backend == "xla" else "auto")
   return merge_attention(far, near)
 
 

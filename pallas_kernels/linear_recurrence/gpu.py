@@ -214,8 +214,6 @@ def backward(
 ) -> tuple[Recurrence, Float[Array, "B Hv K V"]]:
   """Gradients of inputs and initial state."""
   p = _plan(r)
-  vectors = (r.q, r.k, r.erase.a, r.erase.b) if p.erase == "low_rank" else (r.q, r.k)
-  own_dtype = jnp.result_type(*vectors)
   tokens, bonus, padded, _ = xla.prepare(r, runs, CHUNK)
   (arrays, kept), of_inputs = jax.vjp(
     lambda bonus, tokens: _arrays(p, bonus, tokens, padded, interpret), bonus, tokens
@@ -248,7 +246,7 @@ def backward(
     H,
     undecayed,
     kept is not None,
-    own_dtype if H == p.Hv else jnp.float32,
+    jnp.result_type(r.q, r.k) if H == p.Hv else jnp.float32,
     interpret,
   )
   dkept = darrays.pop("keep", None)

@@ -149,10 +149,8 @@ def _heads(r: Recurrence, most: int) -> int:
 def _plan(r: Recurrence, runs, C: int | None, direction: str) -> _Plan:
   B, T, H, K = r.k.shape
   Hv, V = r.v.shape[2:]
-  vectors = [r.q, r.k, r.v]
-  if isinstance(r.erase, LowRankErase):
-    vectors += [r.erase.a, r.erase.b]
-  exact = any(x.dtype == jnp.float32 for x in vectors)
+  # Vectors of a low-rank erase do not count: they may be gates times keys, wider than what they are made for.
+  exact = any(x.dtype == jnp.float32 for x in (r.q, r.k, r.v))
   small = dispatch.vmem() <= dispatch.SMALL_VMEM
   C = C or (_CHUNK // 2 if exact and small else _CHUNK)
   erase = {KeyErase: "key", LowRankErase: "low_rank", type(None): "none"}[type(r.erase)]
