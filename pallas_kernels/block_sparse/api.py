@@ -122,18 +122,16 @@ def _with_sinks(o, lse, sinks):
   """``(o, lse)`` of a softmax that sinks have a part of."""
   if sinks is None:
     return o, lse
-  # -inf has no derivative: what sees nothing goes around logaddexp and exp, whose sink may be -inf too.
-  sinks, seen = jnp.broadcast_to(sinks.astype(lse.dtype), lse.shape), lse > -jnp.inf
-  known = jnp.where(seen, lse, 0)
-  both = jnp.logaddexp(known, sinks)
-  share = jnp.where(seen, jnp.exp(known - both), 0)
-  return (o * share[..., None]).astype(o.dtype), jnp.where(seen, both, sinks)
+  return merge_attention((o, lse), (None, jnp.broadcast_to(sinks.astype(lse.dtype), lse.shape)))
 
 
 def merge_attention(
-  *parts: tuple[Float[Array, "B T H V"], Float[Array, "B T H"]],
+  *parts: tuple[Float[Array, "B T H V"] | None, Float[Array, "B T H"]],
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
-  """Attention over the union of disjoint sets of keys, from ``(o, lse)`` over each. Differentiable in all of them."""
+  """Attention over the union of disjoint sets of keys, from ``(o, lse)`` over each. Differentiable in all of them.
+
+  Without an o, as of sinks, a part has its share of the softmax and no value; not all can be so.
+  """
   lse = jnp.stack([lse for _, lse in parts])
   top = jnp.max(lse, axis=0)
   top = jnp.where(top == -jnp.inf, 0, top)
@@ -143,9 +141,10 @@ def merge_attention(
   total = jnp.sum(weights, axis=0)
   some = total > 0
   total = jnp.where(some, total, 1)
-  o = sum(w[..., None] * o.astype(lse.dtype) for w, (o, _) in zip(weights, parts, strict=True))
+  outputs = [(w, o) for w, (o, _) in zip(weights, parts, strict=True) if o is not None]
+  o = sum(w[..., None] * o.astype(lse.dtype) for w, o in outputs)
   merged = jnp.where(some, top + jnp.log(total), -jnp.inf)
-  return (o / total[..., None]).astype(parts[0][0].dtype), merged
+  return (o / total[..., None]).astype(outputs[0][1].dtype), merged
 
 
 def _check(q, k, v, block_indices, block_size, query_block, window, sinks):
