@@ -22,6 +22,11 @@ os.environ["XLA_FLAGS"] = " ".join(
 )
 # Tracing makes many objects, nearly all of use: looking for garbage among them every 700 takes time and finds little.
 gc.set_threshold(200_000, 50, 100)
+# What looks for it all the same (jax's interpreters of kernels, now and then) need not look through what it has found
+# alive before: nearly all of that is compiled programs, and going through those takes seconds each time.
+gc.callbacks.append(
+  lambda phase, info: gc.freeze() if phase == "stop" and info["generation"] == 2 else None
+)
 # Pallas's interpreter calls Python from within programs: what that computes must not wait for a
 # thread that the program holds.
 jax.config.update("jax_cpu_enable_async_dispatch", False)

@@ -42,6 +42,7 @@ def ids(case):
 
 def some(cases, often):
   """The cases in ``often`` every time, the others with -m slow: compiling one takes seconds."""
+  assert set(often) <= set(cases), "what is not a case is never run"
   return [pytest.param(c, id=ids(c), marks=[] if c in often else pytest.mark.slow) for c in cases]
 
 

@@ -39,18 +39,22 @@ def changed(before, after):
 pytestmark = pytest.mark.xdist_group("convert")  # One worker: they share what is trained.
 
 
+SOFTMAX = dict(head_dim=8, num_heads=4, rope_theta=100.0)
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-  """A run with latent attention, and what it says at the end."""
-  workdir = tmp_path_factory.mktemp("runs") / "mla"
-  return workdir, train(config("mla", MLA), workdir)
+  """A run with softmax attention, and what it says at the end."""
+  workdir = tmp_path_factory.mktemp("runs") / "softmax"
+  return workdir, train(config("softmax", SOFTMAX), workdir)
 
 
 @pytest.mark.slow
-def test_latent_attention_becomes_sparse(source, tmp_path):
+def test_latent_attention_becomes_sparse(tmp_path):
   """Its parameters begin where they were; with everything seen the loss is the same; the indexer alone warms up; then
   all learn, and attention is sparse. Done again, it is not done again."""
-  workdir, before = source
+  workdir = tmp_path / "mla"
+  before = train(config("mla", MLA), workdir)
   c = config("dsa", MLA | INDEXER)
   rows = convert_and_train(workdir, c, tmp_path / "dsa", warmup_steps=2)
   old, warm = parameters(workdir), tmp_path / "dsa/warmup"
@@ -76,13 +80,12 @@ def test_latent_attention_becomes_sparse(source, tmp_path):
   assert convert_and_train(workdir, c, tmp_path / "dsa", warmup_steps=2) == rows
 
 
-def test_softmax_attention_becomes_infllm2(tmp_path):
+def test_softmax_attention_becomes_infllm2(source, tmp_path):
   """Sizes, and what the mixers share, are the source's; nothing is new, and nothing warms up."""
-  source = tmp_path / "softmax"
-  before = train(config("softmax", dict(head_dim=8, num_heads=4, rope_theta=100.0)), source)
+  workdir, before = source
   c = config("infllm2", dict(head_dim=16, num_kv_heads=1, **BLOCKS))
   c.model.mlp.hidden = 32
-  c, taken = like(source, c)
+  c, taken = like(workdir, c)
   assert taken == {
     "model.mlp.hidden": 64,
     "model.mixers.infllm2.head_dim": 8,
@@ -90,9 +93,9 @@ def test_softmax_attention_becomes_infllm2(tmp_path):
     "model.mixers.infllm2.num_kv_heads": None,
     "model.mixers.infllm2.rope_theta": 100.0,
   }
-  rows = convert_and_train(source, c, tmp_path / "infllm2")
+  rows = convert_and_train(workdir, c, tmp_path / "infllm2")
   assert [r["model"] for r in rows] == ["source", *["converted"] * 2, "after training"]
-  old, begin = parameters(source), parameters(tmp_path / "infllm2", 0)
+  old, begin = parameters(workdir), parameters(tmp_path / "infllm2", 0)
   assert old.keys() == begin.keys() and not changed(old, begin)
   assert changed(begin, parameters(tmp_path / "infllm2", 2)) == set(old)
   np.testing.assert_allclose(rows[0]["nll"], before["eval/nll"], rtol=1e-6)
@@ -102,8 +105,8 @@ def test_softmax_attention_becomes_infllm2(tmp_path):
 
 def test_what_does_not_fit(source, tmp_path):
   workdir, _ = source
-  wide = config("dsa", MLA | INDEXER | dict(kv_lora_rank=16))
-  with pytest.raises(UserError, match="k_up"):
-    convert(workdir, wide, tmp_path / "dsa")
+  wide = config("infllm2", BLOCKS | SOFTMAX | dict(head_dim=16))
+  with pytest.raises(UserError, match="k_proj"):
+    convert(workdir, wide, tmp_path / "infllm2")
   with pytest.raises(UserError, match="already"):
-    convert(workdir, config("mla", MLA), workdir)
+    convert(workdir, config("softmax", SOFTMAX), workdir)

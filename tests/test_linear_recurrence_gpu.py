@@ -66,11 +66,13 @@ def both(r, S, segment_ids=None):
 
 @pytest.mark.parametrize("case", some(CASES, [SSD, KDA, RWKV6, RWKV7]))
 def test_matches_reference(case):
-  """Outputs, final state and every gradient, of packed segments."""
-  assert_close(*both(*inputs(case), SEGMENTS), 3e-5)
+  """Outputs, final state and every gradient, of packed segments. (An erase whose value heads share keys:
+  ``test_bfloat16``.)"""
+  heads = 2 if case[1] is None else 1
+  assert_close(*both(*inputs(case, Hv=heads), SEGMENTS), 3e-5)
 
 
-@pytest.mark.parametrize("case", some(FEW, [GDN]))
+@pytest.mark.parametrize("case", some([GDN, *FEW], [GDN]))
 def test_bfloat16(case):
   assert_close(*both(*inputs(case, jnp.bfloat16), SEGMENTS), 1.5e-2)
 
@@ -123,9 +125,9 @@ LONG_NAMES = [f"{ids(case)}-{K}" for case, K in LONG]
   ids=LONG_NAMES,
 )
 def test_long_float32_keys(case, K):
-  r, S = inputs(case, K=K, Hv=1)
+  r, S = inputs(case, K=K, Hv=1, T=95)
   assert gpu._scan(gpu._plan(r), 4) is gpu_stream
-  assert_close(*both(r, S, SEGMENTS), 3e-5)
+  assert_close(*both(r, S, SEGMENTS[:, :95]), 3e-5)
 
 
 @pytest.mark.parametrize("case", some([GDN, KDA, RWKV7], [KDA]))

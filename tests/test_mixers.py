@@ -54,8 +54,8 @@ SEGMENTS = np.array(
 WHOLE = np.ones((B, T), np.int32)
 
 
-# One of each kind: of a test that is for the long run with all others.
-FEW = ("softmax", "mla", "kda", "mamba2", "nsa")
+# One of each kind, that is of each way to reach a kernel: of a test that is for the long run with all others.
+FEW = ("softmax", "mla", "csa", "kda", "mamba2", "window_linear", "nsa")
 
 
 def cases(shapes_alone, few):
@@ -129,7 +129,7 @@ class Case:
     self.config = configure(cls, self.settings)
     # The second and third layer of four: neither end, where layer-dependent constants may degenerate.
     self.indices, self.keys = 1 + np.arange(LAYERS), jax.random.split(jax.random.key(0), LAYERS)
-    self.built = jax.jit(jax.vmap(self.build))(self.indices, self.keys)
+    self.built = jax.vmap(self.build)(self.indices, self.keys)
     self.graph, params, rest = nnx.split(self.built, nnx.Param, ...)
     leaves, tree = jax.tree.flatten(params)
     moved = [np.asarray(x) + 0.1 * random(100 + i, *x.shape) for i, x in enumerate(leaves)]
@@ -478,28 +478,51 @@ def test_left_padding(case, pieces):
 
 
 @of_shapes
-def test_lengths(case):
-  """Lengths around the engine's chunk, which on a CPU is 16 or 32: all are prefixes of the longest."""
-  x = random(5, 1, 33, D)
-  want = case.outputs(x)
+def test_odd_length(case):
+  """One more token than the engine's chunk, which on a CPU is 16 or 32: the last is alone in its chunk."""
+  more = random(5, B, 33 - T, D)
+  want = case.outputs(np.concatenate([case.x, more], axis=1))
   assert np.isfinite(want).all()
-  for n in (1, 32):  # and T, which is odd
-    np.testing.assert_allclose(case.outputs(x[:, :n]), want[:, :n], rtol=1e-4, atol=1e-4)
-  x[:, -1:] += 1  # the last token is alone in its chunk
-  np.testing.assert_array_equal(case.outputs(x)[:, :-1], want[:, :-1])
+  np.testing.assert_allclose(want[:, :T], case.alone, rtol=1e-4, atol=1e-4)
+  more[:, -1:] += 1
+  after = case.outputs(np.concatenate([case.x, more], axis=1))
+  np.testing.assert_array_equal(after[:, :-1], want[:, :-1])
+  assert np.abs(after[:, -1] - want[:, -1]).max() > 1e-3
 
 
-@of_shapes
-def test_bfloat16(case):
-  """Activations in bfloat16: outputs and every parameter's gradient near those of float32.
+@of_few
+@pytest.mark.parametrize("length", [1, 16, 32])
+def test_prefix(case, length):
+  """One token, and whole chunks: as those of a longer sequence."""
+  x = random(5, 1, 33, D)
+  want = case.outputs(x)[:, :length]
+  np.testing.assert_allclose(case.outputs(x[:, :length]), want, rtol=1e-4, atol=1e-4)
+
+
+def in_bfloat16(case):
+  """A case whose bfloat16 can be held to its float32, and its inputs.
 
   bfloat16 keeps 8 bits, a rounding error of 2e-3; some dozens of roundings on the way add up to several percent. Where
   an indexer chooses, all is chosen: it may rightly take another of two whose rounded scores are nearly equal.
   """
   if case.cls.own_loss:
     case = Case(case.cls, case.settings | dict(top_k=8))
+  return case, case.x.astype(jnp.bfloat16)
+
+
+@of_shapes
+def test_bfloat16(case):
+  case, x = in_bfloat16(case)
+  y = case.outputs(x)
+  assert y.dtype == jnp.bfloat16
+  assert error(y, case.alone) < 0.02
+
+
+@of_few
+def test_gradients_in_bfloat16(case):
+  """Of documents, the gradient of every parameter."""
+  case, x = in_bfloat16(case)
   y, grads = case.packed
-  x = case.x.astype(jnp.bfloat16)
   z, low = case.gradients(x, case.cotangent, SEGMENTS)
   assert z.dtype == jnp.bfloat16
   assert error(z, y) < 0.02
@@ -517,7 +540,7 @@ def sharded_gradients(case, **sizes):
     return y, case.reached(by_name(grads))
 
 
-@of_shapes
+@of_few
 def test_sharded(case):
   """Four parts of the batch times two of the heads: the same outputs and gradients (float32 sums in another order)."""
   y, grads = case.packed
@@ -526,9 +549,27 @@ def test_sharded(case):
   assert_close(split, grads, 1e-4, 1 - 1e-8)
 
 
+def traced_on_a_mesh(case, run, *args):
+  """Shapes of what ``run`` gives of parameters, and of arrays of the batch, where devices share batch and heads:
+  shardings are types, so that what is at odds does not trace."""
+  mesh = sharding.make_mesh(dict(replica=1, data=4, model=2))
+  with jax.set_mesh(mesh):
+    params = jax.device_put(case.params, sharding.shardings(case.params, mesh))
+    return jax.eval_shape(run, params, *jax.device_put(args, sharding.batch_sharding(mesh)))
+
+
+@of_shapes
+def test_gradients_on_a_mesh(case):
+  """Of documents. As they come out of it, so they went in."""
+  run = jax.grad(case.loss, argnums=(0, 1), has_aux=True)
+  grads, y = traced_on_a_mesh(case, run, case.x, case.cotangent, positions(SEGMENTS), SEGMENTS)
+  assert by_name(jax.tree.map(jnp.shape, grads[0])) == by_name(jax.tree.map(jnp.shape, case.params))
+  assert y.shape == grads[1].shape == case.x.shape
+
+
 @of_shapes
 def test_cached_on_a_mesh(case):
-  """Prefill, then decoding in a loop, where devices share batch and heads. Traced alone: shardings are types."""
+  """Prefill, then decoding in a loop."""
 
   def run(params, x, pos, ids):
     cache = case.layer(params).init_cache(B, 12)
@@ -539,11 +580,7 @@ def test_cached_on_a_mesh(case):
 
     return jax.lax.fori_loop(0, 2, body, cache)
 
-  mesh = sharding.make_mesh(dict(replica=1, data=4, model=2))
-  with jax.set_mesh(mesh):
-    params = jax.device_put(case.params, sharding.shardings(case.params, mesh))
-    batch = [case.x, positions(WHOLE), WHOLE]
-    jax.eval_shape(run, params, *jax.device_put(batch, sharding.batch_sharding(mesh)))
+  traced_on_a_mesh(case, run, case.x, positions(WHOLE), WHOLE)
 
 
 @of_shapes
@@ -558,11 +595,16 @@ def test_one_row_on_a_mesh(case):
 
 
 @of_shapes
-def test_stacked(case):
-  """Layers built by vmap over their number and scanned are those built one by one and applied in turn."""
-  one, stacked = jax.jit(lambda key: case.build(2, key))(case.keys[1]), by_name(case.built)
-  for name, value in by_name(one).items():
+def test_built_by_vmap(case):
+  """Layers built over their number are those built one by one."""
+  one, stacked = by_name(case.build(2, case.keys[1])), by_name(case.built)
+  for name, value in one.items():
     np.testing.assert_allclose(stacked[name][1], value, rtol=1e-5, atol=1e-6)
+
+
+@of_few
+def test_scanned(case):
+  """Layers that are scanned are those applied in turn. (That all can be, test_configs.py traces.)"""
   # The first layer of a kind is handed zeros.
   first = jax.tree.map(np.zeros_like, case.shared(case.x))
   in_turn = case.x, first
