@@ -489,7 +489,7 @@ def _html(
     for i, text in enumerate(line):
       more = ' class="number"' if i >= ours and text.replace(".", "").lstrip("-").isdigit() else ""
       if i == ours and row.mean is not None:
-        light = 100 - 0.42 * min(max(row.mean, 0), 100)
+        light = 100 if row.is_bits else 100 - 0.42 * min(max(row.mean, 0), 100)
         seeds = ", ".join(f"{v:.1f}" for v in row.values)
         more += f' style="background: hsl(var(--hue) 75% {light:.0f}%)" title="each seed: {seeds}"'
       cells.append(f"<td{more}>{html.escape(text)}</td>")
