@@ -199,11 +199,15 @@ def small_pallas(monkeypatch):
   monkeypatch.setattr(tpu_rows, "_KEYS", 128)
 
 
+# What documents make harder is for the long run without them.
+EASIER = ("aligned", "long blocks")
+
+
 @pytest.mark.parametrize("heads", [1, 100])
 @pytest.mark.parametrize(
   "name, ranges",
   [
-    *((name, 1) for name in PALLAS),
+    *(pytest.param(x, 1, marks=[pytest.mark.slow] * (x in EASIER)) for x in PALLAS),
     ("documents, a window, sinks", 2),
     ("long blocks of documents", 2),
   ],
@@ -300,7 +304,7 @@ GPU = {
 
 
 @pytest.mark.parametrize(
-  "name", [pytest.param(x, marks=[pytest.mark.slow] * (x == "aligned")) for x in GPU]
+  "name", [pytest.param(x, marks=[pytest.mark.slow] * (x in EASIER)) for x in GPU]
 )
 def test_gpu_kernels(monkeypatch, name):
   """In Pallas's interpreter, which finds no races, with walks in several parts; as ``test_bfloat16``.

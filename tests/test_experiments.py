@@ -55,16 +55,6 @@ def result(accuracy, nll=1.0, tests=(0.5, 0.75)):
   return dict(accuracy=accuracy, nll=nll, tests=list(tests), **facts)
 
 
-@pytest.mark.parametrize("name", [m.name for m in pkgutil.iter_modules(experiments.__path__)])
-def test_an_accelerators_size_is_an_hours_work(name):
-  """At a hundred updates a second, three seeds of each cell. (The grid of head_to_head takes three times as long.)"""
-  module = importlib.import_module(f"experiments.{name}")
-  if hasattr(module, "EXPERIMENT"):
-    cells = module.EXPERIMENT.cells("gpu")
-    updates = sum(c.config.train.steps * (len(c.learning_rates) + 2) for c in cells)
-    assert updates <= 360_000 * (3 if name == "head_to_head" else 1)
-
-
 # Which runs.
 
 
@@ -173,9 +163,20 @@ def test_cells_can_be_run(name, size):
   assert len(set(axes)) == len(axes)
 
 
-@pytest.mark.parametrize(
+but_for_many = pytest.mark.parametrize(
   "name", [pytest.param(n, marks=[pytest.mark.slow] if n in MANY else []) for n in NAMES]
 )
+
+
+@but_for_many
+def test_an_accelerators_size_is_an_hours_work(name):
+  """At a hundred updates a second, three seeds of each cell. (The grid of head_to_head takes three times as long.)"""
+  cells = importlib.import_module(f"experiments.{name}").EXPERIMENT.cells("gpu")
+  updates = sum(c.config.train.steps * (len(c.learning_rates) + 2) for c in cells)
+  assert updates <= 360_000 * (3 if name == "head_to_head" else 1)
+
+
+@but_for_many
 def test_predictions_name_figures_that_there_are(name):
   """With all at 60 %, each holds or not, at one size at least."""
   e = importlib.import_module(f"experiments.{name}").EXPERIMENT
