@@ -118,13 +118,15 @@ class Plan:
     return [self.run(cell, rate, 0) for rate in self.cells[cell].learning_rates]
 
   def rate(self, cell: int) -> float | None:
-    """The best learning rate: of the highest validation accuracy, then of the lowest loss. None: not known yet."""
+    """The best learning rate, of validation: of the highest accuracy, then of the lowest loss; of the lowest loss where
+    bits are what is told. None: not known yet."""
     results = [self._results.get(run.key) for run in self.sweep(cell)]
     if None in results:
       return None
     rates = self.cells[cell].learning_rates
+    bits = all(test.is_bits for test in self.cells[cell].tests)
     score = {
-      rate: (r["accuracy"], -r["nll"])
+      rate: (0.0 if bits else r["accuracy"], -r["nll"])
       for rate, r in zip(rates, results, strict=True)
       if r and "not_finite" not in r
     }

@@ -75,6 +75,16 @@ def test_learning_rates_first_then_seeds_of_the_best():
   assert plan.needed(0) == plan.left(0) == []
 
 
+def test_bits_choose_a_rate_where_bits_are_told():
+  """Not the accuracy of the next byte."""
+  results = {}
+  cell = dataclasses.replace(tiny(rates=(1e-3, 1e-2)), tests=(Test({}, {}, measure="late bits"),))
+  plan = Plan([cell], 1, results)
+  for run, (accuracy, nll) in zip(plan.needed(0), ((0.9, 2.0), (0.8, 1.0)), strict=True):
+    results[run.key] = result(accuracy, nll)
+  assert plan.rate(0) == 1e-2
+
+
 def test_a_key_is_of_all_that_determines_the_result():
   def key(cell, seed=0):
     return Plan([cell], 1, {}).run(0, 1e-2, seed).key
