@@ -448,8 +448,7 @@ def test_decode(case, pieces):
 def test_decode_in_bfloat16(case):
   """A prompt and four more tokens, activations and cache in bfloat16, beside the whole sequence in float32: as
   ``test_bfloat16``, and half as much again, for what a step reads was rounded when it was kept."""
-  if case.cls.own_loss:
-    case = Case(case.cls, case.settings | dict(top_k=8))
+  case = for_bfloat16(case)
   y = read(case, 1, T, jnp.bfloat16)
   assert y.dtype == jnp.bfloat16
   assert error(y, case.alone) < 0.03
@@ -494,26 +493,24 @@ def test_odd_length(case):
 @pytest.mark.parametrize("length", [1, 32])
 def test_prefix(case, length):
   """One token, and whole chunks: as those of a longer sequence."""
-  x = random(5, 1, 33, D)
+  x = random(5, B, 33, D)
   want = case.outputs(x)[:, :length]
   np.testing.assert_allclose(case.outputs(x[:, :length]), want, rtol=1e-4, atol=1e-4)
 
 
-def in_bfloat16(case):
-  """A case whose bfloat16 can be held to its float32, and its inputs.
+def for_bfloat16(case):
+  """A case whose bfloat16 can be held to its float32.
 
   bfloat16 keeps 8 bits, a rounding error of 2e-3; some dozens of roundings on the way add up to several percent. Where
   an indexer chooses, all is chosen: it may rightly take another of two whose rounded scores are nearly equal.
   """
-  if case.cls.own_loss:
-    case = Case(case.cls, case.settings | dict(top_k=8))
-  return case, case.x.astype(jnp.bfloat16)
+  return Case(case.cls, case.settings | dict(top_k=8)) if case.cls.own_loss else case
 
 
 @of_shapes
 def test_bfloat16(case):
-  case, x = in_bfloat16(case)
-  y = case.outputs(x)
+  case = for_bfloat16(case)
+  y = case.outputs(case.x.astype(jnp.bfloat16))
   assert y.dtype == jnp.bfloat16
   assert error(y, case.alone) < 0.02
 
@@ -521,23 +518,33 @@ def test_bfloat16(case):
 @of_few
 def test_gradients_in_bfloat16(case):
   """Of documents, the gradient of every parameter."""
-  case, x = in_bfloat16(case)
+  case = for_bfloat16(case)
   y, grads = case.packed
-  z, low = case.gradients(x, case.cotangent, SEGMENTS)
+  z, low = case.gradients(case.x.astype(jnp.bfloat16), case.cotangent, SEGMENTS)
   assert z.dtype == jnp.bfloat16
   assert error(z, y) < 0.02
   assert_close(low, grads, 0.2, 0.98)
 
 
-def sharded_gradients(case, **sizes):
-  mesh = sharding.make_mesh(dict(replica=1) | sizes)
+def on_a_mesh(case, run, *args, data=4, model=2):
+  """``run`` of parameters and of arrays of the batch, where devices share batch and heads."""
+  devices = jax.devices()[: data * model]
+  mesh = sharding.make_mesh(dict(replica=1, data=data, model=model), devices)
   with jax.set_mesh(mesh):
     params = jax.device_put(case.params, sharding.shardings(case.params, mesh))
-    batch = [case.x, case.cotangent, positions(SEGMENTS), SEGMENTS]
-    batch = [jax.device_put(a, sharding.batch_sharding(mesh)) for a in batch]
-    g = jax.jit(jax.grad(case.loss, argnums=(0, 1), has_aux=True))
-    grads, y = jax.device_get(g(params, *batch))
-    return y, case.reached(by_name(grads))
+    return run(params, *jax.device_put(args, sharding.batch_sharding(mesh)))
+
+
+def traced(run):
+  """Shapes of what ``run`` gives: shardings are types, so that what is at odds does not trace."""
+  return functools.partial(jax.eval_shape, run)
+
+
+def sharded_gradients(case, **sizes):
+  run = jax.jit(jax.grad(case.loss, argnums=(0, 1), has_aux=True))
+  batch = case.x, case.cotangent, positions(SEGMENTS), SEGMENTS
+  grads, y = jax.device_get(on_a_mesh(case, run, *batch, **sizes))
+  return y, case.reached(by_name(grads))
 
 
 @of_few
@@ -549,20 +556,12 @@ def test_sharded(case):
   assert_close(split, grads, 1e-4, 1 - 1e-8)
 
 
-def traced_on_a_mesh(case, run, *args):
-  """Shapes of what ``run`` gives of parameters, and of arrays of the batch, where devices share batch and heads:
-  shardings are types, so that what is at odds does not trace."""
-  mesh = sharding.make_mesh(dict(replica=1, data=4, model=2))
-  with jax.set_mesh(mesh):
-    params = jax.device_put(case.params, sharding.shardings(case.params, mesh))
-    return jax.eval_shape(run, params, *jax.device_put(args, sharding.batch_sharding(mesh)))
-
-
 @of_shapes
 def test_gradients_on_a_mesh(case):
   """Of documents. As they come out of it, so they went in."""
   run = jax.grad(case.loss, argnums=(0, 1), has_aux=True)
-  grads, y = traced_on_a_mesh(case, run, case.x, case.cotangent, positions(SEGMENTS), SEGMENTS)
+  batch = case.x, case.cotangent, positions(SEGMENTS), SEGMENTS
+  grads, y = on_a_mesh(case, traced(run), *batch)
   assert by_name(jax.tree.map(jnp.shape, grads[0])) == by_name(jax.tree.map(jnp.shape, case.params))
   assert y.shape == grads[1].shape == case.x.shape
 
@@ -580,18 +579,14 @@ def test_cached_on_a_mesh(case):
 
     return jax.lax.fori_loop(0, 2, body, cache)
 
-  traced_on_a_mesh(case, run, case.x, positions(WHOLE), WHOLE)
+  on_a_mesh(case, traced(run), case.x, positions(WHOLE), WHOLE)
 
 
 @of_few
 def test_one_row_on_a_mesh(case):
-  """A slice of its ids may be a single number, of which jax forgets where it lies. Traced alone."""
-  mesh = sharding.make_mesh(dict(replica=1, data=1, model=1), jax.devices()[:1])
-  with jax.set_mesh(mesh):
-    params = jax.device_put(case.params, sharding.shardings(case.params, mesh))
-    batch = [x[:1, :3] for x in (case.x, positions(WHOLE), WHOLE)]
-    batch = jax.device_put(batch, sharding.batch_sharding(mesh))
-    jax.eval_shape(lambda params, *batch: case.forward(params, *batch), params, *batch)
+  """A slice of its ids may be a single number, of which jax forgets where it lies."""
+  batch = (x[:1, :3] for x in (case.x, positions(WHOLE), WHOLE))
+  on_a_mesh(case, traced(case.forward), *batch, data=1, model=1)
 
 
 @of_shapes
