@@ -1,4 +1,5 @@
-"""Runs an experiment's cells: a process an accelerator or, without any, a CPU core, which serves one run after another.
+"""Runs an experiment's cells: a process an accelerator or, without any, a CPU core, which serves one run after another,
+those of a model that it has compiled first.
 
 A run is (cell, learning rate, seed). It is kept in WORKDIR/runs/KEY, where KEY is a hash of all that determines it, the
 resolved config and the tests: a run that is there is finished, whichever experiment, size or sitting it came from, and
@@ -69,6 +70,11 @@ class Run:
   def key(self) -> str:
     text = json.dumps(self.spec, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+  @functools.cached_property
+  def model(self) -> str:
+    """Runs of which this is the same share most of what is compiled."""
+    return json.dumps(to_json(self.config)["model"], sort_keys=True)
 
   @functools.cached_property
   def flops(self) -> float:
@@ -181,10 +187,12 @@ class _Active:
 
 
 class _Worker:
-  """A process of experiments/worker.py on one device; `active` is what it runs, None: nothing."""
+  """A process of experiments/worker.py on one device; `active` is what it runs, None: nothing, and `model` what it has
+  compiled (`Run.model`)."""
 
   def __init__(self, device: str, directory: Path):
     self.active: _Active | None = None
+    self.model: str | None = None
     self._directory = directory
     env, more = dict(os.environ), []
     if device.startswith("core "):
@@ -207,7 +215,7 @@ class _Worker:
     where = self._directory / run.key
     where.mkdir(parents=True, exist_ok=True)
     metrics.write_atomically(where / "run.json", json.dumps(run.spec, indent=2) + "\n")
-    self.active = _Active(run, time.monotonic(), 0)
+    self.active, self.model = _Active(run, time.monotonic(), 0), run.model
     self.active.first = self.active.steps(self._directory)
     try:
       print(where, file=self._asked, flush=True)
@@ -271,13 +279,17 @@ def run_all(plan: Plan, results: Results, devices: Sequence[str]) -> list[Run]:
           line = _told(results[p.run.key]) if well else f"failed: {_why(results, p.run)}"
           live.console.print(f"{p.run}: {line}", markup=False)
         busy = {w.active.run.key for w in workers.values() if w.active} | broken.keys()
-        waiting = (r for r in _next(plan) if r.key not in busy)
+        waiting = [r for r in _next(plan) if r.key not in busy]
         for device in devices:
-          if device in workers and workers[device].active:
+          free = workers.get(device)
+          if free and free.active:
             continue
-          if (run := next(waiting, None)) is None:
+          compiled = None if free is None or free.dead else free.model
+          others = [w.active.run.model for w in workers.values() if w.active]
+          if (run := choose(waiting, compiled, others)) is None:
             break
-          if device not in workers or workers[device].dead:
+          waiting.remove(run)
+          if compiled is None:
             workers[device] = _Worker(device, results.directory)
           workers[device].start(run)
         running = [w.active for w in workers.values() if w.active]
@@ -292,6 +304,24 @@ def run_all(plan: Plan, results: Results, devices: Sequence[str]) -> list[Run]:
       for worker in workers.values():
         worker.wait()
       signal.signal(signal.SIGTERM, handler)
+
+
+def choose(waiting: Sequence[Run], compiled: str | None, others: Sequence[str]) -> Run | None:
+  """What a process runs next: the first of the model that it has compiled, or of one that no other is compiling.
+
+  Args:
+    waiting: what can be run now, in order.
+    compiled: the model (`Run.model`) that it has run last; None: none.
+    others: those that other processes are at.
+
+  Returns:
+    One of `waiting`; None if there is none.
+  """
+
+  def compiles(run: Run) -> int:
+    return 0 if run.model == compiled else 1 + (run.model in others)
+
+  return min(waiting, key=compiles, default=None)
 
 
 def _next(plan: Plan) -> Iterator[Run]:

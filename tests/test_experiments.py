@@ -25,7 +25,7 @@ from attnlab.tasks.arithmetic import Parity
 from configs.base import base
 from experiments import harness, report, worker
 from experiments.cells import Cell, Experiment, Prediction, Test
-from experiments.harness import Plan, Results, accelerators, devices, run_all, select
+from experiments.harness import Plan, Results, accelerators, choose, devices, run_all, select
 
 
 def tiny(task="parity", rates=(1e-2,)):
@@ -83,6 +83,20 @@ def test_bits_choose_a_rate_where_bits_are_told():
   for run, (accuracy, nll) in zip(plan.needed(0), ((0.9, 2.0), (0.8, 1.0)), strict=True):
     results[run.key] = result(accuracy, nll)
   assert plan.rate(0) == 1e-2
+
+
+def test_a_process_goes_on_with_the_model_that_it_has_compiled():
+  """What it has not compiled another should not be compiling, and what is left is left to nobody."""
+  cells = [tiny("a", rates=(1e-2, 1e-3)), tiny("b")]
+  cells[1].config.model.d_model = 32
+  plan = Plan(cells, 1, {})
+  first, second, other = (*plan.sweep(0), *plan.sweep(1))
+  assert choose([first, second, other], None, []) is first
+  assert choose([second, other], None, [first.model]) is other
+  assert choose([second, other], first.model, [other.model]) is second
+  assert choose([second, other], other.model, []) is other
+  assert choose([second], None, [first.model]) is second
+  assert choose([], first.model, []) is None
 
 
 def test_a_key_is_of_all_that_determines_the_result():

@@ -9,6 +9,7 @@ from attnlab import data, tasks
 from attnlab.errors import UserError
 from attnlab.tasks import Example, Task, TaskSource
 from attnlab.tasks import base as tasks_base
+from attnlab.tasks.mqar import gaps
 
 SMALL = {
   "mqar": ({"vocab_size": 64, "num_kv_pairs": 4}, 32),
@@ -139,12 +140,24 @@ def test_mqar_gaps_follow_the_power_law():
   for power_a in (0.01, 1.0):
     examples = source("mqar", dict(vocab_size=64, num_kv_pairs=1, power_a=power_a), 42)
     n, space = 4000, 20
-    gaps = [(int(np.flatnonzero(examples[i]["weights"])[0]) - 2) // 2 for i in range(n)]
+    found = [(int(np.flatnonzero(examples[i]["weights"])[0]) - 2) // 2 for i in range(n)]
     law = np.array([(g + 1) ** (power_a - 1) for g in range(space)])
     law /= law.sum()
-    counts = np.bincount(gaps, minlength=space)
+    counts = np.bincount(found, minlength=space)
     # Chi-squared with 19 degrees of freedom exceeds 43.8 once in a thousand; the seed is fixed.
     assert ((counts - n * law) ** 2 / (n * law)).sum() < 43.8
+
+
+def test_gaps_are_numpys_choice():
+  """The same numbers from the same generator: examples are what they were when numpy drew them."""
+  for seed, (count, space, power_a) in enumerate(
+    [(16, 16, 0.01), (6, 10, 0.01), (64, 128, 1.0), (1, 1, 0.1)] * 20
+  ):
+    ours, numpys = (np.random.default_rng(seed) for _ in range(2))
+    law = np.arange(1, space + 1) ** (power_a - 1)
+    expected = numpys.choice(space, count, replace=False, p=law / law.sum())
+    np.testing.assert_array_equal(gaps(ours, count, space, power_a), expected)
+    assert ours.random() == numpys.random()
 
 
 def test_mqar_fills_with_the_whole_vocabulary():

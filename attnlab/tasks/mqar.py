@@ -78,9 +78,21 @@ class MQAR(Task):
 def gaps(
   rng: np.random.Generator, count: int, space: int, power_a: float
 ) -> Int64[np.ndarray, " n"]:
-  """`count` different numbers below `space`, g drawn with probability proportional to (g + 1)^(power_a - 1)."""
+  """`count` different numbers below `space`, g drawn with probability proportional to (g + 1)^(power_a - 1).
+
+  They are what `rng.choice(space, count, replace=False, p=...)` draws, whose time was a third of an example's, in less
+  than half of it.
+  """
   law = np.arange(1, space + 1, dtype=np.float64) ** (power_a - 1)
-  return rng.choice(space, count, replace=False, p=law / law.sum())
+  law /= law.sum()
+  drawn: dict[int, None] = {}  # in order
+  while missing := count - len(drawn):
+    uniform = rng.random(missing)
+    law[list(drawn)] = 0.0
+    cumulative = np.cumsum(law)
+    cumulative /= cumulative[-1]
+    drawn |= dict.fromkeys(cumulative.searchsorted(uniform, side="right").tolist())
+  return np.fromiter(drawn, np.int64, count)
 
 
 def fill(rng: np.random.Generator, inputs: Int32[np.ndarray, " T"], vocab_size: int) -> None:
