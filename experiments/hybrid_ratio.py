@@ -7,6 +7,7 @@ import dataclasses
 
 from experiments.cells import Cell, Experiment, Prediction, Test, after_shift, config, equal_mlp
 from experiments.harness import main
+from experiments.multi_hop import lookup_tests, lookups
 
 # Linear layers to global ones; of each period the last layer is global, as in the models that ship.
 RATIOS = {"0:1": 0, "1:1": 1, "3:1": 3, "7:1": 7, "pure": None}
@@ -79,18 +80,6 @@ def pattern(s: Size, kind: str, ratio: str) -> str:
 MORE = (1, 2, 4, 8)
 
 
-def lookups(n: int) -> str:
-  return f"{n} lookup" + "s" * (n > 1)
-
-
-def lookup_tests(axis: str, hops: int, vocab_size: int) -> tuple[Test, ...]:
-  """Tests of one to `hops` chained lookups, told apart on an axis."""
-  return tuple(
-    Test({axis: lookups(n)}, dict(task_args=dict(min_hops=n, max_hops=n)), 1 / vocab_size)
-    for n in range(1, hops + 1)
-  )
-
-
 def pairs(times: int) -> str:
   return f"{times} x as many pairs" if times > 1 else "recall"
 
@@ -110,9 +99,9 @@ def recall(s: Size) -> tuple[str, dict, tuple[Test, ...]]:
 
 def chained(s: Size) -> tuple[str, dict, tuple[Test, ...]]:
   """The same of chained lookups."""
-  tests = lookup_tests("asked", s.hops, s.vocab_size)
-  args = dict(vocab_size=s.vocab_size, num_chains=s.chains, label_slots=s.chains * s.hops)
-  return "multi_hop_mqar", args | dict(hops=s.hops, min_hops=1, max_hops=s.hops), tests
+  tests = lookup_tests("asked", s.hops, s.chains)
+  args = dict(vocab_size=s.vocab_size, num_chains=s.chains, hops=s.hops)
+  return "multi_hop_mqar", args | dict(label_slots=s.chains * s.hops), tests
 
 
 def cell(size: str, task, kind: str, ratio: str) -> Cell:

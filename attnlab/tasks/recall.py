@@ -123,76 +123,74 @@ class CompositionalMQAR(Task):
 @register("multi_hop_mqar")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MultiHopMQAR(Task):
-  """MQAR with chained lookups: of pairs `x y`, the answer to x0 is what its value's value's ... value is.
+  """MQAR with chained lookups: of pairs `x y`, what is x0's value, what is that one's, and so on?
 
-  `num_chains` chains x0 -> x1 -> ... -> x_hops of different ids, as pairs `x_i x_i+1` in any order, a 0 after each;
-  then each x0 once more, as in MQAR, where x_hops is the target. Keys and values are of one kind, as x1 is both: the 0
-  says which of `x0 x1 0 x1 x2 0` it is, which models that do not count positions could not tell. (Ours: multi-hop
-  recall is what large linear models were found to lose; no small task is published.)
+  `num_chains` chains x0 -> x1 -> ... -> x_hops, as pairs `x_i x_i+1` in any order, a 0 after each; then a question a
+  chain, at places as MQAR's: `x0 1 1 ...`, where x1 is the target at x0, x2 at the first 1, and so on. None of them
+  follows in the input: whoever says x2 has looked x1 up, and then looked up what was found. (Ours: multi-hop recall is
+  what large linear models were found to lose; no small task is published.)
 
-  Few small models learn chains from their ends alone. With `min_hops`, every key is asked for whose chain goes on for
-  that many lookups at least, and each question says how many it is for.
+  Chains cross nowhere, and each x_i has ids of its own, an equal share of the vocabulary, as MQAR's keys and values
+  have: guessing among the row's ids that can be meant is right once in num_chains.
+
+  All lookups on the way are targets. With the last alone, and ids of one kind, no model of ours learnt two.
 
   Attributes:
     vocab_size: ids.
     num_chains: with hops pairs each.
     hops: lookups of a chain, 1 to 4 in our experiments.
-    min_hops, max_hops: each question asks for a number of lookups from one to the other (and to the end of its chain at
-      most), any as likely, and the id before it, 1 to hops, is that number; no key or value has these ids. 0, 0: a
-      question a chain, from end to end, and nothing says so.
+    asked: only this lookup of each question is a target; 0: all are.
     power_a, random_non_queries: as in MQAR.
   """
 
   vocab_size: int = 8192
   num_chains: int = 4
   hops: int = 2
-  min_hops: int = 0
-  max_hops: int = 0
+  asked: int = 0
   power_a: float = 0.01
   random_non_queries: bool = False
 
   def check(self, seq_len: int) -> None:
     chains, hops = self.num_chains, self.hops
-    least, most = self.min_hops, self.max_hops
-    if (least or most) and not 1 <= least <= most <= hops:
+    if chains < 1 or hops < 1 or not 0 <= self.asked <= hops:
       raise UserError(
-        f"multi_hop_mqar: min_hops={least} and max_hops={most} must be in order, from 1 to hops={hops}; or both 0"
+        f"multi_hop_mqar: num_chains={chains} and hops={hops} must be at least 1, and asked={self.asked} one of hops "
+        "or 0"
       )
-    if chains < 1 or hops < 1 or chains * (hops + 1) > self.vocab_size - self._first:
+    if chains > self._ids:
       raise UserError(
-        f"multi_hop_mqar: num_chains={chains} of hops={hops} lookups (each at least 1) need "
-        f"{chains * (hops + 1)} ids, and vocab_size={self.vocab_size} has {self.vocab_size - self._first}"
+        f"multi_hop_mqar: num_chains={chains} do not fit vocab_size={self.vocab_size}, which has {self._ids} ids for "
+        f"each of {hops + 1} places in a chain"
       )
-    if (needed := 3 * chains * hops + 2 * self.labels(seq_len)) > seq_len:
+    if (needed := chains * (4 * hops + 1)) > seq_len:
       raise UserError(
         f"multi_hop_mqar: config.data.seq_len={seq_len} must be at least {needed}: 3 for each of "
-        f"num_chains * hops = {chains * hops} pairs, 2 for each of {self.labels(seq_len)} questions"
+        f"num_chains * hops = {chains * hops} pairs, {hops + 1} for each of {chains} questions"
       )
 
   @property
-  def _first(self) -> int:
-    """The first id of a key or value."""
-    return 1 + self.hops * bool(self.min_hops)
+  def _ids(self) -> int:
+    """Of each place in a chain; 0 and 1 are none's."""
+    return (self.vocab_size - 2) // (self.hops + 1)
 
   def labels(self, seq_len: int) -> int:
-    return self.num_chains * (self.hops + 1 - (self.min_hops or self.hops))
+    return self.num_chains * (1 if self.asked else self.hops)
 
   def example(self, rng: np.random.Generator, seq_len: int) -> Example:
     chains, hops = self.num_chains, self.hops
-    least, most = self.min_hops or hops, self.max_hops or hops
-    ids = rng.choice(self.vocab_size - self._first, chains * (hops + 1), replace=False)
-    ids = self._first + ids.reshape(chains, hops + 1)
-    pairs = np.stack([ids[:, :-1], ids[:, 1:]], axis=-1).reshape(-1, 2)
+    places = range(hops + 1)
+    ids = [2 + i * self._ids + rng.choice(self._ids, chains, replace=False) for i in places]
+    chain = np.stack(ids, axis=1)
+    pairs = np.stack([chain[:, :-1], chain[:, 1:]], axis=-1).reshape(-1, 2)
     context = 3 * len(pairs)
     inputs = np.zeros(seq_len, np.int32)
     inputs[:context].reshape(-1, 3)[:, :2] = rng.permutation(pairs)
-    chain, start = np.divmod(np.arange(self.labels(seq_len)), hops + 1 - least)
-    asked = rng.integers(least, np.minimum(most, hops - start), endpoint=True)
-    queries = context + 2 * gaps(rng, len(asked), (seq_len - context) // 2, self.power_a)
-    if self.min_hops:
-      inputs[queries] = asked
-      queries = queries + 1
-    inputs[queries] = ids[chain, start]
+    slots = (seq_len - context) // (hops + 1)
+    queries = context + (hops + 1) * gaps(rng, chains, slots, self.power_a)
+    where = queries[:, None] + np.arange(hops)
+    inputs[where] = 1
+    inputs[queries] = chain[:, 0]
     if self.random_non_queries:
       fill(rng, inputs[context:], self.vocab_size)
-    return labelled(inputs, queries, ids[chain, start + asked])
+    told = slice(self.asked - 1, self.asked) if self.asked else slice(None)
+    return labelled(inputs, where[:, told].ravel(), chain[:, 1:][:, told].ravel())
