@@ -22,7 +22,7 @@ class Size:
     length: of a row in training.
     vocab_size: of the tasks.
     pairs: of recall (MQAR). Tests are also of 2, 4 and 8 times as many, in rows as much longer.
-    chains, hops: of multi-hop recall, whose questions are for 1 to so many lookups; 0: that task is not there.
+    chains, hops: of multi-hop recall, whose questions are for so many lookups; 0: that task is not there.
     head_dim: of keys and values; two heads.
     sparse: settings of the sparse layers: of InfLLM-V2, which has softmax attention's parameters.
     d_model, mlp: of the model of global layers alone; the MLPs of the others make up for their parameters. All have
@@ -46,8 +46,8 @@ class Size:
 
 
 SIZES = {
-  # The sparse layers see at most 8 tokens: the block of the query and one chosen for it. In trials softmax attention
-  # did not learn two lookups in 1500 updates, and no hybrid learnt to recall eight pairs in 500.
+  # The sparse layers see at most 8 tokens: the block of the query and one chosen for it. In trials no hybrid learnt to
+  # recall eight pairs in 500 updates. Chained lookups of hybrids are in experiments/multi_hop.py.
   "cpu": Size(
     32, 96, 4, 0, 0, 16, "block_size=4, top_k=2, initial=0, local=1, pool_size=2, pool_stride=1",
     64, 64, 600, 32, (2.5e-3, 5e-3),
@@ -144,10 +144,10 @@ EXPERIMENT = Experiment(
     "a few blocks. A model of linear and sparse layers has no full attention at all.\n\n"
     "Recall asks for the values of keys, of as many pairs as in training and of up to eight times as many in rows as "
     "much longer, which states that were trained for few may not hold. Chained lookups, of the larger sizes, ask for "
-    "the value of the value: what large linear models were found to lose; each question says how many lookups it is "
-    "for. Where no layer has a convolution, attention to two tokens comes before the model, so that none has to learn "
-    "which token came before; no other layer has position encoding. The linear layers are without output gates, which "
-    "the others do not have; all have as many parameters, by the width of their MLPs."
+    "the value of the value: what large linear models were found to lose. Where no layer has a "
+    "convolution, attention to two tokens comes before the model, so that none has to learn which token came before; "
+    "no other layer has position encoding. The linear layers are without output gates, which the others do not have; "
+    "all have as many parameters, by the width of their MLPs."
   ),
   source="none",
   cells=cells,
