@@ -158,6 +158,8 @@ def test_gaps_are_numpys_choice():
     expected = numpys.choice(space, count, replace=False, p=law / law.sum())
     np.testing.assert_array_equal(gaps(ours, count, space, power_a), expected)
     assert ours.random() == numpys.random()
+  with pytest.raises(ValueError, match="5 different numbers below 4"):
+    gaps(np.random.default_rng(0), 5, 4, 1.0)
 
 
 def test_mqar_fills_with_the_whole_vocabulary():

@@ -82,7 +82,12 @@ def gaps(
 
   They are what `rng.choice(space, count, replace=False, p=...)` draws, whose time was a third of an example's, in less
   than half of it.
+
+  Raises:
+    ValueError: there are not so many.
   """
+  if count > space:
+    raise ValueError(f"{count} different numbers below {space}")
   law = np.arange(1, space + 1, dtype=np.float64) ** (power_a - 1)
   law /= law.sum()
   drawn: dict[int, None] = {}  # in order
