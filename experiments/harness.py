@@ -1,5 +1,5 @@
 """Runs an experiment's cells: a process an accelerator or, without any, a CPU core, which serves one run after another,
-those of a model that it has compiled first.
+if it can one of the model that it has compiled.
 
 A run is (cell, learning rate, seed). It is kept in WORKDIR/runs/KEY, where KEY is a hash of all that determines it, the
 resolved config and the tests: a run that is there is finished, whichever experiment, size or sitting it came from, and
@@ -279,12 +279,11 @@ def run_all(plan: Plan, results: Results, devices: Sequence[str]) -> list[Run]:
           line = _told(results[p.run.key]) if well else f"failed: {_why(results, p.run)}"
           live.console.print(f"{p.run}: {line}", markup=False)
         busy = {w.active.run.key for w in workers.values() if w.active} | broken.keys()
-        waiting = [r for r in _next(plan) if r.key not in busy]
-        for device in devices:
-          free = workers.get(device)
-          if free and free.active:
-            continue
-          compiled = None if free is None or free.dead else free.model
+        idle = [d for d in devices if d not in workers or not workers[d].active]
+        waiting = [r for r in _next(plan) if r.key not in busy] if idle else []
+        for device in idle:
+          held = workers.get(device)
+          compiled = None if held is None or held.dead else held.model
           others = [w.active.run.model for w in workers.values() if w.active]
           if (run := choose(waiting, compiled, others)) is None:
             break
