@@ -1,7 +1,8 @@
 """Processes that prepare the rows of `bench --platform=gpu` side by side, and then time them one after the other.
 
-Only names and records go between processes: a worker finds its rows by name, in what "module:function" yields. One that
-dies, hangs or loses its device loses the row it was at; rows that it had prepared are prepared again.
+Only names and records go between processes: a worker finds its rows by name, in what "module:function" yields. What
+takes too long is given up, and the row goes on without it. A worker that dies, hangs or loses its device loses the row
+it was at; rows that it had prepared are prepared again.
 """
 
 import collections
@@ -25,6 +26,9 @@ from pallas_kernels import bench_gpu, bench_peers
 ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "FLA_CACHE_RESULTS": "0"}
 
 _START = 120.0  # seconds in which a process starts
+_MOST = (
+  0.85  # of a row's time, until whatever runs is given up, and what the row has so far is told
+)
 _spawn = multiprocessing.get_context("spawn")
 
 
@@ -37,7 +41,22 @@ def named(name: str) -> Callable:
 # --- a worker ---
 
 
-def _serve(pipe, rows: str, clock: str, seconds: float) -> None:
+@contextlib.contextmanager
+def _given_up_after(seconds: float) -> Generator[None]:
+  """Raises TimeoutError in whatever runs then: in what a row does last, compiling another library's kernels, say."""
+
+  def late(*_):
+    raise TimeoutError(f"given up after {seconds:.0f} s")
+
+  signal.signal(signal.SIGALRM, late)
+  signal.setitimer(signal.ITIMER_REAL, seconds)
+  try:
+    yield
+  finally:
+    signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _serve(pipe, rows: str, clock: str, timeout: float, seconds: float) -> None:
   """Answers each ("prepare" or "time", a row's name) with a record and "prepared", "done" or "lost"."""
   for number in (signal.SIGINT, signal.SIGTERM):  # the parent's to handle, who ends its workers
     signal.signal(number, signal.SIG_IGN)
@@ -51,13 +70,14 @@ def _serve(pipe, rows: str, clock: str, seconds: float) -> None:
       return
     state = "done"
     try:
-      if what == "prepare":
-        row = bench_gpu.prepare(by_name[name], named(clock))
-        record = row.record
-        if row.row.timed:
-          prepared[name], state = row, "prepared"
-      else:
-        record = bench_gpu.time_prepared(prepared.pop(name), seconds)
+      with _given_up_after(_MOST * timeout):
+        if what == "prepare":
+          row = bench_gpu.prepare(by_name[name], named(clock))
+          record = row.record
+          if row.row.timed:
+            prepared[name], state = row, "prepared"
+        else:
+          record = bench_gpu.time_prepared(prepared.pop(name), seconds)
     except Exception as error:  # of whatever kind
       record = {"failure": bench_gpu.in_words(error)}
     try:
@@ -123,7 +143,7 @@ def run(
           if todo and not worker.row:
             worker.ask("prepare", todo.popleft(), timeout)
         while todo and len(workers) < jobs:
-          workers.append(_Worker(rows, clock, seconds))
+          workers.append(_Worker(rows, clock, timeout, seconds))
           workers[-1].ask("prepare", todo.popleft(), timeout)
         busy = [w for w in workers if w.row]
         wait = max(0.0, min(w.deadline for w in busy) - time.monotonic())

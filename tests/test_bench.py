@@ -1,11 +1,13 @@
 """The benchmark of GPU kernels, on a CPU: its logic with tiny shapes, XLA's backends and this machine's clock."""
 
+import dataclasses
 import itertools
 import json
 import math
 import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -284,11 +286,16 @@ def difficult_rows():
       os._exit(3)
     return (jnp.ones(8),)
 
+  def hang():  # where no signal ends it
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
+    time.sleep(1000)
+
   yield _row("ends_when_timed", make=make)
   yield _row("fine")
   yield _row("raises", lambda: 1 / 0, timed=False)
   yield _row("ends", lambda: os._exit(4), timed=False)
-  yield _row("hangs", lambda: time.sleep(1000), timed=False)
+  yield _row("hangs", hang, timed=False)
+  yield dataclasses.replace(_row("waits"), peers={"slow": lambda args: time.sleep(1000)})
   yield _row("checked", lambda: 1e-3, timed=False)
   yield _row("fine_too")
 
@@ -307,7 +314,8 @@ def test_workers_that_end_lose_their_row_alone(capsys):
   assert left == 0 and kept[-1] == json.dumps(records)
   by_name = {r["shape"]: r for r in records}
   assert list(by_name) == [row.shape for row in difficult_rows()]
-  for name in ("fine", "fine_too"):
+  assert by_name["waits"]["why_not"] == {"slow": "TimeoutError: given up after 5 s"}
+  for name in ("fine", "fine_too", "waits"):
     assert by_name[name]["seconds"]["xla"] > 0 and "failure" not in by_name[name]
   assert by_name["checked"]["error"] == 1e-3 and "failure" not in by_name["checked"]
   failures = bench_gpu.failures(records)
@@ -318,7 +326,7 @@ def test_workers_that_end_lose_their_row_alone(capsys):
     "double hangs check: has not ended after 6 s",
   ]
   told = capsys.readouterr().err
-  assert "7/7  " in told and "0:00 to go" in told.splitlines()[-1]
+  assert "8/8  " in told and "0:00 to go" in told.splitlines()[-1]
   bench_gpu.print_rows(records, None, 1e12)
   out = capsys.readouterr().out.splitlines()
   assert out[-4:] == [f"FAILED {failure}" for failure in failures]
@@ -339,7 +347,7 @@ def test_what_there_is_is_kept_when_time_runs_out(monkeypatch, tmp_path):
   monkeypatch.setattr(bench_workers, "run", run)
   keep = lambda records: bench._write(tmp_path, "", records, {}, say=False)  # noqa: E731
   records, left = _measure(keep=keep)
-  assert len(records) == 2 and left == 6 and ended == ["workers"]
+  assert len(records) == 2 and left == 7 and ended == ["workers"]
   (path,) = tmp_path.iterdir()
   assert json.loads(path.read_text())["rows"] == records
 
