@@ -3,8 +3,8 @@ if it can one of the model that it has compiled.
 
 A run is (cell, learning rate, seed). It is kept in WORKDIR/runs/KEY, where KEY is a hash of all that determines it, the
 resolved config and the tests: a run that is there is finished, whichever experiment, size or sitting it came from, and
-one whose settings have changed is another. A cell's learning rates are run on its first seed, then the best of them on
-the other seeds.
+one whose settings have changed is another. A report has its runs' results in a file beside it, from which another
+machine goes on. A cell's learning rates are run on its first seed, then the best of them on the other seeds.
 """
 
 import dataclasses
@@ -41,6 +41,7 @@ flags.disclaim_key_flags()  # The flags are those of the experiment that calls `
 # number of updates: it has not been timed), and with the settings of a paper where there is one.
 SIZES = ("cpu", "gpu", "paper")
 DEV = Path("/dev")
+RUNS = "runs.jsonl"  # of a report: the results of its runs
 # Of a progress table: more cells than this are told of only while they run.
 _ROWS = 30
 
@@ -148,6 +149,10 @@ class Plan:
     runs = self.sweep(cell) if self.rate(cell) is None else self.seeds(cell)
     return [run for run in runs if run.key not in self._results]
 
+  def runs(self, cell: int) -> list[Run]:
+    """All that are known of a cell, finished or not."""
+    return self.sweep(cell) + self.seeds(cell)[1:]
+
   def left(self, cell: int) -> list[Run]:
     """All that a cell still needs, the learning rate of later seeds being guessed."""
     if self.rate(cell) is not None:
@@ -157,11 +162,21 @@ class Plan:
 
 
 class Results(dict[str, dict[str, Any]]):
-  """The results of the finished runs below a directory, by key."""
+  """The results of finished runs, by key.
 
-  def __init__(self, directory: Path):
+  Args:
+    directory: that the runs are below.
+    told: a report's file of results: of runs on other machines, say.
+
+  Raises:
+    UserError: a line of the file is none of its lines.
+  """
+
+  def __init__(self, directory: Path, told: Path | None = None):
     super().__init__()
     self.directory = directory
+    if told:
+      self.update({key: line["result"] for key, line in read_runs(told).items()})
     for path in directory.glob("*/result.json"):
       self.read(path.parent.name)
 
@@ -171,6 +186,22 @@ class Results(dict[str, dict[str, Any]]):
     if path.exists():
       self[key] = json.loads(path.read_text())
     return path.exists()
+
+
+def read_runs(path: Path) -> dict[str, dict[str, Any]]:
+  """The lines of a report's file of results, {"key", "run", "result"} each, by key; none if there is no file.
+
+  Raises:
+    UserError: a line is something else.
+  """
+  found = {}
+  for number, line in enumerate(path.read_text().splitlines() if path.exists() else (), 1):
+    try:
+      got = json.loads(line)
+      found[got["key"]] = got | {"result": dict(got["result"])}
+    except (ValueError, KeyError, TypeError):
+      raise UserError(f"{path}, line {number}, tells no run's result: {line[:80]!r}") from None
+  return found
 
 
 @dataclasses.dataclass
@@ -379,7 +410,7 @@ class _Progress:
       table.add_column(name, justify="left" if name in names else "right")
     finished = shown = 0
     for cell in cells:
-      needed, runs = self._plan.needed(cell), self._plan.sweep(cell) + self._plan.seeds(cell)[1:]
+      needed, runs = self._plan.needed(cell), self._plan.runs(cell)
       finished += self._plan.rate(cell) is not None and not needed
       active = any(r.key in shares for r in runs)
       if len(cells) > _ROWS and not active:
@@ -490,7 +521,12 @@ def main(experiment: Experiment) -> None:
     "seeds", 3, "Runs of each cell, the learning rate being chosen on the first.", 1
   )
   flags.DEFINE_string("workdir", None, "Where runs are kept. Default: runs/experiments.")
-  flags.DEFINE_string("out", None, "Where the report goes. Default: WORKDIR/NAME-SIZE.")
+  flags.DEFINE_string(
+    "out",
+    None,
+    "Where the report goes; runs whose results are told in its runs.jsonl are not run again, on whichever machine"
+    " they were run. Default: WORKDIR/NAME-SIZE.",
+  )
   flags.DEFINE_bool("report", False, "Only the report, of what has been run.")
   flags.DEFINE_list("rates", [], "Learning rates, in place of the grid's: one saves the sweep.")
   flags.DEFINE_list(
@@ -519,7 +555,8 @@ def _main(experiment: Experiment, command: str) -> int:
   cells = select(experiment.cells(f.size), f.only)
   if f.rates:
     cells = [dataclasses.replace(c, learning_rates=_numbers(f.rates)) for c in cells]
-  results = Results(workdir / "runs")
+  out = Path(f.out or workdir / f"{experiment.name}-{f.size}")
+  results = Results(workdir / "runs", out / RUNS)
   plan = Plan(cells, f.seeds, results)
   for cell in range(len(cells)):  # What cannot work is told before anything is run.
     for run in plan.sweep(cell):
@@ -532,7 +569,6 @@ def _main(experiment: Experiment, command: str) -> int:
   except KeyboardInterrupt:
     print("stopped; the same command goes on from here", file=sys.stderr)
     return 130
-  out = Path(f.out or workdir / f"{experiment.name}-{f.size}")
   report.write(experiment, plan, results, out, command=command, size=f.size)
-  print(f"{out}/report.html, table.md, table.csv, plot.png, plot.svg")
+  print(f"{out}/report.html, table.md, table.csv, plot.png, plot.svg, {RUNS}")
   return 1 if failed else 0

@@ -1,4 +1,5 @@
-"""Tells of an experiment: table.md, table.csv, plot.png, plot.svg and report.html, which needs no other file."""
+"""Tells of an experiment: table.md, table.csv, plot.png, plot.svg and report.html, which needs no other file; and
+runs.jsonl, the results it is made of."""
 
 import csv
 import dataclasses
@@ -6,6 +7,7 @@ import datetime
 import html
 import io
 import itertools
+import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +17,7 @@ from typing import Any
 from attnlab import accounting, metrics
 from attnlab.errors import UserError
 from experiments.cells import Experiment, Prediction, Test
-from experiments.harness import Plan
+from experiments.harness import RUNS, Plan, read_runs
 
 # Okabe and Ito's colours, told apart by all, without the yellow that paper swallows.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#999999")
@@ -113,9 +115,10 @@ def write(
     size: "cpu", "gpu" or "paper".
 
   Raises:
-    UserError: matplotlib is not installed.
+    UserError: matplotlib is not installed, or the directory's results of runs are not such.
   """
   out.mkdir(parents=True, exist_ok=True)
+  _write_runs(plan, results, out / RUNS)
   table = rows(plan, results)
   lines = _lines(table)
   with open(out / "table.csv", "w", newline="") as file:
@@ -137,6 +140,16 @@ def write(
   figure.savefig(svg, format="svg")
   page = _html(experiment, table, summary, lines, told, predictions, svg.getvalue())
   (out / "report.html").write_text(page)
+
+
+def _write_runs(plan: Plan, results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+  """Writes the results of a plan's runs, a line each; lines that tell of others stay."""
+  lines = read_runs(path)
+  for cell in range(len(plan.cells)):
+    for run in plan.runs(cell):
+      if run.key in results:
+        lines[run.key] = {"key": run.key, "run": str(run), "result": results[run.key]}
+  metrics.write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines.values()))
 
 
 def _lines(table: Sequence[Row]) -> list[list[str]]:

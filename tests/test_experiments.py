@@ -330,6 +330,27 @@ def test_table(told):
   assert first == ["a", "linear_attention", "90.0 ± 14.1", "10.0 ± 14.1"]
 
 
+def test_another_machine_goes_on_from_a_report(told, tmp_path):
+  """Runs that it tells of are finished there; those of other cells stay in it; what is no result is an error."""
+  known = harness.Results(tmp_path / "elsewhere", told / harness.RUNS)
+  cells = [tiny("a"), tiny("b")]
+  cells[1].config.train.steps = 5
+  plan = Plan(cells, 2, known)
+  assert not plan.needed(0) and len(plan.needed(1)) == 1 and plan.runs(0) == plan.seeds(0)
+  assert [known[run.key]["tests"] for run in plan.runs(0)] == [[1.0, 0.5], [0.9, 0.6]]
+  before = (told / harness.RUNS).read_text()
+  assert "task a, mixer linear_attention, learning rate 0.01, seed 1" in before
+
+  other = Plan(cells[1:], 1, known)
+  known[other.run(0, 1e-2, 0).key] = result(0.5, tests=(0.5, 0.5))
+  report.write(experiment(cells[1:]), other, known, told, command="", size="cpu")
+  after = (told / harness.RUNS).read_text()
+  assert after.startswith(before) and after.count("\n") == 3
+  (told / harness.RUNS).write_text(after + '{"key": 3}\n')
+  with pytest.raises(UserError, match="runs.jsonl, line 4, tells no run's result: '{\"key\": 3}'"):
+    harness.Results(tmp_path, told / harness.RUNS)
+
+
 def test_runs_that_are_not_finite_are_told():
   """They count as guesses, of which the table says what they were."""
   results = {}
