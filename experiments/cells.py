@@ -82,6 +82,24 @@ class Prediction:
   holds: Callable[[Callable[..., float | None]], bool | None]
 
 
+def better(
+  one: Axes, other: Axes, by: float = 0.0, **both: Any
+) -> Callable[[Callable[..., float | None]], bool | None]:
+  """What a prediction says: that one value is greater than another plus some points, which may be less than none.
+
+  Args:
+    one, other: the axes that tell the two apart.
+    by: points.
+    both: the axes that they share.
+  """
+
+  def holds(value):
+    a, b = value(**one, **both), value(**other, **both)
+    return None if a is None or b is None else a > b + by
+
+  return holds
+
+
 @dataclasses.dataclass(frozen=True)
 class Experiment:
   """A table.

@@ -5,7 +5,7 @@ python -m experiments.decay_granularity [--size=cpu|gpu|paper] [--only=task=reca
 
 import dataclasses
 
-from experiments.cells import Cell, Experiment, Prediction, Test, config
+from experiments.cells import Cell, Experiment, Prediction, Test, better, config
 from experiments.harness import main
 
 
@@ -96,16 +96,6 @@ def cells(size: str) -> list[Cell]:
   ]
 
 
-def better(task: str, one: tuple[str, str], other: tuple[str, str], by: float = 0.0):
-  """That one (decay, update) is better than another by some points."""
-
-  def holds(value):
-    a, b = (value(task=task, decay=decay, update=update) for decay, update in (one, other))
-    return None if a is None or b is None else a > b + by
-
-  return holds
-
-
 EXPERIMENT = Experiment(
   name="decay_granularity",
   title="Decay: none, constant, a head, a channel; with and without delta rule and convolution",
@@ -123,15 +113,17 @@ EXPERIMENT = Experiment(
   predictions=(
     Prediction(
       "Palindrome: with the delta rule, a decay for each channel is better than one for each head.",
-      better("palindrome", ("a channel", "delta, convolution"), ("a head", "delta, convolution")),
+      better(dict(decay="a channel"), dict(decay="a head"), task="palindrome", update="delta, convolution"),
     ),
     Prediction(
       "Recall: without decay, the delta rule is better than the sum by 10 points.",
-      better("recall", ("none", "delta, convolution"), ("none", "sum, convolution"), 10),
+      better(dict(update="delta, convolution"), dict(update="sum, convolution"), 10, task="recall", decay="none"),
     ),
     Prediction(
       "Recall: without the convolution, Gated DeltaNet loses 20 points.",
-      better("recall", ("a head", "delta, convolution"), ("a head", "delta, no convolution"), 20),
+      better(
+        dict(update="delta, convolution"), dict(update="delta, no convolution"), 20, task="recall", decay="a head",
+      ),
     ),
   ),
 )  # fmt: skip

@@ -19,6 +19,7 @@ from experiments.cells import (
   Prediction,
   Test,
   after_shift,
+  better,
   config,
   depth,
   equal_mlp,
@@ -220,16 +221,6 @@ def cells(size: str) -> list[Cell]:
   return [cell(s, task, name, pattern) for name, pattern in every for task in TASKS]
 
 
-def compare(measure: str, one: str, other: str, by: float):
-  """That one model is better than another by some points."""
-
-  def holds(value):
-    a, b = (value(measure=measure, model=name) for name in (one, other))
-    return None if a is None or b is None else a > b + by
-
-  return holds
-
-
 def parity(value) -> bool | None:
   """Of all models that have been run; mamba3's rotation is an eigenvalue too."""
   far = {name: value(measure="parity, to 4 x longer", model=name) for name in models(SIZES["cpu"])}
@@ -266,7 +257,7 @@ EXPERIMENT = Experiment(
   predictions=(
     Prediction(
       "Recall: Gated DeltaNet is better than a window of equal bytes by 10 points.",
-      compare("recall", "gated_deltanet", "swa", 10),
+      better(dict(model="gated_deltanet"), dict(model="swa"), 10, measure="recall"),
     ),
     Prediction(
       "Parity beyond the training length: DeltaNet with eigenvalues in [-1, 1] alone solves it.", parity
@@ -274,7 +265,7 @@ EXPERIMENT = Experiment(
     Prediction(
       "Recall: three layers of KDA to one of sparse attention are within 10 points of three to one of full "
       "attention.",
-      compare("recall", "3 kda : 1 infllm_v2", "3 kda : 1 softmax", -10),
+      better(dict(model="3 kda : 1 infllm_v2"), dict(model="3 kda : 1 softmax"), -10, measure="recall"),
     ),
     Prediction(
       "From one lookup to two, Gated DeltaNet alone loses more than softmax attention.",

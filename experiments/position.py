@@ -5,7 +5,16 @@ python -m experiments.position [--size=cpu|gpu|paper] [--only=layers=hybrid] [--
 
 import dataclasses
 
-from experiments.cells import Cell, Experiment, Prediction, Test, after_shift, config, equal_mlp
+from experiments.cells import (
+  Cell,
+  Experiment,
+  Prediction,
+  Test,
+  after_shift,
+  better,
+  config,
+  equal_mlp,
+)
 from experiments.harness import main
 
 # What the share of rotated channels is called.
@@ -45,6 +54,7 @@ SIZES = {
   "paper": Size(2048, 8192, 128, 128, 512, 1024, 12, 30_000, 64, (2.5e-4, 5e-4, 1e-3)),
 }
 TIMES = (1, 2, 4, 8)
+FAR = {"training lengths": TIMES[-1]}
 
 
 def pattern(s: Size, layers: str, position: str) -> str:
@@ -89,17 +99,6 @@ def cells(size: str) -> list[Cell]:
   ]
 
 
-def better_far(task: str, one: tuple[str, str], other: tuple[str, str], by: float = 0.0):
-  """That one model is better than another at the greatest length by some points."""
-
-  def holds(value):
-    far = {"task": task, "training lengths": TIMES[-1]}
-    a, b = (value(layers=layers, position=position, **far) for layers, position in (one, other))
-    return None if a is None or b is None else a > b + by
-
-  return holds
-
-
 EXPERIMENT = Experiment(
   name="position",
   title="Position encoding in hybrids, and longer rows",
@@ -117,16 +116,16 @@ EXPERIMENT = Experiment(
   predictions=(
     Prediction(
       "Recall at eight times the length: a hybrid without position encoding is better than one with RoPE.",
-      better_far("recall", ("hybrid", "none"), ("hybrid", "RoPE")),
+      better(dict(position="none"), dict(position="RoPE"), task="recall", layers="hybrid", **FAR),
     ),
     Prediction(
       "Recall at eight times the length: a hybrid with RoPE is better than softmax attention with RoPE.",
-      better_far("recall", ("hybrid", "RoPE"), ("softmax", "RoPE")),
+      better(dict(layers="hybrid"), dict(layers="softmax"), task="recall", position="RoPE", **FAR),
     ),
     Prediction(
       "Needle at eight times the length: a hybrid without position encoding is better than softmax attention "
       "without.",
-      better_far("needle", ("hybrid", "none"), ("softmax", "none")),
+      better(dict(layers="hybrid"), dict(layers="softmax"), task="needle", position="none", **FAR),
     ),
   ),
 )  # fmt: skip

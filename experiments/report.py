@@ -134,11 +134,10 @@ def write(
   summary = _summary(experiment, table)
   (out / "table.md").write_text(_markdown(experiment, summary, lines, told, predictions))
   figure = _figure(experiment, table)
-  for suffix in ("png", "svg"):
-    figure.savefig(out / f"plot.{suffix}", dpi=160)
-  svg = io.StringIO()
-  figure.savefig(svg, format="svg")
-  page = _html(experiment, table, summary, lines, told, predictions, svg.getvalue())
+  figure.savefig(out / "plot.png", dpi=160)
+  svg = _svg(figure, experiment.name)
+  (out / "plot.svg").write_text(svg)
+  page = _html(experiment, table, summary, lines, told, predictions, svg)
   (out / "report.html").write_text(page)
 
 
@@ -280,7 +279,6 @@ def _figure(experiment: Experiment, table: Sequence[Row]) -> Any:
   scale.
   """
   try:
-    import matplotlib
     import matplotlib.figure
   except ImportError as error:
     raise UserError("the report needs matplotlib: pip install attnlab[plots]") from error
@@ -291,55 +289,57 @@ def _figure(experiment: Experiment, table: Sequence[Row]) -> Any:
   names = list(dict.fromkeys(r.axes[by] for r in table))
   columns = 2 if len(facets) == 4 else min(len(facets), 3)
   shape = (math.ceil(len(facets) / columns), columns)
-  # The same id for the same thing, so that a picture changes when its figures do.
-  with matplotlib.rc_context({"svg.hashsalt": experiment.name, "svg.fonttype": "none"}):
-    figure = matplotlib.figure.Figure(
-      figsize=(max(3.6 * columns + 0.4, 6), 2.9 * shape[0] + 0.7), layout="constrained"
-    )
-    panels = figure.subplots(*shape, squeeze=False).ravel()
-    styles = dict(zip(names, zip(itertools.cycle(_COLOURS), itertools.cycle(_MARKS)), strict=False))
-    for axes, value in itertools.zip_longest(panels, facets):
-      if value is None:
-        axes.axis("off")
-        continue
-      here = [r for r in table if r.axes[facet] == value]
-      ticks = list(dict.fromkeys(r.axes[x] for r in here if x in r.axes))
-      place = (lambda r: ticks.index(r.axes[x])) if ticks else (lambda r: r.facts[x])  # noqa: B023
-      lines = {name: [r for r in here if r.axes[by] == name] for name in names}
-      for name, of_it in lines.items():
-        draw(axes, sorted(of_it, key=place), place, str(name), *styles[name])
-      if not ticks and all(len(of_it) <= 1 for of_it in lines.values()):
-        _frontier(axes, here, place, by)
-      axes.set_title(
-        f"{facet} {value}" if _is_number(value) else str(value), loc="left", fontsize=10
-      )
-      if ticks:
-        long = sum(len(str(t)) for t in ticks) > 28
-        turned = dict(rotation=30, ha="right") if long else {}
-        axes.set_xticks(range(len(ticks)), [str(t) for t in ticks], **turned)
-      else:
-        _logarithmic(axes, [place(r) for r in here])
-      bits = here[0].is_bits
-      lowest = min(
-        (v for r in here for v in r.values), default=0
-      )  # guesses may fall below guessing
-      if not bars:
-        axes.set_xlabel(x)
-      if not bits:
-        axes.set_ylim(
-          min(lowest, 0) - 5, 109 if bars else 105
-        )  # Bars have their values above them.
-      if bits or facets.index(value) % columns == 0:
-        axes.set_ylabel("bits a byte" if bits else "accuracy, %")
-      axes.grid(color="#dddddd", linewidth=0.6)
-      axes.set_axisbelow(True)
-      axes.spines[["top", "right"]].set_visible(False)
-    handles = {h.get_label(): h for p in panels for h in p.get_legend_handles_labels()[0]}
-    if handles:
-      figure.legend(
-        handles=list(handles.values()), loc="outside lower center", ncols=max(3, 2 * columns), frameon=False, fontsize=9
-      )  # fmt: skip
+  figure = matplotlib.figure.Figure(
+    figsize=(max(3.6 * columns + 0.4, 6), 2.9 * shape[0] + 0.7), layout="constrained"
+  )
+  panels = figure.subplots(*shape, squeeze=False).ravel()
+  styles = dict(zip(names, zip(itertools.cycle(_COLOURS), itertools.cycle(_MARKS)), strict=False))
+  for axes, value in itertools.zip_longest(panels, facets):
+    if value is None:
+      axes.axis("off")
+      continue
+    here = [r for r in table if r.axes[facet] == value]
+    ticks = list(dict.fromkeys(r.axes[x] for r in here if x in r.axes))
+    place = (lambda r: ticks.index(r.axes[x])) if ticks else (lambda r: r.facts[x])  # noqa: B023
+    lines = {name: [r for r in here if r.axes[by] == name] for name in names}
+    for name, of_it in lines.items():
+      draw(axes, sorted(of_it, key=place), place, str(name), *styles[name])
+    if not ticks and all(len(of_it) <= 1 for of_it in lines.values()):
+      _frontier(axes, here, place, by)
+    axes.set_title(f"{facet} {value}" if _is_number(value) else str(value), loc="left", fontsize=10)
+    if ticks:
+      long = sum(len(str(t)) for t in ticks) > 28
+      turned = dict(rotation=30, ha="right") if long else {}
+      axes.set_xticks(range(len(ticks)), [str(t) for t in ticks], **turned)
+    else:
+      _logarithmic(axes, [place(r) for r in here])
+    bits = here[0].is_bits
+    lowest = min((v for r in here for v in r.values), default=0)  # guesses may fall below guessing
+    if not bars:
+      axes.set_xlabel(x)
+    if not bits:
+      axes.set_ylim(min(lowest, 0) - 5, 109 if bars else 105)  # Bars have their values above them.
+    if bits or facets.index(value) % columns == 0:
+      axes.set_ylabel("bits a byte" if bits else "accuracy, %")
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+  handles = {h.get_label(): h for p in panels for h in p.get_legend_handles_labels()[0]}
+  if handles:
+    figure.legend(
+      handles=list(handles.values()), loc="outside lower center", ncols=max(3, 2 * columns), frameon=False, fontsize=9
+    )  # fmt: skip
   return figure
+
+
+def _svg(figure: Any, salt: str) -> str:
+  """As text that changes when the figure does: the same ids for the same things, and no date."""
+  import matplotlib
+
+  text = io.StringIO()
+  with matplotlib.rc_context({"svg.hashsalt": salt}):
+    figure.savefig(text, format="svg", metadata={"Date": None})
+  return text.getvalue()
 
 
 def _logarithmic(axes: Any, places: Sequence[float]) -> None:

@@ -381,6 +381,14 @@ BROWSER = next(
 )
 
 
+def test_a_picture_of_the_same_is_the_same(told):
+  before = {name: (told / name).read_bytes() for name in ("plot.svg", "plot.png")}
+  e, known = experiment([tiny("a"), tiny("<b>")]), harness.Results(told, told / harness.RUNS)
+  e.cells("cpu")[1].config.train.steps = 5
+  report.write(e, Plan(e.cells("cpu"), 2, known), known, told, command="python -m x", size="cpu")
+  assert before == {name: (told / name).read_bytes() for name in before}
+
+
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium")
 def test_page_sorts_in_a_browser(told):
   page = told / "report.html"
