@@ -157,16 +157,15 @@ class HeadNorm(nnx.Module):
 
   Args:
     groups: how many groups of heads have a norm of their own; 1: one norm over all channels.
-    center: LayerNorm, with a mean and a bias, instead of RMSNorm. Only with a group for each head, where it is
-      the GroupNorm of RWKV.
+    center: LayerNorm, with a mean and a bias, instead of RMSNorm; with a group for each head the GroupNorm of RWKV.
   """
 
   def __init__(
     self, heads: int, size: int, groups: int | None = None, eps: float = 1e-6, center: bool = False
   ):
     self.count, self.size, self.groups, self.eps = heads, size, groups or heads, eps
-    if heads % self.groups or (center and self.groups != heads):
-      raise ValueError(f"cannot normalise {heads} heads in {groups} groups (center={center})")
+    if heads % self.groups:
+      raise ValueError(f"cannot normalise {heads} heads in {groups} groups")
     ones, zeros = jax.nn.initializers.ones, jax.nn.initializers.zeros
     shape, axes, key = (heads, size), ("heads", None), jax.random.key(0)
     self.scale = param(key, ones, shape, axes, weight_decay=False)
@@ -176,18 +175,27 @@ class HeadNorm(nnx.Module):
     """The norm, D being heads of ``size`` channels side by side."""
     y = x.astype(jnp.float32)
     if self.bias is not None:
-      y = y - expand_heads(head_sums(y, self.size, x.dtype) / self.size, self.size)
-    square = head_sums(y * y, self.size, x.dtype) / self.size
-    if self.groups != self.count:  # heads may lie on several devices: their means are few
-      square = sharding.put(square, "batch", None, None)
-      each = square.reshape(*square.shape[:2], self.groups, -1)
-      square = jnp.broadcast_to(jnp.mean(each, axis=-1, keepdims=True), each.shape)
-      square = sharding.put(square.reshape(*square.shape[:2], -1), "batch", None, "heads")
+      y = y - expand_heads(self._mean(y, x.dtype), self.size)
+    square = self._mean(y * y, x.dtype)
     y = y * expand_heads(jax.lax.rsqrt(square + self.eps), self.size)
     y = y * by_channel(self.scale)
     if self.bias is not None:
       y = y + by_channel(self.bias)
     return y.astype(x.dtype)
+
+  def _mean(
+    self, y: Float[Array, "B T D"], dtype: jax.typing.DTypeLike
+  ) -> Float[Array, "B T heads"]:
+    """Of each head's group, rounded as ``dtype``."""
+    mean = head_sums(y, self.size, dtype) / self.size
+    if self.groups == self.count:
+      return mean
+    mean = sharding.put(
+      mean, "batch", None, None
+    )  # heads may lie on several devices: their means are few
+    each = mean.reshape(*mean.shape[:2], self.groups, -1)
+    mean = jnp.broadcast_to(jnp.mean(each, axis=-1, keepdims=True), each.shape)
+    return sharding.put(mean.reshape(*mean.shape[:2], -1), "batch", None, "heads")
 
 
 def l2norm_heads(x: Float[Array, "B T D"], size: int, eps: float = 1e-6) -> Float[Array, "B T D"]:

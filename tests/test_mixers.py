@@ -46,6 +46,7 @@ SIZES = dict(
   nope_dim=8,
   rope_dim=4,
   kv_lora_rank=12,
+  mini_batch=4,
 )
 # Rows with different documents, of one token and of more; an id that is not in order is a document all the same.
 SEGMENTS = np.array(
@@ -368,6 +369,7 @@ def test_equation(case):
 
       def run(*args):
         grads, out = jax.device_get(g(*args))
+        assert not any(np.any(grads[0].pop(name)) for name in case.cls.without_gradient)
         return by_name(out), by_name(grads)
 
       return run

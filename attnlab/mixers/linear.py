@@ -47,6 +47,9 @@ class LinearMixer(Mixer):
   # Signals that are not arguments of ``core``: what only ``output`` and ``hand_on`` use.
   output_only: ClassVar[frozenset[str]] = frozenset()
 
+  # Signals that say where a token is, and so have no gradient.
+  without_gradient: ClassVar[frozenset[str]] = frozenset()
+
   @dataclasses.dataclass(frozen=True, kw_only=True)
   class Config(Mixer.Config):
     """Shapes of a linear mixer.
