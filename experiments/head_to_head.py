@@ -132,6 +132,7 @@ def models(s: Size) -> dict[str, str]:
     "lightning": linear("lightning"),
     "hgrn2": linear("hgrn2"),
     "gdn2": linear("gdn2"),
+    "ttt_linear": f"ttt_linear({heads})",
   }
   out = {}
   for name, layers in every.items():
