@@ -1,8 +1,10 @@
 """Other libraries' GPU kernels on the same numbers, and clocks of them. What cannot be imported raises and says so."""
 
+import concurrent.futures
 import contextlib
 import functools
 import gc
+import os
 import sys
 from collections.abc import Callable
 
@@ -14,7 +16,8 @@ def prepare(peer: Callable[[tuple], Callable], args: tuple) -> Callable[[tuple],
   """
   call = peer(args)
   forget(_once)
-  call()
+  with _compiling_side_by_side():
+    call()
   _synchronize()
   return functools.partial(_start, peer)
 
@@ -38,6 +41,35 @@ def _synchronize() -> None:
   import torch
 
   torch.cuda.synchronize()
+
+
+@contextlib.contextmanager
+def _compiling_side_by_side():
+  """All configurations of Triton's autotuners at once, a thread each: gradients of KDA have hundreds of seconds of
+  them."""
+  try:
+    from triton.runtime import _async_compile
+    from triton.runtime.autotuner import Autotuner
+  except ImportError:  # no Triton, or one that compiles them one after the other
+    yield
+    return
+  run = Autotuner.run
+
+  def both(self, *args, **kwargs):
+    pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
+    try:  # what does not compile, the tuner finds for itself
+      with _async_compile.AsyncCompileMode(pool, ignore_errors=True):
+        self.warmup(*args, **{name: x for name, x in kwargs.items() if name != "warmup"})
+    finally:
+      pool.shutdown(wait=False, cancel_futures=True)
+      _async_compile.active_mode.set(None)  # which it leaves where it is given up
+    return run(self, *args, **kwargs)
+
+  Autotuner.run = both
+  try:
+    yield
+  finally:
+    Autotuner.run = run
 
 
 def _once(call: Callable, quantiles, **_) -> list[float]:

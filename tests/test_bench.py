@@ -1,5 +1,6 @@
 """The benchmark of GPU kernels, on a CPU: its logic with tiny shapes, XLA's backends and this machine's clock."""
 
+import contextvars
 import dataclasses
 import itertools
 import json
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -264,6 +266,52 @@ def test_a_peer_tunes_when_it_is_timed(monkeypatch):
   assert told == ["_once", "small"]
   start("fresh")
   assert told == ["_once", "small", "_briefly", "fresh"]
+
+
+def test_choices_of_a_tuner_compile_side_by_side(monkeypatch):
+  """As Triton does it, of which nothing else is here; and what is given up leaves nothing behind."""
+  told = []
+
+  class Tuner:
+    def run(self, *args, **kwargs):
+      told.append(("run", args, kwargs))
+
+    def warmup(self, *args, **kwargs):
+      told.append(("compile", args, kwargs, mode.get()))
+      if args == ("slow",):
+        raise TimeoutError
+
+  class Mode:
+    def __init__(self, executor, ignore_errors):
+      assert executor.submit(int, "7").result() == 7 and ignore_errors
+
+    def __enter__(self):
+      mode.set("on")
+
+    def __exit__(self, *_):
+      pass  # Triton's forgets itself only where all went well
+
+  mode: contextvars.ContextVar = contextvars.ContextVar("mode", default=None)
+  compile_ = types.SimpleNamespace(AsyncCompileMode=Mode, active_mode=mode)
+  parts = {
+    "": {},
+    ".runtime": {"_async_compile": compile_},
+    ".runtime.autotuner": {"Autotuner": Tuner},
+  }
+  for name, contents in parts.items():
+    module = types.ModuleType(f"triton{name}")
+    vars(module).update(contents)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+  before = Tuner.run
+  with bench_peers._compiling_side_by_side():
+    Tuner().run("x", grid=1, warmup=False)
+  assert told == [
+    ("compile", ("x",), {"grid": 1}, "on"),
+    ("run", ("x",), {"grid": 1, "warmup": False}),
+  ]
+  with pytest.raises(TimeoutError), bench_peers._compiling_side_by_side():
+    Tuner().run("slow", grid=1)
+  assert len(told) == 3 and mode.get() is None and Tuner.run is before
 
 
 def test_all_choices_of_a_tuner_run_once():
