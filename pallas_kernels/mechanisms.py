@@ -164,6 +164,39 @@ def gated_delta_product(
   return o[:, n - 1 :: n], state
 
 
+def mixture_of_memories(
+  q: Float[Array, "B T H K"],
+  k: Float[Array, "B T H M K"],
+  v: Float[Array, "B T H M V"],
+  g: Float[Array, "B T H M"],
+  beta: Float[Array, "B T H M"],
+  route: Float[Array, "B T H M"],
+  *,
+  scale=None,
+  initial_state=None,
+  **options,
+):
+  """Mixture-of-Memories (arXiv:2502.13685): M states a head, each with a gated delta rule of the tokens routed to it.
+
+  A token reads the sum of its states, weighted by ``route``; where that is 0 it neither decays nor writes one. The
+  state is [B, H, M, K, V].
+  """
+  H, M = k.shape[2:4]
+  written = route > 0
+
+  def as_heads(x, axis=2):
+    return x.reshape(*x.shape[:axis], H * M, *x.shape[axis + 2 :])
+
+  decay, erase = (as_heads(jnp.where(written, x, 0)) for x in (g, beta))
+  state = None if initial_state is None else as_heads(initial_state, 1)
+  fields = dict(log_decay=decay[..., None], erase=KeyErase(erase))
+  q = jnp.repeat(q, M, axis=2)
+  o, state = _run(q, as_heads(k), as_heads(v), scale, options | dict(initial_state=state), **fields)
+  o = o.reshape(v.shape)
+  o = jnp.sum(route[..., None] * _at_least_float32(o), axis=3).astype(o.dtype)
+  return o, None if state is None else state.reshape(*state.shape[:1], H, M, *state.shape[2:])
+
+
 def rwkv7(r, w: Float[Array, "B T H K"], k, v, kappa, a, **options):
   """RWKV-7 (arXiv:2503.14456): ``S <- diag(exp w) S - (a * kappa) kappa^T S + k v^T``, both S being S_{t-1}.
 

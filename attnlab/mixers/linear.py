@@ -196,6 +196,11 @@ class LinearMixer(Mixer):
     del signals, ctx
     return {}
 
+  def scalars(self, signals: Signals, ctx: Context) -> dict[str, Array]:
+    """``MixerOutput.aux``."""
+    del signals, ctx
+    return {}
+
   def init_state(self, batch: int) -> Any:
     """The state before the first token, every array [B, H, ...]; zeros."""
     return jnp.zeros((batch, self.Hv, self.K, self.V), jnp.float32)
@@ -244,7 +249,8 @@ class LinearMixer(Mixer):
       cache = recent.states | {"state": state}
       if ctx.segment_ids is not None:
         cache = _without_padding(cache, ctx.segment_ids)
-    return MixerOutput(self.output(o, x, signals), cache, shared=self.hand_on(signals, ctx))
+    aux, shared = self.scalars(signals, ctx), self.hand_on(signals, ctx)
+    return MixerOutput(self.output(o, x, signals), cache, aux, shared)
 
   def run(self, signals: Signals, ctx: Context, state: Any) -> tuple[Array, Any]:
     """``core`` on each device's own sequences and heads."""
