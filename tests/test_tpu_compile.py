@@ -256,8 +256,8 @@ def told(module, *arguments):
   return [json.loads(line) for line in child.stdout.splitlines() if line.startswith("{")]
 
 
-# Not looked at: several steps, inputs or states a token, between which tokens and heads change places; a window besides; no
-# kernel of this project's.
+# Not looked at: several steps, inputs or states a token, between which tokens and heads change places; a window
+# besides; no kernel of this project's.
 UNSEEN = ("gated_delta_product", "mamba3", "mom", "window_linear", "ttt_linear", "ttt_mlp")
 
 
