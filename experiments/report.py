@@ -326,8 +326,13 @@ def _figure(experiment: Experiment, table: Sequence[Row]) -> Any:
     axes.spines[["top", "right"]].set_visible(False)
   handles = {h.get_label(): h for p in panels for h in p.get_legend_handles_labels()[0]}
   if handles:
+    # What is wider than the figure would be cut; lines beyond the second have no place yet.
+    inches = 0.5 + 0.065 * max(map(len, handles))
+    across = max(1, min(int(figure.get_figwidth() / inches), max(3, 2 * columns)))
+    down = math.ceil(len(handles) / across)
+    figure.set_figheight(figure.get_figheight() + 0.2 * max(0, down - 2))
     figure.legend(
-      handles=list(handles.values()), loc="outside lower center", ncols=max(3, 2 * columns), frameon=False, fontsize=9
+      handles=list(handles.values()), loc="outside lower center", ncols=across, frameon=False, fontsize=9
     )  # fmt: skip
   return figure
 
