@@ -190,9 +190,8 @@ class HeadNorm(nnx.Module):
     mean = head_sums(y, self.size, dtype) / self.size
     if self.groups == self.count:
       return mean
-    mean = sharding.put(
-      mean, "batch", None, None
-    )  # heads may lie on several devices: their means are few
+    # Heads may lie on several devices: their means are few.
+    mean = sharding.put(mean, "batch", None, None)
     each = mean.reshape(*mean.shape[:2], self.groups, -1)
     mean = jnp.broadcast_to(jnp.mean(each, axis=-1, keepdims=True), each.shape)
     return sharding.put(mean.reshape(*mean.shape[:2], -1), "batch", None, "heads")

@@ -32,9 +32,8 @@ class TTTLinear(LinearMixer):
   core = staticmethod(ttt)
   gate_activation = staticmethod(gelu)
   without_gradient = frozenset({"place"})
-  hidden: ClassVar[int] = (
-    0  # channels of a model's hidden layer over those of a head; 0: there is none
-  )
+  # Channels of a model's hidden layer over those of a head; 0: there is none.
+  hidden: ClassVar[int] = 0
 
   @dataclasses.dataclass(frozen=True, kw_only=True)
   class Config(Mixer.Config):
