@@ -20,6 +20,12 @@ def norm(z: Float[Array, "... K"], scale: Float[Array, "... K"], bias: Float[Arr
   return z * jax.lax.rsqrt(jnp.mean(z * z, axis=-1, keepdims=True) + 1e-6) * scale + bias
 
 
+def empty_state(batch: int, layers, dtype: jax.typing.DTypeLike = jnp.float32) -> State:
+  """A document's before its first token, for layers (W, b) as ``ttt`` takes them."""
+  zeros = [[jnp.zeros((batch, *x.shape), dtype) for x in layer] for layer in layers]
+  return tuple((W, b, W, b) for W, b in zeros)
+
+
 def ttt(
   q: Float[Array, "B T H K"],
   k: Float[Array, "B T H K"],
@@ -71,10 +77,7 @@ def ttt(
   size = step.shape[-1]
   C = min(chunk_size or size, size, T)
   layers = [(W1, b1)] if W2 is None else [(W1, b1), (W2, b2)]
-  state = initial_state
-  if state is None:
-    zeros = [[jnp.zeros((B, *x.shape), dtype) for x in layer] for layer in layers]
-    state = tuple((*pair, *pair) for pair in zeros)
+  state = empty_state(B, layers, dtype) if initial_state is None else initial_state
   ids = jnp.zeros((B, T), jnp.int32) if segment_ids is None else segment_ids
   # Whether every chunk is a mini-batch.
   whole = segment_ids is None and initial_state is None and C in (size, T)

@@ -29,6 +29,9 @@ DEFINITIONS = {
   "each": lambda y: rms(y, -1, SCALES),
   "two groups": lambda y: two_groups(y, SCALES),
   "all": lambda y: rms(y, (-1, -2), SCALES),
+  "all centered": lambda y: (
+    rms(y - jnp.mean(y, axis=(-1, -2), keepdims=True), (-1, -2), SCALES) + BIASES
+  ),
   "centered": lambda y: rms(y - jnp.mean(y, axis=-1, keepdims=True), -1, SCALES) + BIASES,
 }
 
@@ -41,7 +44,8 @@ def side_by_side(name):
     norm = RMSNorm(SIZE, EPS)
     norm.scale[...] = jnp.float32(SCALE)
     return norm.heads
-  norm = HeadNorm(H, SIZE, {"two groups": 2, "all": 1}.get(name), EPS, center=name == "centered")
+  groups = {"two groups": 2, "all": 1, "all centered": 1}.get(name)
+  norm = HeadNorm(H, SIZE, groups, EPS, center="centered" in name)
   norm.scale[...] = jnp.float32(SCALES)
   if norm.bias is not None:
     norm.bias[...] = jnp.float32(BIASES)

@@ -9,7 +9,7 @@ from attnlab import sharding
 from attnlab.mixers.base import Layer, register
 from attnlab.mixers.gates import inverse_softplus_step, log_uniform_rate, softplus_decay, step_size
 from attnlab.mixers.linear import LinearMixer
-from attnlab.nn import Linear, ShortConv, l2norm_heads, param
+from attnlab.nn import Linear, l2norm_heads, param
 from pallas_kernels import gated_delta_product
 
 
@@ -46,12 +46,9 @@ class GatedDeltaProduct(LinearMixer):
     forget_gate: bool = True
 
   def make_projections(self, layer: Layer, keys):
-    D, n, size = layer.d_model, self.config.steps, self.config.conv_size
+    D, n = layer.d_model, self.config.steps
     widths = dict(q=self.H * self.K, k=self.H * n * self.K, v=self.Hv * n * self.V)
-    for i, (name, width) in enumerate(widths.items()):
-      setattr(self, f"{name}_proj", Linear(keys[i], D, width))
-      if size:
-        setattr(self, f"{name}_conv", ShortConv(keys[3 + i], width, size))
+    self.make_convolved(D, keys, widths)
     more = jax.random.split(jax.random.fold_in(keys[0], 1), 4)
     self.b_proj = Linear(more[0], D, self.Hv * n)
     if self.config.forget_gate:

@@ -124,14 +124,18 @@ class LinearMixer(Mixer):
 
   def make_projections(self, layer: Layer, keys: Array) -> None:
     """q, k and v, and their convolutions."""
-    D, size = layer.d_model, self.config.conv_size
-    self.q_proj = Linear(keys[0], D, self.H * self.K)
-    self.k_proj = Linear(keys[1], D, self.H * self.K)
-    self.v_proj = Linear(keys[2], D, self.Hv * self.V)
-    if size:
-      self.q_conv = ShortConv(keys[3], self.H * self.K, size)
-      self.k_conv = ShortConv(keys[4], self.H * self.K, size)
-      self.v_conv = ShortConv(keys[5], self.Hv * self.V, size)
+    widths = dict(q=self.H * self.K, k=self.H * self.K, v=self.Hv * self.V)
+    self.make_convolved(layer.d_model, keys, widths)
+
+  def make_convolved(
+    self, d_model: int, keys: Array, widths: dict[str, int], bias: bool = False
+  ) -> None:
+    """What ``project`` uses: three ``{name}_proj`` of so many channels, and their convolutions, if there are any."""
+    size = self.config.conv_size
+    for name, width, key, conv in zip(widths, widths.values(), keys[:3], keys[3:6], strict=True):
+      setattr(self, f"{name}_proj", Linear(key, d_model, width))
+      if size:
+        setattr(self, f"{name}_conv", ShortConv(conv, width, size, bias=bias))
 
   def make_gate(self, d_model: int, key: Array):
     """The projection of the output gate; None without a gate."""

@@ -12,7 +12,7 @@ from attnlab.errors import UserError
 from attnlab.mixers.base import Layer, Mixer, register
 from attnlab.mixers.gates import inverse_softplus_step, log_uniform_rate
 from attnlab.mixers.linear import LinearMixer
-from attnlab.nn import HeadNorm, Linear, ShortConv, by_channel, param
+from attnlab.nn import HeadNorm, Linear, by_channel, param
 from attnlab.settings import Natural, Range
 from pallas_kernels import ssd
 
@@ -63,12 +63,9 @@ class Mamba2(LinearMixer):
     return {"num_heads": self.Hv}
 
   def make_projections(self, layer: Layer, keys):
-    D, size = layer.d_model, self.config.conv_size
+    D = layer.d_model
     widths = dict(x=self.Hv * self.V, B=self.H * self.K, C=self.H * self.K)
-    for i, (name, width) in enumerate(widths.items()):
-      setattr(self, f"{name}_proj", Linear(keys[i], D, width))
-      if size:
-        setattr(self, f"{name}_conv", ShortConv(keys[3 + i], width, size, bias=True))
+    self.make_convolved(D, keys, widths, bias=True)
     more = jax.random.split(jax.random.fold_in(keys[0], 1), 4)
     self.dt_proj = Linear(more[0], D, self.Hv)
     self.dt_bias = param(more[1], inverse_softplus_step(), (self.Hv,), ("heads",))

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from attnlab import sharding
 from attnlab.errors import UserError
 from attnlab.mixers.base import Layer, register
+from attnlab.mixers.gated_deltanet import GatedDeltaNet
 from attnlab.mixers.gates import inverse_softplus_step, log_uniform_rate, softplus_decay, step_size
 from attnlab.mixers.linear import LinearMixer
-from attnlab.nn import Linear, ShortConv, l2norm_heads, param
+from attnlab.nn import Linear, l2norm_heads, param
 from attnlab.settings import Natural, Range
 from pallas_kernels import mixture_of_memories
 
@@ -63,10 +64,7 @@ class MixtureOfMemories(LinearMixer):
       raise UserError(f"mixer {self.name!r}: top_k={c.top_k} of memories={c.memories}")
     M = self.steps
     widths = dict(q=self.H * self.K, k=self.H * M * self.K, v=self.H * M * self.V)
-    for i, (name, width) in enumerate(widths.items()):
-      setattr(self, f"{name}_proj", Linear(keys[i], D, width))
-      if c.conv_size:
-        setattr(self, f"{name}_conv", ShortConv(keys[3 + i], width, c.conv_size))
+    self.make_convolved(D, keys, widths)
     more = jax.random.split(jax.random.fold_in(keys[0], 1), 5)
     self.router = Linear(more[0], D, c.memories, ("embed", None))
     self.a_proj = Linear(more[1], D, self.H * M)
@@ -113,9 +111,9 @@ class MixtureOfMemories(LinearMixer):
   @staticmethod
   def equation(S, q, k, v, g, beta, route):
     """Gated DeltaNet's update of each state that the token is routed to; o_t = sum_m route_m S_m^T q_t (section 3)."""
-    I, new, o = jnp.eye(q.shape[0]), [], 0.0
+    new, o = [], 0.0
     for S_m, k_m, v_m, g_m, b_m, r_m in zip(S, k, v, g, beta, route, strict=True):
-      then = jnp.exp(g_m) * (I - b_m * jnp.outer(k_m, k_m)) @ S_m + b_m * jnp.outer(k_m, v_m)
+      then, _ = GatedDeltaNet.equation(S_m, q, k_m, v_m, g_m, b_m)
       new.append(jnp.where(r_m > 0, then, S_m))
       o += r_m * new[-1].T @ (q * q.shape[0] ** -0.5)
     return jnp.stack(new), o

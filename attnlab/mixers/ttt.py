@@ -1,6 +1,7 @@
 """Test-time training: TTT-Linear and TTT-MLP (arXiv:2407.04620)."""
 
 import dataclasses
+import itertools
 from typing import ClassVar
 
 import jax
@@ -12,7 +13,7 @@ from attnlab.mixers.linear import LinearMixer
 from attnlab.mixers.mamba2 import inner_heads
 from attnlab.nn import HeadNorm, Linear, ShortConv, param, rope_heads
 from attnlab.settings import Natural
-from pallas_kernels.ttt import gelu, ttt
+from pallas_kernels.ttt import empty_state, gelu, ttt
 
 _zeros, _ones = jax.nn.initializers.zeros, jax.nn.initializers.ones
 
@@ -80,11 +81,13 @@ class TTTLinear(LinearMixer):
     return HeadNorm(self.H, self.K, groups=1, eps=layer.norm_eps, center=True)
 
   def init_state(self, batch):
-    shapes = [self.W1.shape, self.b1.shape]
-    if self.hidden:
-      shapes += [self.W2.shape, self.b2.shape]
-    zeros = [jnp.zeros((batch, *shape), jnp.float32) for shape in shapes]
-    return tuple((W, b, W, b) for W, b in zip(zeros[::2], zeros[1::2], strict=True))
+    return empty_state(batch, itertools.batched(self.start.values(), 2))
+
+  @property
+  def start(self):
+    """What each document begins with, by the names that the engine has for it: W1, b1, and so on."""
+    names = ("W1", "b1", "W2", "b2") if self.hidden else ("W1", "b1")
+    return {name: getattr(self, name) for name in names}
 
   def signals(self, x, recent, ctx):
     c, b = self.config, self.config.mini_batch
@@ -94,9 +97,7 @@ class TTTLinear(LinearMixer):
     q, k = (rope_heads(y, place, self.K, c.rope_theta) for y in (q, k))
     rate = jax.nn.sigmoid(self.rate_proj(x).astype(jnp.float32)) * (c.base_rate / self.K)
     step = jnp.maximum(1 / (1 + jnp.arange(b)) + self.step_bias[...], 0)
-    names = ("W1", "b1", "W2", "b2") if self.hidden else ("W1", "b1")
-    own = {name: getattr(self, name) for name in names}
-    own |= {"scale": self.inner_scale, "bias": self.inner_bias}
+    own = self.start | {"scale": self.inner_scale, "bias": self.inner_bias}
     place = jnp.broadcast_to(place[..., None].astype(jnp.float32), (*place.shape, self.H))
     return dict(
       q=sharding.split(q, self.H, self.K),
