@@ -26,9 +26,10 @@ class Test:
     data: keys over the config's `data` section; `task_args` over its own.
     chance: the accuracy of guessing: 0 % in the report, perfect accuracy being 100 %.
     published: the paper's value in percent; None: there is none.
-    measure: "accuracy" of targets; "rows": of examples, all of whose targets must be right; "bits" a byte of text, or
-      "late bits", those of the second half of rows that are as long as the data says, which are told as they are:
-      neither percent nor over chance.
+    measure: "accuracy" of targets; "rows": of examples, all of whose targets must be right; "indexer recall": the
+      layers' own, of what their indexers choose; "bits" a byte of text, or "late bits", those of the second half of
+      rows that are as long as the data says, which are told as they are: neither percent nor over chance.
+    pattern: the model's in place of the one that was trained, with the same parameters; None: that one.
   """
 
   __test__ = False  # pytest's: not a class of tests
@@ -37,7 +38,8 @@ class Test:
   data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   chance: float = 0.0
   published: float | None = None
-  measure: Literal["accuracy", "rows", "bits", "late bits"] = "accuracy"
+  measure: Literal["accuracy", "rows", "indexer recall", "bits", "late bits"] = "accuracy"
+  pattern: str | None = None
 
   @property
   def is_bits(self) -> bool:
@@ -46,7 +48,8 @@ class Test:
   @property
   def spec(self) -> dict[str, Any]:
     """What determines its result, for experiments/worker.py."""
-    return dict(self.data) | ({} if self.measure == "accuracy" else {"measure": self.measure})
+    more = {"measure": self.measure, "pattern": self.pattern}
+    return dict(self.data) | {k: v for k, v in more.items() if v not in ("accuracy", None)}
 
 
 @dataclasses.dataclass(frozen=True)

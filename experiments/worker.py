@@ -37,7 +37,9 @@ from pallas_kernels import sources
 # learning rate (seed 0 and half 1: experiments/cells.py).
 TEST_DATA = {"task": {"validation_seed": 1}, "text": {"validation_half": 2}}
 # By what a test measures, its key among evaluation's.
-_KEYS = {"accuracy": "accuracy", "rows": "row_accuracy", "bits": "bits_per_byte"}
+_KEYS = {
+  "accuracy": "accuracy", "rows": "row_accuracy", "bits": "bits_per_byte", "indexer recall": "indexer_recall",
+}  # fmt: skip
 
 
 def run(directory: Path) -> dict[str, Any]:
@@ -68,17 +70,21 @@ def commit() -> str | None:
 
 
 def test(directory: Path, tests: Sequence[Mapping[str, Any]]) -> list[float]:
-  """What is measured of a run's last checkpoint under each of some changes to its `data` section."""
+  """What is measured of a run's last checkpoint under each of some changes to its `data` section, or its pattern."""
   config = run_config(directory)
   mesh = reading_mesh(config.train.batch_size // config.train.grad_accum)
-  _, graphdef, model = load_model(directory, config, mesh)
-  out = []
+  out, loaded = [], {}
   for changes in tests:
     changed = config.copy_and_resolve_references()
     with changed.unlocked():
       changed.data.update(TEST_DATA.get(config.data.name, {}))
       changed.data.task_args.update(changes.get("task_args", {}))
-      changed.data.update({k: v for k, v in changes.items() if k not in ("task_args", "measure")})
+      others = ("task_args", "measure", "pattern")
+      changed.data.update({k: v for k, v in changes.items() if k not in others})
+      pattern = changed.model.pattern = changes.get("pattern", config.model.pattern)
+    if pattern not in loaded:
+      loaded[pattern] = load_model(directory, resolve(changed), mesh)[1:]
+    graphdef, model = loaded[pattern]
     measure = changes.get("measure", "accuracy")
     with jax.set_mesh(mesh):
       if measure == "late bits":

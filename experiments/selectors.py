@@ -1,0 +1,188 @@
+"""How well must a sparse layer choose? Accuracy of hybrids beside recall@k of what chooses their tokens.
+
+python -m experiments.selectors [--size=cpu|gpu|paper] [--only="model=sparse from the start"] [--seeds=3]
+"""
+
+import dataclasses
+
+from experiments.cells import Cell, Experiment, Prediction, Test, config, layer
+from experiments.harness import main
+
+LINEAR = "linear alone"
+SPARSE, LATER = "sparse from the start", "sparse after training"
+# A model's name: when its layer became sparse, and whether its indexer is trained.
+MODELS = (SPARSE, f"{SPARSE}, indexer untrained", LATER, f"{LATER}, indexer untrained")
+ACCURACY, FOUND = "accuracy", "recall@k"
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+  """A protocol.
+
+  Attributes:
+    length, pairs, vocab_size: of the task (MQAR).
+    chosen: tokens that a sparse layer sees of `length`.
+    linear_dim: of the linear layer's keys and values, two heads: too few for all pairs.
+    head_dim: of the sparse layer and of its indexer, two heads each.
+    d_model: of every model of two layers, mixers alone.
+    steps, batch_size: of training.
+    learning_rates: the grid.
+  """
+
+  length: int
+  pairs: int
+  vocab_size: int
+  chosen: tuple[int, ...]
+  linear_dim: int
+  head_dim: int
+  d_model: int
+  steps: int
+  batch_size: int
+  learning_rates: tuple[float, ...]
+
+
+SIZES = {
+  "cpu": Size(64, 16, 128, (2, 4, 8, 16), 4, 16, 32, 600, 32, (5e-3, 1e-2)),
+  "gpu": Size(512, 128, 1024, (2, 8, 32, 128), 8, 32, 128, 6000, 64, (1e-3, 2e-3)),
+  # Not a paper's: the greatest share of what is seen is DeepSeek-V3.2's at 32k.
+  "paper": Size(8192, 2048, 8192, (32, 128, 512), 32, 64, 512, 40_000, 64, (2.5e-4, 5e-4, 1e-3)),
+}  # fmt: skip
+
+
+def pattern(s: Size, chosen: int, indexer: bool = True) -> str:
+  """A linear layer, and one that sees the chosen tokens; 0: another linear one."""
+  linear = layer("deltanet", num_heads=2, head_dim=s.linear_dim)
+  if not chosen:
+    return f"2*{linear}"
+  d = s.head_dim
+  return (
+    f"{linear} + dsa(num_heads=2, nope_dim={d}, rope_dim=0, value_dim={d}, kv_lora_rank={2 * d}, top_k={chosen},"
+    f" index_heads=2, index_dim={d}, index_rope_dim=0, index_weight={float(indexer)})"
+  )
+
+
+def cell(size: str, model: str, trained: str, tested: dict[int, str]) -> Cell:
+  """A model.
+
+  Args:
+    size: of `SIZES`.
+    model: its name.
+    trained: its pattern in training.
+    tested: its patterns in tests, by how many tokens are chosen.
+  """
+  s = SIZES[size]
+  args = dict(vocab_size=s.vocab_size, num_kv_pairs=s.pairs, random_non_queries=False)
+  c = config(
+    trained, "mqar", args, seq_len=s.length, layers=2, d_model=s.d_model, steps=s.steps, batch_size=s.batch_size,
+  )  # fmt: skip
+
+  def tests(n: int, pattern: str) -> list[Test]:
+    own = None if pattern == trained else pattern
+    right = Test({"chosen": n, "measure": ACCURACY}, chance=2 / s.vocab_size, pattern=own)
+    found = Test({"chosen": n, "measure": FOUND}, measure="indexer recall", pattern=own)
+    return [right, found] if n else [right]
+
+  every = tuple(t for item in tested.items() for t in tests(*item))
+  return Cell({"model": model}, c, s.learning_rates, every)
+
+
+def cells(size: str) -> list[Cell]:
+  s = SIZES[size]
+  alone = pattern(s, 0)
+  out = [cell(size, LINEAR, alone, {0: alone})]
+  for name in MODELS:
+    sparse = {n: pattern(s, n, "untrained" not in name) for n in s.chosen}
+    if name.startswith(LATER):
+      whole = pattern(s, s.length, "untrained" not in name)
+      out.append(cell(size, name, whole, sparse | {s.length: whole}))
+    else:
+      out += [cell(size, name, own, {n: own}) for n, own in sparse.items()]
+  return out
+
+
+def run(value):
+  """The size that has been run."""
+  asked = ((s, value(model=LATER, chosen=s.length, measure=ACCURACY)) for s in SIZES.values())
+  return next(((s, x) for s, x in asked if x is not None), (None, None))
+
+
+def enough(models: tuple[str, ...], level: float, points: float):
+  """That all of some models whose indexer finds so many percent of the best are within points of seeing everything."""
+
+  def holds(value):
+    s, whole = run(value)
+    if s is None:
+      return None
+    lost = []
+    for model in models:
+      for n in s.chosen:
+        found, right = (value(model=model, chosen=n, measure=m) for m in (FOUND, ACCURACY))
+        if found is None or right is None:
+          return None
+        if found >= level:
+          lost.append(whole - right)
+    return max(lost) < points if lost else None
+
+  return holds
+
+
+def worth(one: tuple[str, int], other: tuple[str, int | None], by: float):
+  """That one model is better than another by some points, with one of the size's numbers of chosen tokens; None: 0."""
+
+  def holds(value):
+    s, _ = run(value)
+    if s is None:
+      return None
+    at = lambda model, i: value(  # noqa: E731
+      model=model, chosen=0 if i is None else s.chosen[i], measure=ACCURACY
+    )
+    a, b = at(*one), at(*other)
+    return None if a is None or b is None else a > b + by
+
+  return holds
+
+
+EXPERIMENT = Experiment(
+  name="selectors",
+  title="How well must a sparse layer choose?",
+  about=(
+    "A linear layer (DeltaNet), whose state is too small for all pairs, and a sparse one (DSA), which sees k tokens: "
+    "those that its indexer scores highest. Either k is what it is from the start of training, or the layer sees "
+    "everything in training and k tokens only when it is tested. In place of the sparse layer another linear one: "
+    "linear alone, which has fewer parameters.\n\n"
+    "Choosing has no gradient. The indexer learns from a loss of its own to say what the layer's heads look at, of "
+    "what it has chosen. An untrained one has no such loss, and chooses as it was born. Recall@k is the share, among "
+    "the k tokens with the greatest weights of full attention, of those that the indexer has chosen, at 16 places "
+    "evenly spaced over the row, most of which ask for nothing.\n\n"
+    "The question is whether a hybrid of linear and sparse layers is as good as one with full attention as soon as "
+    "the choice is good enough, and how good that is."
+  ),
+  source="none",
+  cells=cells,
+  plot={"x": "chosen", "line": "model", "facet": "measure"},
+  predictions=(
+    Prediction(
+      "Made sparse after training: wherever the indexer finds 80 % of the best, 5 points are lost at most.",
+      enough(MODELS[2:], 80, 5),
+    ),
+    Prediction(
+      "The same of those that are sparse from the start.",
+      enough(MODELS[:2], 80, 5),
+    ),
+    Prediction(
+      "With the most chosen tokens: what is sparse from the start is better by 10 points if its indexer is trained.",
+      worth((MODELS[0], -1), (MODELS[1], -1), 10),
+    ),
+    Prediction(
+      "With the fewest: what is made sparse after training is better by 10 points than what is so from the start.",
+      worth((MODELS[2], 0), (MODELS[0], 0), 10),
+    ),
+    Prediction(
+      "With the fewest: what is made sparse after training is better than linear alone by 10 points.",
+      worth((MODELS[2], 0), (LINEAR, None), 10),
+    ),
+  ),
+)  # fmt: skip
+
+if __name__ == "__main__":
+  main(EXPERIMENT)
