@@ -71,23 +71,27 @@ class Cell:
   facts: Callable[[], Mapping[str, Any]] = dict
 
 
+class NotKnown(Exception):
+  """What a prediction is of has not been run."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Prediction:
   """Something that was expected before the experiment was run.
 
   Attributes:
     text: in words.
-    holds: of a function from axes to our value as the table tells it (None: not run), whether it held; None: not
-      known yet.
+    holds: whether it held, of a function from axes to our value as the table tells it, which raises NotKnown where
+      there is none yet.
   """
 
   text: str
-  holds: Callable[[Callable[..., float | None]], bool | None]
+  holds: Callable[[Callable[..., float]], bool]
 
 
 def better(
   one: Axes, other: Axes, by: float = 0.0, **both: Any
-) -> Callable[[Callable[..., float | None]], bool | None]:
+) -> Callable[[Callable[..., float]], bool]:
   """What a prediction says: that one value is greater than another plus some points, which may be less than none.
 
   Args:
@@ -95,12 +99,7 @@ def better(
     by: points.
     both: the axes that they share.
   """
-
-  def holds(value):
-    a, b = value(**one, **both), value(**other, **both)
-    return None if a is None or b is None else a > b + by
-
-  return holds
+  return lambda value: value(**one, **both) > value(**other, **both) + by
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +114,7 @@ class Experiment:
     cells: of a size, the cells.
     plot: names of axes: "x", "line", and "facet", each value of which has a plot of its own. x may also be a fact of
       the cells, a number: it is drawn on a logarithmic scale, and "columns", or the facet, are the table's.
-    predictions: written before it was run.
+    predictions: of a size, what was expected, written before it was run.
   """
 
   name: str
@@ -124,7 +123,7 @@ class Experiment:
   source: str
   cells: Callable[[str], list[Cell]]
   plot: Mapping[str, str]
-  predictions: tuple[Prediction, ...] = ()
+  predictions: Callable[[str], tuple[Prediction, ...]]
 
 
 # A first layer that shows each token the one before it: attention over a window of two, which keeps nothing longer.

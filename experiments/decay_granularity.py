@@ -96,21 +96,8 @@ def cells(size: str) -> list[Cell]:
   ]
 
 
-EXPERIMENT = Experiment(
-  name="decay_granularity",
-  title="Decay: none, constant, a head, a channel; with and without delta rule and convolution",
-  about=(
-    "Seven mechanisms are one table of two parts: how finely the state is decayed, and whether a new value is added "
-    "to the old one or takes its place (the delta rule). Each with its short convolution and without; Gated DeltaNet "
-    "and KDA also without their output gates, and without the norm of their queries and keys. Heads, states and "
-    "training are the same.\n\n"
-    "Mechanisms keep their own output gates and norms, so a column is not one part alone: Mamba-2 has a wider output "
-    "and its own step, RetNet rotates its keys."
-  ),
-  source="none",
-  cells=cells,
-  plot={"x": "decay", "line": "update", "facet": "task"},
-  predictions=(
+def predictions(size: str) -> tuple[Prediction, ...]:
+  return (
     Prediction(
       "Palindrome: with the delta rule, a decay for each channel is better than one for each head.",
       better(dict(decay="a channel"), dict(decay="a head"), task="palindrome", update="delta, convolution"),
@@ -125,8 +112,25 @@ EXPERIMENT = Experiment(
         dict(update="delta, convolution"), dict(update="delta, no convolution"), 20, task="recall", decay="a head",
       ),
     ),
+  )  # fmt: skip
+
+
+EXPERIMENT = Experiment(
+  name="decay_granularity",
+  title="Decay: none, constant, a head, a channel; with and without delta rule and convolution",
+  about=(
+    "Seven mechanisms are one table of two parts: how finely the state is decayed, and whether a new value is added "
+    "to the old one or takes its place (the delta rule). Each with its short convolution and without; Gated DeltaNet "
+    "and KDA also without their output gates, and without the norm of their queries and keys. Heads, states and "
+    "training are the same.\n\n"
+    "Mechanisms keep their own output gates and norms, so a column is not one part alone: Mamba-2 has a wider output "
+    "and its own step, RetNet rotates its keys."
   ),
-)  # fmt: skip
+  source="none",
+  cells=cells,
+  plot={"x": "decay", "line": "update", "facet": "task"},
+  predictions=predictions,
+)
 
 if __name__ == "__main__":
   main(EXPERIMENT)

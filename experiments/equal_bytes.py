@@ -11,7 +11,16 @@ from ml_collections import ConfigDict
 
 from attnlab import accounting
 from attnlab.config import resolve
-from experiments.cells import Cell, Experiment, Prediction, Test, after_shift, config, greatest
+from experiments.cells import (
+  Cell,
+  Experiment,
+  Prediction,
+  Test,
+  after_shift,
+  better,
+  config,
+  greatest,
+)
 from experiments.harness import main
 
 LINEAR = ("deltanet", "kda", "linear_attention")
@@ -128,30 +137,25 @@ def cells(size: str) -> list[Cell]:
   return [cell(size, d, name) for d in SIZES[size].head_dims for name in names]
 
 
-def against_the_window(shortest: bool):
-  """Of the smallest heads: that the window of equal bytes is at least as good as DeltaNet at the shortest length
-  within two points, or that it is worse by twenty at the training length."""
-
-  def holds(value):
-    for s in SIZES.values():
-      length = s.tests[0] if shortest else s.lengths[1]
-      delta, swa = (
-        value(head_dim=s.head_dims[0], length=length, mixer=name)
-        for name in ("deltanet", "window of equal bytes")
-      )
-      if delta is not None and swa is not None:
-        return swa >= delta - 2 if shortest else swa < delta - 20
-    return None
-
-  return holds
-
-
-def bytes_decide(value) -> bool | None:
-  for s in SIZES.values():
-    got = [value(head_dim=s.head_dims[0], length=s.lengths[1], mixer=name) for name in WINDOWS]
-    if None not in got:
-      return got[1] > got[0]
-  return None
+def predictions(size: str) -> tuple[Prediction, ...]:
+  s = SIZES[size]
+  delta, (of_bytes, of_flops) = dict(mixer="deltanet"), (dict(mixer=name) for name in WINDOWS)
+  trained = dict(head_dim=s.head_dims[0], length=s.lengths[1])
+  return (
+    Prediction(
+      "With the smallest heads and at the shortest length, where most pairs lie inside it, the window of equal bytes "
+      "is as good as DeltaNet, within 2 points.",
+      better(of_bytes, delta, -2, **trained | dict(length=s.tests[0])),
+    ),
+    Prediction(
+      "At the training length, where most lie outside it, it is worse by 20 points.",
+      better(delta, of_bytes, 20, **trained),
+    ),
+    Prediction(
+      "The window of equal FLOPs is wider than that of equal bytes, and better at the training length.",
+      better(of_flops, of_bytes, **trained),
+    ),
+  )  # fmt: skip
 
 
 EXPERIMENT = Experiment(
@@ -172,22 +176,8 @@ EXPERIMENT = Experiment(
   source="none",
   cells=cells,
   plot={"x": "length", "line": "mixer", "facet": "head_dim"},
-  predictions=(
-    Prediction(
-      "With the smallest heads and at the shortest length, where most pairs lie inside it, the window of equal bytes "
-      "is as good as DeltaNet.",
-      against_the_window(True),
-    ),
-    Prediction(
-      "At the training length, where most lie outside it, it is worse by 20 points.",
-      against_the_window(False),
-    ),
-    Prediction(
-      "The window of equal FLOPs is wider than that of equal bytes, and better at the training length.",
-      bytes_decide,
-    ),
-  ),
-)  # fmt: skip
+  predictions=predictions,
+)
 
 if __name__ == "__main__":
   main(EXPERIMENT)

@@ -136,6 +136,27 @@ def cells(size: str) -> list[Cell]:
   return [cell(size, task, kind, ratio) for task in tasks for kind in GLOBAL for ratio in RATIOS]
 
 
+def predictions(size: str) -> tuple[Prediction, ...]:
+  return (
+    Prediction(
+      "Recall: three linear layers to one of softmax are within 5 points of softmax in all layers.",
+      better(hybrid("softmax", "3:1"), hybrid("softmax", "0:1"), -5, asked=pairs(1)),
+    ),
+    Prediction(
+      "Eight times as many pairs: with one layer of softmax in four, 10 points more than with none.",
+      better(hybrid("softmax", "3:1"), hybrid("softmax", "pure"), 10, asked=pairs(8)),
+    ),
+    Prediction(
+      "Eight times as many pairs: at 3:1, sparse layers come within 10 points of softmax layers.",
+      better(hybrid("sparse", "3:1"), hybrid("softmax", "3:1"), -10, asked=pairs(8)),
+    ),
+    Prediction(
+      "Two lookups: with one layer of softmax in four, 10 points more than with none.",
+      better(hybrid("softmax", "3:1"), hybrid("softmax", "pure"), 10, asked=lookups(2)),
+    ),
+  )  # fmt: skip
+
+
 EXPERIMENT = Experiment(
   name="hybrid_ratio",
   title="Hybrids: linear layers to global ones, which see all or choose",
@@ -153,25 +174,8 @@ EXPERIMENT = Experiment(
   source="none",
   cells=cells,
   plot={"x": "linear to global", "line": "global layers", "facet": "asked"},
-  predictions=(
-    Prediction(
-      "Recall: three linear layers to one of softmax are within 5 points of softmax in all layers.",
-      better(hybrid("softmax", "3:1"), hybrid("softmax", "0:1"), -5, asked=pairs(1)),
-    ),
-    Prediction(
-      "Eight times as many pairs: with one layer of softmax in four, 10 points more than with none.",
-      better(hybrid("softmax", "3:1"), hybrid("softmax", "pure"), 10, asked=pairs(8)),
-    ),
-    Prediction(
-      "Eight times as many pairs: at 3:1, sparse layers come within 10 points of softmax layers.",
-      better(hybrid("sparse", "3:1"), hybrid("softmax", "3:1"), -10, asked=pairs(8)),
-    ),
-    Prediction(
-      "Two lookups: with one layer of softmax in four, 10 points more than with none.",
-      better(hybrid("softmax", "3:1"), hybrid("softmax", "pure"), 10, asked=lookups(2)),
-    ),
-  ),
-)  # fmt: skip
+  predictions=predictions,
+)
 
 if __name__ == "__main__":
   main(EXPERIMENT)

@@ -5,7 +5,7 @@ python -m experiments.kimi_fig4 [--size=cpu|gpu|paper] [--only=task=stack] [--se
 
 import dataclasses
 
-from experiments.cells import Cell, Experiment, Prediction, Test, config, layer
+from experiments.cells import Cell, Experiment, Prediction, Test, better, config, layer
 from experiments.harness import main
 
 TASKS = ("palindrome", "mqar", "stack")
@@ -90,20 +90,22 @@ def cells(size: str) -> list[Cell]:
   return [cell(size, t, n, m) for t in TASKS for n in lengths for m in MIXERS]
 
 
-def in_order(better: str, worse: str):
-  """That one mixer is at least as good as another, within a point, on every task at the longest length."""
+def predictions(size: str) -> tuple[Prediction, ...]:
+  def in_order(good: str, worse: str):
+    longest = dict(length=SIZES[size].lengths[-1])
+    each = [better(dict(mixer=good), dict(mixer=worse), -1, task=t, **longest) for t in TASKS]
+    return lambda value: all([holds(value) for holds in each])
 
-  def holds(value):
-    for size in SIZES.values():
-      pairs = [
-        (value(task=t, length=size.lengths[-1], mixer=better), value(task=t, length=size.lengths[-1], mixer=worse))
-        for t in TASKS
-      ]  # fmt: skip
-      if all(x is not None for pair in pairs for x in pair):
-        return all(a >= b - 1 for a, b in pairs)
-    return None
-
-  return holds
+  return (
+    Prediction(
+      "KDA is at least as good as Gated DeltaNet, within a point, on every task at the longest length.",
+      in_order("kda", "gated_deltanet"),
+    ),
+    Prediction(
+      "Gated DeltaNet is at least as good as Mamba-2, within a point, on every task at the longest length.",
+      in_order("gated_deltanet", "mamba2"),
+    ),
+  )
 
 
 EXPERIMENT = Experiment(
@@ -120,16 +122,7 @@ EXPERIMENT = Experiment(
   source="arXiv:2510.26692, Figure 4, read off the drawing (error about half a point)",
   cells=cells,
   plot={"x": "length", "line": "mixer", "facet": "task"},
-  predictions=(
-    Prediction(
-      "KDA is at least as good as Gated DeltaNet on every task at the longest length.",
-      in_order("kda", "gated_deltanet"),
-    ),
-    Prediction(
-      "Gated DeltaNet is at least as good as Mamba-2 on every task at the longest length.",
-      in_order("gated_deltanet", "mamba2"),
-    ),
-  ),
+  predictions=predictions,
 )
 
 if __name__ == "__main__":

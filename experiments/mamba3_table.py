@@ -59,18 +59,19 @@ def cells(size: str) -> list[Cell]:
   ]
 
 
-def far(value, name: str) -> float | None:
-  return value(task="parity", mechanism=name, length=256)
+def predictions(size: str) -> tuple[Prediction, ...]:
+  def far(value, name: str) -> float:
+    return value(task="parity", mechanism=name, length=256)
 
-
-def rotation_is_needed(value) -> bool | None:
-  with_it, without = (far(value, name) for name in ("mamba3", "mamba3 no rotation"))
-  return None if with_it is None or without is None else with_it > 95 and without < 25
-
-
-def mamba2_fails(value) -> bool | None:
-  got = far(value, "mamba2")
-  return None if got is None else got < 25
+  return (
+    Prediction(
+      "Mamba-3 solves parity at 256, and without rotation does not come a quarter of the way.",
+      lambda value: far(value, "mamba3") > 95 and far(value, "mamba3 no rotation") < 25,
+    ),
+    Prediction(
+      "Mamba-2 does not come a quarter of the way.", lambda value: far(value, "mamba2") < 25
+    ),
+  )  # fmt: skip
 
 
 EXPERIMENT = Experiment(
@@ -86,14 +87,8 @@ EXPERIMENT = Experiment(
   source="arXiv:2603.15569, Table 5b",
   cells=cells,
   plot={"x": "length", "line": "mechanism", "facet": "task"},
-  predictions=(
-    Prediction(
-      "Mamba-3 solves parity at 256, and without rotation does not come a quarter of the way.",
-      rotation_is_needed,
-    ),
-    Prediction("Mamba-2 does not come a quarter of the way.", mamba2_fails),
-  ),
-)  # fmt: skip
+  predictions=predictions,
+)
 
 if __name__ == "__main__":
   main(EXPERIMENT)

@@ -6,7 +6,17 @@ python -m experiments.multi_hop [--size=cpu|gpu|paper] [--only=model=kda|softmax
 import dataclasses
 import functools
 
-from experiments.cells import SHIFT, Cell, Experiment, Prediction, Test, after_shift, config, layer
+from experiments.cells import (
+  SHIFT,
+  Cell,
+  Experiment,
+  Prediction,
+  Test,
+  after_shift,
+  better,
+  config,
+  layer,
+)
 from experiments.harness import main
 
 SHIFTS = "softmax, shifts"
@@ -96,38 +106,46 @@ def cells(size: str) -> list[Cell]:
   return [cell(size, *model) for model in patterns(SIZES[size]).items()]
 
 
-# The last lookup of a size.
-LAST = tuple(sorted({s.hops for s in SIZES.values()}))
-
-
-def told(value, model: str, axis: str, *hops: int) -> float | None:
-  """A model's accuracy at the greatest of some numbers of lookups that has been run."""
-  found = (value(**{"model": model, axis: lookups(n)}) for n in sorted(hops, reverse=True))
-  return next((x for x in found if x is not None), None)
-
-
-def better(one: str, other: str, by: float):
-  """That one model is better than another at the last lookup by some points."""
-
-  def holds(value):
-    a, b = (told(value, model, "asked", *LAST) for model in (one, other))
-    return None if a is None or b is None else a > b + by
-
-  return holds
-
-
-def loses_more(one: str, other: str, axis: str, *hops: int):
-  """That from one lookup to the greatest of some numbers that has been run, one model loses more than another."""
+def loses_more(one: str, other: str, axis: str, hops: int):
+  """That from one lookup to `hops` of them one model loses more than another."""
 
   def drop(value, model):
-    first, last = told(value, model, axis, 1), told(value, model, axis, *hops)
-    return None if first is None or last is None else first - last
+    return value(**{"model": model, axis: lookups(1)}) - value(
+      **{"model": model, axis: lookups(hops)}
+    )
 
-  def holds(value):
-    a, b = drop(value, one), drop(value, other)
-    return None if a is None or b is None else a > b
+  return lambda value: drop(value, one) > drop(value, other)
 
-  return holds
+
+def predictions(size: str) -> tuple[Prediction, ...]:
+  hops = SIZES[size].hops
+  softmax, shifts, mamba2, kda, with_softmax, with_infllm = (
+    dict(model=name)
+    for name in ("softmax", SHIFTS, "mamba2", "kda", "3 kda : 1 softmax", "3 kda : 1 infllm_v2")
+  )
+  last = dict(asked=lookups(hops))
+  return (
+    Prediction(
+      "The last lookup: three layers of KDA to one of softmax attention are better than KDA alone by 10 points.",
+      better(with_softmax, kda, 10, **last),
+    ),
+    Prediction(
+      "From one lookup to the last, KDA alone loses more than with one layer of softmax attention in four.",
+      loses_more("kda", "3 kda : 1 softmax", "asked", hops),
+    ),
+    Prediction(
+      "The last lookup: with sparse attention in place of softmax attention, the hybrid loses less than 10 points.",
+      better(with_infllm, with_softmax, -10, **last),
+    ),
+    Prediction(
+      "The last lookup: KDA is better than Mamba-2, which has no delta rule, by 10 points.",
+      better(kda, mamba2, 10, **last),
+    ),
+    Prediction(
+      "The last lookup: softmax attention gains 10 points by a shift before every layer.",
+      better(shifts, softmax, 10, **last),
+    ),
+  )  # fmt: skip
 
 
 EXPERIMENT = Experiment(
@@ -149,29 +167,8 @@ EXPERIMENT = Experiment(
   source="none",
   cells=cells,
   plot={"x": "asked", "line": "model", "facet": "task"},
-  predictions=(
-    Prediction(
-      "The last lookup: three layers of KDA to one of softmax attention are better than KDA alone by 10 points.",
-      better("3 kda : 1 softmax", "kda", 10),
-    ),
-    Prediction(
-      "From one lookup to the last, KDA alone loses more than with one layer of softmax attention in four.",
-      loses_more("kda", "3 kda : 1 softmax", "asked", *LAST),
-    ),
-    Prediction(
-      "The last lookup: with sparse attention in place of softmax attention, the hybrid loses less than 10 points.",
-      better("3 kda : 1 infllm_v2", "3 kda : 1 softmax", -10),
-    ),
-    Prediction(
-      "The last lookup: KDA is better than Mamba-2, which has no delta rule, by 10 points.",
-      better("kda", "mamba2", 10),
-    ),
-    Prediction(
-      "The last lookup: softmax attention gains 10 points by a shift before every layer.",
-      better(SHIFTS, "softmax", 10),
-    ),
-  ),
-)  # fmt: skip
+  predictions=predictions,
+)
 
 if __name__ == "__main__":
   main(EXPERIMENT)

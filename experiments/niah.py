@@ -5,7 +5,7 @@ python -m experiments.niah [--size=cpu|gpu|paper] [--only=task=filtering] [--see
 
 import dataclasses
 
-from experiments.cells import Cell, Experiment, Prediction, Test, after_shift, config, layer
+from experiments.cells import Cell, Experiment, Prediction, Test, after_shift, better, config, layer
 from experiments.harness import main
 
 TASKS = ("retention", "filtering", "memorisation")
@@ -66,17 +66,23 @@ def cells(size: str) -> list[Cell]:
   return [cell(size, task, name) for name in MIXERS for task in TASKS]
 
 
-def better(task: str, one: str, other: str):
-  """That one mixer is better than another at the longest length."""
-
-  def holds(value):
-    for s in SIZES.values():
-      a, b = (value(task=task, mixer=name, length=s.lengths[-1]) for name in (one, other))
-      if a is not None and b is not None:
-        return a > b
-    return None
-
-  return holds
+def predictions(size: str) -> tuple[Prediction, ...]:
+  mamba2, delta, gated = (dict(mixer=m) for m in ("mamba2", "deltanet", "gated_deltanet"))
+  longest = dict(length=SIZES[size].lengths[-1])
+  return (
+    Prediction(
+      "Retention at the longest length: DeltaNet, which never forgets by itself, is better than Mamba-2.",
+      better(delta, mamba2, task="retention", **longest),
+    ),
+    Prediction(
+      "Filtering at the longest length: Gated DeltaNet is better than DeltaNet.",
+      better(gated, delta, task="filtering", **longest),
+    ),
+    Prediction(
+      "Memorisation at the longest length: Gated DeltaNet is better than Mamba-2.",
+      better(gated, mamba2, task="memorisation", **longest),
+    ),
+  )
 
 
 EXPERIMENT = Experiment(
@@ -95,20 +101,7 @@ EXPERIMENT = Experiment(
   source="none: arXiv:2412.06464, Table 2, is of other models",
   cells=cells,
   plot={"x": "length", "line": "mixer", "facet": "task"},
-  predictions=(
-    Prediction(
-      "Retention at the longest length: DeltaNet, which never forgets by itself, is better than Mamba-2.",
-      better("retention", "deltanet", "mamba2"),
-    ),
-    Prediction(
-      "Filtering at the longest length: Gated DeltaNet is better than DeltaNet.",
-      better("filtering", "gated_deltanet", "deltanet"),
-    ),
-    Prediction(
-      "Memorisation at the longest length: Gated DeltaNet is better than Mamba-2.",
-      better("memorisation", "gated_deltanet", "mamba2"),
-    ),
-  ),
+  predictions=predictions,
 )
 
 if __name__ == "__main__":

@@ -99,6 +99,24 @@ def cells(size: str) -> list[Cell]:
   ]
 
 
+def predictions(size: str) -> tuple[Prediction, ...]:
+  return (
+    Prediction(
+      "Recall at eight times the length: a hybrid without position encoding is better than one with RoPE.",
+      better(dict(position="none"), dict(position="RoPE"), task="recall", layers="hybrid", **FAR),
+    ),
+    Prediction(
+      "Recall at eight times the length: a hybrid with RoPE is better than softmax attention with RoPE.",
+      better(dict(layers="hybrid"), dict(layers="softmax"), task="recall", position="RoPE", **FAR),
+    ),
+    Prediction(
+      "Needle at eight times the length: a hybrid without position encoding is better than softmax attention "
+      "without.",
+      better(dict(layers="hybrid"), dict(layers="softmax"), task="needle", position="none", **FAR),
+    ),
+  )  # fmt: skip
+
+
 EXPERIMENT = Experiment(
   name="position",
   title="Position encoding in hybrids, and longer rows",
@@ -113,22 +131,8 @@ EXPERIMENT = Experiment(
   source="none",
   cells=cells,
   plot={"x": "training lengths", "line": "model", "facet": "task"},
-  predictions=(
-    Prediction(
-      "Recall at eight times the length: a hybrid without position encoding is better than one with RoPE.",
-      better(dict(position="none"), dict(position="RoPE"), task="recall", layers="hybrid", **FAR),
-    ),
-    Prediction(
-      "Recall at eight times the length: a hybrid with RoPE is better than softmax attention with RoPE.",
-      better(dict(layers="hybrid"), dict(layers="softmax"), task="recall", position="RoPE", **FAR),
-    ),
-    Prediction(
-      "Needle at eight times the length: a hybrid without position encoding is better than softmax attention "
-      "without.",
-      better(dict(layers="hybrid"), dict(layers="softmax"), task="needle", position="none", **FAR),
-    ),
-  ),
-)  # fmt: skip
+  predictions=predictions,
+)
 
 if __name__ == "__main__":
   main(EXPERIMENT)

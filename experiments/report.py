@@ -16,7 +16,7 @@ from typing import Any
 
 from attnlab import accounting, metrics
 from attnlab.errors import UserError
-from experiments.cells import Experiment, Prediction, Test
+from experiments.cells import Experiment, NotKnown, Prediction, Test
 from experiments.harness import RUNS, Plan, read_runs
 
 # Okabe and Ito's colours, told apart by all, without the yellow that paper swallows.
@@ -130,7 +130,7 @@ def write(
     + " (the best by validation, of the first seed)" * (len(grid) > 1)
     for grid in grids
   )
-  predictions = _predictions(experiment, table)
+  predictions = _predictions(experiment, table, size)
   summary = _summary(experiment, table)
   (out / "table.md").write_text(_markdown(experiment, summary, lines, told, predictions))
   figure = _figure(experiment, table)
@@ -229,15 +229,26 @@ def _told(experiment: Experiment, table: Sequence[Row], command: str, size: str)
   }
 
 
-def _predictions(experiment: Experiment, table: Sequence[Row]) -> list[tuple[Prediction, str]]:
-  def value(**axes: Any) -> float | None:
+def _predictions(
+  experiment: Experiment, table: Sequence[Row], size: str
+) -> list[tuple[Prediction, str]]:
+  """Each with what is to be said of it."""
+
+  def value(**axes: Any) -> float:
     found = [r for r in table if all(r.axes.get(k) == v for k, v in axes.items())]
     if len(found) > 1:
       raise ValueError(f"a prediction's axes {axes} fit {len(found)} figures")
-    return found[0].mean if found else None
+    if not found or found[0].mean is None:
+      raise NotKnown(axes)
+    return found[0].mean
 
-  words = {True: "held", False: "did not hold", None: "not known yet"}
-  return [(p, words[p.holds(value)]) for p in experiment.predictions]
+  def word(prediction: Prediction) -> str:
+    try:
+      return "held" if prediction.holds(value) else "did not hold"
+    except NotKnown:
+      return "not known yet"
+
+  return [(p, word(p)) for p in experiment.predictions(size)]
 
 
 def _markdown(

@@ -5,7 +5,7 @@ python -m experiments.selectors [--size=cpu|gpu|paper] [--only="model=sparse fro
 
 import dataclasses
 
-from experiments.cells import Cell, Experiment, Prediction, Test, config, layer
+from experiments.cells import Cell, Experiment, NotKnown, Prediction, Test, better, config, layer
 from experiments.harness import main
 
 LINEAR = "linear alone"
@@ -100,46 +100,47 @@ def cells(size: str) -> list[Cell]:
   return out
 
 
-def run(value):
-  """The size that has been run."""
-  asked = ((s, value(model=LATER, chosen=s.length, measure=ACCURACY)) for s in SIZES.values())
-  return next(((s, x) for s, x in asked if x is not None), (None, None))
+def predictions(size: str) -> tuple[Prediction, ...]:
+  s = SIZES[size]
+  fewest, most = (dict(chosen=n, measure=ACCURACY) for n in (s.chosen[0], s.chosen[-1]))
 
+  def keeps(*names: str):
+    """That wherever an indexer finds 80 % of the best, all but 5 points are kept of what seeing everything gives."""
 
-def enough(models: tuple[str, ...], level: float, points: float):
-  """That all of some models whose indexer finds so many percent of the best are within points of seeing everything."""
+    def holds(value):
+      whole = value(model=LATER, chosen=s.length, measure=ACCURACY)
+      told = [
+        [value(model=m, chosen=n, measure=x) for x in (FOUND, ACCURACY)]
+        for m in names
+        for n in s.chosen
+      ]
+      good = [right for found, right in told if found >= 80]
+      if not good:
+        raise NotKnown("no choice is that good")
+      return min(good) > whole - 5
 
-  def holds(value):
-    s, whole = run(value)
-    if s is None:
-      return None
-    lost = []
-    for model in models:
-      for n in s.chosen:
-        found, right = (value(model=model, chosen=n, measure=m) for m in (FOUND, ACCURACY))
-        if found is None or right is None:
-          return None
-        if found >= level:
-          lost.append(whole - right)
-    return max(lost) < points if lost else None
+    return holds
 
-  return holds
-
-
-def worth(one: tuple[str, int], other: tuple[str, int | None], by: float):
-  """That one model is better than another by some points, with one of the size's numbers of chosen tokens; None: 0."""
-
-  def holds(value):
-    s, _ = run(value)
-    if s is None:
-      return None
-    at = lambda model, i: value(  # noqa: E731
-      model=model, chosen=0 if i is None else s.chosen[i], measure=ACCURACY
-    )
-    a, b = at(*one), at(*other)
-    return None if a is None or b is None else a > b + by
-
-  return holds
+  start, start_untrained, later, later_untrained = MODELS
+  return (
+    Prediction(
+      "Made sparse after training: wherever the indexer finds 80 % of the best, less than 5 points are lost.",
+      keeps(later, later_untrained),
+    ),
+    Prediction("The same of those that are sparse from the start.", keeps(start, start_untrained)),
+    Prediction(
+      "With the most chosen tokens: what is sparse from the start is better by 10 points if its indexer is trained.",
+      better(dict(model=start), dict(model=start_untrained), 10, **most),
+    ),
+    Prediction(
+      "With the fewest: what is made sparse after training is better by 10 points than what is so from the start.",
+      better(dict(model=later), dict(model=start), 10, **fewest),
+    ),
+    Prediction(
+      "With the fewest: what is made sparse after training is better than linear alone by 10 points.",
+      lambda value: value(model=later, **fewest) > value(model=LINEAR, chosen=0, measure=ACCURACY) + 10,
+    ),
+  )  # fmt: skip
 
 
 EXPERIMENT = Experiment(
@@ -160,29 +161,8 @@ EXPERIMENT = Experiment(
   source="none",
   cells=cells,
   plot={"x": "chosen", "line": "model", "facet": "measure"},
-  predictions=(
-    Prediction(
-      "Made sparse after training: wherever the indexer finds 80 % of the best, 5 points are lost at most.",
-      enough(MODELS[2:], 80, 5),
-    ),
-    Prediction(
-      "The same of those that are sparse from the start.",
-      enough(MODELS[:2], 80, 5),
-    ),
-    Prediction(
-      "With the most chosen tokens: what is sparse from the start is better by 10 points if its indexer is trained.",
-      worth((MODELS[0], -1), (MODELS[1], -1), 10),
-    ),
-    Prediction(
-      "With the fewest: what is made sparse after training is better by 10 points than what is so from the start.",
-      worth((MODELS[2], 0), (MODELS[0], 0), 10),
-    ),
-    Prediction(
-      "With the fewest: what is made sparse after training is better than linear alone by 10 points.",
-      worth((MODELS[2], 0), (LINEAR, None), 10),
-    ),
-  ),
-)  # fmt: skip
+  predictions=predictions,
+)
 
 if __name__ == "__main__":
   main(EXPERIMENT)

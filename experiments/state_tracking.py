@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.cells import Cell, Experiment, Prediction, Test, config
+from experiments.cells import Cell, Experiment, Prediction, Test, better, config
 from experiments.harness import main
 
 
@@ -181,26 +181,26 @@ def cells(size: str) -> list[Cell]:
   return out
 
 
-def solved(names: tuple[str, ...], all_of_it: bool):
-  """That mechanisms solve parity at the greatest length, or that none does better than a quarter of the way."""
+def predictions(size: str) -> tuple[Prediction, ...]:
+  def parity(value, *names: str) -> list[float]:
+    return [value(task="parity", mechanism=name, length=256) for name in names]
 
-  def holds(value):
-    got = [value(task="parity", mechanism=name, length=256) for name in names]
-    if None in got:
-      return None
-    return all(x > 99 for x in got) if all_of_it else all(x < 25 for x in got)
-
-  return holds
-
-
-def steps_help(value) -> bool | None:
-  longest = [
-    value(task="s3", mechanism=m, length=64)
-    for m in ("delta_product 2 negative", "deltanet negative")
-  ]
-  if None in longest:
-    return None
-  return longest[0] > longest[1] + 20
+  return (
+    Prediction(
+      "DeltaNet and Gated DeltaNet with eigenvalues in [-1, 1] solve parity beyond the training length.",
+      lambda value: min(parity(value, "deltanet negative", "gated_deltanet negative")) > 99,
+    ),
+    Prediction(
+      "Nothing with eigenvalues in [0, 1] alone, and no softmax attention, comes a quarter of the way.",
+      lambda value: max(parity(value, "softmax", "mamba2", "deltanet", "gated_deltanet")) < 25,
+    ),
+    Prediction(
+      "On S3, two Householder steps a token are better by 20 points than one at four times the training length.",
+      better(
+        dict(mechanism="delta_product 2 negative"), dict(mechanism="deltanet negative"), 20, task="s3", length=64,
+      ),
+    ),
+  )  # fmt: skip
 
 
 EXPERIMENT = Experiment(
@@ -218,21 +218,8 @@ EXPERIMENT = Experiment(
   source="arXiv:2411.12537, Table 3; arXiv:2603.15569, Table 5b",
   cells=cells,
   plot={"x": "length", "line": "mechanism", "facet": "task"},
-  predictions=(
-    Prediction(
-      "DeltaNet and Gated DeltaNet with eigenvalues in [-1, 1] solve parity beyond the training length.",
-      solved(("deltanet negative", "gated_deltanet negative"), True),
-    ),
-    Prediction(
-      "Nothing with eigenvalues in [0, 1] alone, and no softmax attention, does.",
-      solved(("softmax", "mamba2", "deltanet", "gated_deltanet"), False),
-    ),
-    Prediction(
-      "On S3, two Householder steps a token are better than one at four times the training length.",
-      steps_help,
-    ),
-  ),
-)  # fmt: skip
+  predictions=predictions,
+)
 
 if __name__ == "__main__":
   main(EXPERIMENT)

@@ -7,7 +7,7 @@ import dataclasses
 
 from attnlab import accounting
 from attnlab.config import resolve
-from experiments.cells import Cell, Experiment, Prediction, Test, after_shift, config, layer
+from experiments.cells import Cell, Experiment, Prediction, Test, after_shift, better, config, layer
 from experiments.harness import main
 
 LINEAR = ("linear_attention", "mamba2", "gla", "deltanet", "gated_deltanet", "kda", "comba")
@@ -79,34 +79,30 @@ def cells(size: str) -> list[Cell]:
   ]
 
 
-def at_the_last(value, mixer: str, width: int) -> float | None:
-  """A value at the longest row of the size that has been run, and at its narrowest (0) or widest (-1)."""
-  for s in SIZES.values():
-    length, pairs = s.rows[-1]
-    found = value(length=length, pairs=pairs, d_model=s.widths[width], mixer=mixer)
-    if found is not None:
-      return found
-  return None
+def predictions(size: str) -> tuple[Prediction, ...]:
+  """Of the longest rows."""
+  s = SIZES[size]
+  length, pairs = s.rows[-1]
+  last = dict(length=length, pairs=pairs)
+  narrowest, second, *_, widest = (dict(d_model=d) for d in s.widths)
 
+  def gain(value, mixer: str) -> float:
+    return value(mixer=mixer, **widest, **last) - value(mixer=mixer, **narrowest, **last)
 
-def attention_needs_no_width(value) -> bool | None:
-  narrow, wide = (at_the_last(value, "softmax", i) for i in (0, -1))
-  return None if narrow is None or wide is None else narrow > wide - 10
-
-
-def a_state_grows(value) -> bool | None:
-  gains = []
-  for mixer in FEW:
-    narrow, wide = (at_the_last(value, mixer, i) for i in (0, -1))
-    if narrow is None or wide is None:
-      return None
-    gains.append(wide - narrow)
-  return min(gains) > 20
-
-
-def delta_is_best(value) -> bool | None:
-  delta, plain = (at_the_last(value, m, 1) for m in ("gated_deltanet", "linear_attention"))
-  return None if delta is None or plain is None else delta > plain + 10
+  return (
+    Prediction(
+      "Softmax attention loses less than 10 points from the widest model to the narrowest.",
+      lambda value: gain(value, "softmax") < 10,
+    ),
+    Prediction(
+      "Every linear mixer of four (none, decay, delta, both) gains 20 points from the narrowest model to the widest.",
+      lambda value: min([gain(value, mixer) for mixer in FEW]) > 20,
+    ),
+    Prediction(
+      "At the second width, Gated DeltaNet is better than linear attention by 10 points.",
+      better(dict(mixer="gated_deltanet"), dict(mixer="linear_attention"), 10, **second, **last),
+    ),
+  )  # fmt: skip
 
 
 EXPERIMENT = Experiment(
@@ -124,21 +120,8 @@ EXPERIMENT = Experiment(
   source="none: arXiv:2312.04927 draws Figure 2 without values",
   cells=cells,
   plot={"x": "state bytes", "line": "mixer", "facet": "length", "columns": "d_model"},
-  predictions=(
-    Prediction(
-      "Softmax attention loses less than 10 points from the widest model to the narrowest.",
-      attention_needs_no_width,
-    ),
-    Prediction(
-      "Every linear mixer of four (none, decay, delta, both) gains 20 points from the narrowest model to the widest.",
-      a_state_grows,
-    ),
-    Prediction(
-      "At the second width, Gated DeltaNet is better than linear attention by 10 points.",
-      delta_is_best,
-    ),
-  ),
-)  # fmt: skip
+  predictions=predictions,
+)
 
 if __name__ == "__main__":
   main(EXPERIMENT)

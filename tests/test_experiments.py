@@ -46,7 +46,9 @@ def tiny(task="parity", rates=(1e-2,)):
 def experiment(cells, *predictions):
   plot = {"x": "length", "line": "mixer", "facet": "task"}
   about = "What is asked.\n\nHow, <exactly>."
-  return Experiment("tiny", "A & B", about, "a paper", lambda size: cells, plot, predictions)
+  return Experiment(
+    "tiny", "A & B", about, "a paper", lambda size: cells, plot, lambda size: predictions
+  )
 
 
 def result(accuracy, nll=1.0, tests=(0.5, 0.75)):
@@ -205,15 +207,15 @@ def test_predictions_name_figures_that_there_are(name):
   """With all at 90 %, each holds or not, at one size at least."""
   e = importlib.import_module(f"experiments.{name}").EXPERIMENT
   words = {size: words_of(e, size) for size in harness.SIZES}
-  for i in range(len(e.predictions)):
-    assert any(w[i] != "not known yet" for w in words.values()), e.predictions[i].text
+  for i, prediction in enumerate(e.predictions("cpu")):
+    assert any(w[i] != "not known yet" for w in words.values()), prediction.text
 
 
 def words_of(e, size):
   cells = e.cells(size)
   table = [report.Row({**c.axes, **t.axes}, (90.0,), None, {}) for c in cells for t in c.tests]
-  assert all(word == "not known yet" for _, word in report._predictions(e, []))
-  return [word for _, word in report._predictions(e, table)]
+  assert all(word == "not known yet" for _, word in report._predictions(e, [], size))
+  return [word for _, word in report._predictions(e, table, size)]
 
 
 # Running.
@@ -295,7 +297,7 @@ def told(tmp_path):
   predictions = (
     Prediction("a is good", lambda value: value(task="a", length=8) > 50),
     Prediction("a is good at 16", lambda value: value(task="a", length=16) > 50),
-    Prediction("b", lambda value: None),
+    Prediction("b", lambda value: value(task="<b>", length=8) > 50),
   )
   report.write(
     experiment(cells, *predictions), plan, results, tmp_path, command="python -m x", size="cpu"
