@@ -8,6 +8,7 @@ from pallas_kernels.linear_recurrence import (
   linear_recurrence,
   linear_recurrence_step,
 )
+from pallas_kernels.log_linear import log_linear_gated_delta_rule, log_linear_ssd
 from pallas_kernels.mechanisms import (
   comba,
   delta_rule,
@@ -44,6 +45,8 @@ __all__ = [
   "linear_attention",
   "linear_recurrence",
   "linear_recurrence_step",
+  "log_linear_gated_delta_rule",
+  "log_linear_ssd",
   "mamba3",
   "merge_attention",
   "mixture_of_memories",

@@ -47,6 +47,7 @@ SIZES = dict(
   rope_dim=4,
   kv_lora_rank=12,
   mini_batch=4,
+  levels=7,
 )
 # Rows with different documents, of one token and of more; an id that is not in order is a document all the same.
 SEGMENTS = np.array(
@@ -341,7 +342,8 @@ def test_equation(case):
   x = random(6, 2, 13, D)
 
   def signals_of(layer, x):
-    ctx = Context(jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2]))
+    # In the middle of a document, which has given a state.
+    ctx = Context(jnp.broadcast_to(5 + jnp.arange(x.shape[1]), x.shape[:2]))
     signals = layer.signals(x, Recent(layer, ctx, None), ctx)
     return {k: v for k, v in signals.items() if k not in layer.output_only}
 

@@ -258,7 +258,10 @@ def told(module, *arguments):
 
 # Not looked at: several steps, inputs or states a token, between which tokens and heads change places; a window
 # besides; no kernel of this project's.
-UNSEEN = ("gated_delta_product", "mamba3", "mom", "window_linear", "ttt_linear", "ttt_mlp")
+UNSEEN = (
+  "gated_delta_product", "mamba3", "mom", "window_linear", "ttt_linear", "ttt_mlp", "log_linear_mamba2",
+  "log_linear_gated_deltanet",
+)  # fmt: skip
 
 
 @pytest.mark.compile
