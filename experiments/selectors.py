@@ -82,8 +82,9 @@ def cell(size: str, model: str, trained: str, tested: dict[int, str]) -> Cell:
     found = Test({"chosen": n, "measure": FOUND}, measure="indexer recall", pattern=own)
     return [right, found] if n else [right]
 
+  axes = {"model": model} | (dict(chosen=min(tested)) if len(tested) == 1 else {})
   every = tuple(t for item in tested.items() for t in tests(*item))
-  return Cell({"model": model}, c, s.learning_rates, every)
+  return Cell(axes, c, s.learning_rates, every)
 
 
 def cells(size: str) -> list[Cell]:
