@@ -315,8 +315,6 @@ def _figure(experiment: Experiment, table: Sequence[Row]) -> Any:
     lines = {name: [r for r in here if r.axes[by] == name] for name in names}
     for name, of_it in lines.items():
       draw(axes, sorted(of_it, key=place), place, str(name), *styles[name])
-    if not ticks and all(len(of_it) <= 1 for of_it in lines.values()):
-      _frontier(axes, here, place, by)
     axes.set_title(f"{facet} {value}" if _is_number(value) else str(value), loc="left", fontsize=10)
     if ticks:
       long = sum(len(str(t)) for t in ticks) > 28
@@ -332,6 +330,8 @@ def _figure(experiment: Experiment, table: Sequence[Row]) -> Any:
       axes.set_ylim(min(lowest, 0) - 5, 109 if bars else 105)  # Bars have their values above them.
     if bits or facets.index(value) % columns == 0:
       axes.set_ylabel("bits a byte" if bits else "accuracy, %")
+    if not ticks and all(len(of_it) <= 1 for of_it in lines.values()):
+      _frontier(axes, here, place, by)
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -370,7 +370,8 @@ def _logarithmic(axes: Any, places: Sequence[float]) -> None:
 
 
 def _frontier(axes: Any, table: Sequence[Row], place: Callable[[Row], float], name: str) -> None:
-  """A line through the points that no other is both cheaper than and as good as, each with its name."""
+  """A line through the points that no other is both cheaper than and as good as, with the names that there is room for,
+  the best first."""
   best: list[Row] = []
   done = [row for row in table if row.mean is not None]
   for row in sorted(done, key=lambda r: (place(r), -_quality(r))):
@@ -381,10 +382,16 @@ def _frontier(axes: Any, table: Sequence[Row], place: Callable[[Row], float], na
     return
   # As a staircase: between two of them there is nothing.
   axes.step(*zip(*points, strict=True), where="post", color="#555555", linewidth=1, zorder=0)
-  for row, point in zip(best, points, strict=True):
-    axes.annotate(
-      str(row.axes[name]), point, textcoords="offset points", xytext=(5, -9), fontsize=6.5, color="#333333"
-    )  # fmt: skip
+  taken: list[tuple[float, float, float]] = []  # left and right end and height, in points
+  for row, point in zip(reversed(best), reversed(points), strict=True):
+    label, size = str(row.axes[name]), 6.5
+    x, y = axes.transData.transform(point) * 72 / axes.figure.dpi
+    right = x + size * 0.6 * len(label)
+    if all(abs(y - other) > 1.2 * size or x > end or right < start for start, end, other in taken):
+      taken.append((x, right, y))
+      axes.annotate(
+        label, point, textcoords="offset points", xytext=(5, -9), fontsize=size, color="#333333"
+      )
 
 
 def _quality(row: Row) -> float:
