@@ -156,20 +156,22 @@ def layer(
   Args:
     name: of the registry, perhaps with " ungated", without output gate.
     rope: whether softmax attention has its position encoding; nothing else has one.
-    conv_size: of the convolutions of all but softmax attention, if it is not a mixer's own.
+    conv_size: of the convolutions of those that have them, if it is not a mixer's own.
   """
   name, _, ungated = name.partition(" ")
-  settings: dict[str, float] = {"num_heads": num_heads, "head_dim": head_dim}
-  if name == "mamba2":
-    settings["state_dim"] = head_dim
-  elif name not in ("softmax", "rwkv7"):
-    settings["value_dim"] = head_dim
+  has = {field.name for field in dataclasses.fields(mixer(name).Config)}
+  every: dict[str, float | None] = dict(
+    num_heads=num_heads,
+    head_dim=head_dim,
+    state_dim=head_dim,
+    value_dim=head_dim,
+    conv_size=conv_size,
+  )
+  settings = {k: v for k, v in every.items() if k in has and v is not None}
   if name == "softmax" and not rope:
     settings["rope_fraction"] = 0.0
   if ungated:
     settings["output_gate"] = False
-  if conv_size is not None and name != "softmax":
-    settings["conv_size"] = conv_size
   return f"{name}({', '.join(f'{k}={v}' for k, v in settings.items())})"
 
 
