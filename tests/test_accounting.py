@@ -137,12 +137,18 @@ def test_taps_are_no_matrix(name):
 
 @pytest.mark.parametrize("name", mixers())
 def test_flops_grow_as_the_mechanism_says(name):
-  """Linear mixers cost the same at any length; softmax grows with it, a window does not."""
+  """Linear mixers cost the same at any length; softmax grows with it, a window does not, log-linear ones with its
+  logarithm."""
   c = tiny(name)
   a, b = accounting.costs(c, 4096), accounting.costs(c, 8192)
   assert a.prefill_flops > 0 and a.decode_flops > 0
   if name in ("softmax", "mla"):
     assert b.decode_flops > a.decode_flops and b.prefill_flops > a.prefill_flops
+  elif name.startswith("log_linear"):
+    before = accounting.costs(c, 2048)
+    for kind in ("decode_flops", "prefill_flops", "cache_bytes"):
+      x, y, z = (getattr(costs, kind) for costs in (before, a, b))
+      assert z - y == pytest.approx(y - x) and z > y
   elif mixers()[name].family != "sparse":
     assert b.decode_flops == a.decode_flops
     assert b.prefill_flops == pytest.approx(a.prefill_flops, rel=0.01)  # a window's first tokens
