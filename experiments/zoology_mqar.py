@@ -11,7 +11,7 @@ from attnlab.mixers import mixers
 from experiments.cells import Cell, Experiment, Prediction, Test, after_shift, better, config, layer
 from experiments.harness import main
 
-# All that there are, of the paper's size; what two cores and one card do in the time that they have.
+# The paper's size has all that there are; LINEAR is what two cores, or one card, do in the time that they have.
 EVERY = tuple(name for name, m in mixers().items() if m.family == "linear")
 LINEAR = ("linear_attention", "mamba2", "gla", "deltanet", "gated_deltanet", "kda", "comba")
 # The cheapest of each kind: none, decay, delta rule, both.
