@@ -10,8 +10,6 @@ from experiments.harness import main
 
 LINEAR = "linear alone"
 SPARSE, LATER = "sparse from the start", "sparse after training"
-# A model's name: when its layer became sparse, and whether its indexer is trained.
-MODELS = (SPARSE, f"{SPARSE}, indexer untrained", LATER, f"{LATER}, indexer untrained")
 ACCURACY, FOUND = "accuracy", "recall@k"
 
 
@@ -49,7 +47,12 @@ SIZES = {
 }  # fmt: skip
 
 
-def pattern(s: Size, chosen: int, indexer: bool = True) -> str:
+def model(when: str, trained: bool = True) -> str:
+  """A name: when the layer became sparse, and whether its indexer is trained."""
+  return when if trained else f"{when}, indexer untrained"
+
+
+def pattern(s: Size, chosen: int, trained: bool = True) -> str:
   """A linear layer, and one that sees the chosen tokens; 0: another linear one."""
   linear = layer("deltanet", num_heads=2, head_dim=s.linear_dim)
   if not chosen:
@@ -57,32 +60,32 @@ def pattern(s: Size, chosen: int, indexer: bool = True) -> str:
   d = s.head_dim
   return (
     f"{linear} + dsa(num_heads=2, nope_dim={d}, rope_dim=0, value_dim={d}, kv_lora_rank={2 * d}, top_k={chosen},"
-    f" index_heads=2, index_dim={d}, index_rope_dim=0, index_weight={float(indexer)})"
+    f" index_heads=2, index_dim={d}, index_rope_dim=0, index_weight={float(trained)})"
   )
 
 
-def cell(size: str, model: str, trained: str, tested: dict[int, str]) -> Cell:
+def cell(size: str, name: str, training: str, tested: dict[int, str]) -> Cell:
   """A model.
 
   Args:
     size: of `SIZES`.
-    model: its name.
-    trained: its pattern in training.
+    name: the model's.
+    training: its pattern in training.
     tested: its patterns in tests, by how many tokens are chosen.
   """
   s = SIZES[size]
   args = dict(vocab_size=s.vocab_size, num_kv_pairs=s.pairs, random_non_queries=False)
   c = config(
-    trained, "mqar", args, seq_len=s.length, layers=2, d_model=s.d_model, steps=s.steps, batch_size=s.batch_size,
+    training, "mqar", args, seq_len=s.length, layers=2, d_model=s.d_model, steps=s.steps, batch_size=s.batch_size,
   )  # fmt: skip
 
   def tests(n: int, pattern: str) -> list[Test]:
-    own = None if pattern == trained else pattern
+    own = None if pattern == training else pattern
     right = Test({"chosen": n, "measure": ACCURACY}, chance=2 / s.vocab_size, pattern=own)
     found = Test({"chosen": n, "measure": FOUND}, measure="indexer recall", pattern=own)
     return [right, found] if n else [right]
 
-  axes = {"model": model} | (dict(chosen=min(tested)) if len(tested) == 1 else {})
+  axes = {"model": name} | (dict(chosen=min(tested)) if len(tested) == 1 else {})
   every = tuple(t for item in tested.items() for t in tests(*item))
   return Cell(axes, c, s.learning_rates, every)
 
@@ -91,13 +94,13 @@ def cells(size: str) -> list[Cell]:
   s = SIZES[size]
   alone = pattern(s, 0)
   out = [cell(size, LINEAR, alone, {0: alone})]
-  for name in MODELS:
-    sparse = {n: pattern(s, n, "untrained" not in name) for n in s.chosen}
-    if name.startswith(LATER):
-      whole = pattern(s, s.length, "untrained" not in name)
-      out.append(cell(size, name, whole, sparse | {s.length: whole}))
-    else:
-      out += [cell(size, name, own, {n: own}) for n, own in sparse.items()]
+  for trained in (True, False):
+    sparse = {n: pattern(s, n, trained) for n in s.chosen}
+    out += [cell(size, model(SPARSE, trained), own, {n: own}) for n, own in sparse.items()]
+  for trained in (True, False):
+    whole = pattern(s, s.length, trained)
+    sparse = {n: pattern(s, n, trained) for n in (*s.chosen, s.length)}
+    out.append(cell(size, model(LATER, trained), whole, sparse))
   return out
 
 
@@ -105,14 +108,14 @@ def predictions(size: str) -> tuple[Prediction, ...]:
   s = SIZES[size]
   fewest, most = (dict(chosen=n, measure=ACCURACY) for n in (s.chosen[0], s.chosen[-1]))
 
-  def keeps(*names: str):
+  def keeps(when: str):
     """That wherever an indexer finds 80 % of the best, all but 5 points are kept of what seeing everything gives."""
 
     def holds(value):
       whole = value(model=LATER, chosen=s.length, measure=ACCURACY)
       told = [
         [value(model=m, chosen=n, measure=x) for x in (FOUND, ACCURACY)]
-        for m in names
+        for m in (model(when), model(when, trained=False))
         for n in s.chosen
       ]
       good = [right for found, right in told if found >= 80]
@@ -122,24 +125,24 @@ def predictions(size: str) -> tuple[Prediction, ...]:
 
     return holds
 
-  start, start_untrained, later, later_untrained = MODELS
+  start, later = dict(model=model(SPARSE)), dict(model=model(LATER))
   return (
     Prediction(
       "Made sparse after training: wherever the indexer finds 80 % of the best, less than 5 points are lost.",
-      keeps(later, later_untrained),
+      keeps(LATER),
     ),
-    Prediction("The same of those that are sparse from the start.", keeps(start, start_untrained)),
+    Prediction("The same of those that are sparse from the start.", keeps(SPARSE)),
     Prediction(
       "With the most chosen tokens: what is sparse from the start is better by 10 points if its indexer is trained.",
-      better(dict(model=start), dict(model=start_untrained), 10, **most),
+      better(start, dict(model=model(SPARSE, trained=False)), 10, **most),
     ),
     Prediction(
       "With the fewest: what is made sparse after training is better by 10 points than what is so from the start.",
-      better(dict(model=later), dict(model=start), 10, **fewest),
+      better(later, start, 10, **fewest),
     ),
     Prediction(
       "With the fewest: what is made sparse after training is better than linear alone by 10 points.",
-      lambda value: value(model=later, **fewest) > value(model=LINEAR, chosen=0, measure=ACCURACY) + 10,
+      lambda value: value(**later, **fewest) > value(model=LINEAR, chosen=0, measure=ACCURACY) + 10,
     ),
   )  # fmt: skip
 

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels import segments
 from pallas_kernels.mechanisms import gated_delta_rule, ssd
 
 
@@ -61,36 +62,36 @@ def log_linear(
   v = inputs[write]
   wide = jnp.promote_types(v.dtype, jnp.float32)
   first = at[:, 0]
+
+  def reads(level, t):
+    """Whether a level has tokens that t reads: it is t itself, or t is in the second half of its block."""
+    return (level == 0) | (t & ((1 << level) >> 1) > 0)
+
   if given:  # Levels that have no tokens are empty, whatever is there.
-    halves = jnp.array([0, *(1 << i for i in range(n - 1))])
-    has = (halves == 0) | ((first[:, None] - 1) & halves > 0)
+    has = reads(jnp.arange(n), first[:, None] - 1)
     held = jnp.where(has[:, None, :, None, None], initial_state, 0)
 
   def before(level):
     """What of v a level writes, its blocks' ids, and its states before the first token."""
-    half = (1 << level) >> 1
-    upper = at & half > 0
-    own = jnp.where(_like((level == 0) | ~upper, v), v, 0)
-    block = at >> level
-    changes = block[:, 1:] != block[:, :-1]
+    own = jnp.where(_like((level == 0) | ~reads(level, at), v), v, 0)
+    ids = segments.runs(at >> level)
     if segment_ids is not None:
-      changes |= segment_ids[:, 1:] != segment_ids[:, :-1]
-    ids = jnp.pad(jnp.cumsum(changes, axis=1), ((0, 0), (1, 0)))
+      ids += segments.runs(segment_ids)
     if not given:
       return own, ids, None
     # In the middle of a block: of its first half so far, which are the lower levels, or all of it, which is this one.
     lower = jnp.arange(n) < level
     lower = jnp.sum(jnp.where(lower[:, None, None], held, 0), axis=2)
     this = jax.lax.dynamic_index_in_dim(held, level, axis=2, keepdims=False)
-    state = jnp.where(_like((first - 1) & half > 0, this), this, lower)
+    state = jnp.where(_like(reads(level, first - 1), this), this, lower)
     return own, ids, jnp.where(_like(first & ((1 << level) - 1) > 0, state), state, 0)
 
   def after(level, o, state):
     """A level's part of the outputs, and its states after the last token."""
-    reads = (level == 0) | (at & ((1 << level) >> 1) > 0)
+    has = reads(level, at)
     weight = jax.lax.dynamic_index_in_dim(weights, level, axis=3)
-    part = jnp.where(_like(reads, o), weight * o.astype(wide), 0)
-    return part, None if state is None else jnp.where(_like(reads[:, -1], state), state, 0)
+    part = jnp.where(_like(has, o), weight * o.astype(wide), 0)
+    return part, None if state is None else jnp.where(_like(has[:, -1], state), state, 0)
 
   def run(inputs, own, ids, state):
     inputs = inputs | {write: own}

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from attnlab import sharding
 from attnlab.errors import UserError
@@ -172,6 +172,11 @@ class LinearMixer(Mixer):
     """q, k [B, T, H, K] and v [B, T, Hv, V] from heads side by side."""
     q, k = (sharding.split(y, self.H, self.K) for y in (q, k))
     return q, k, sharding.split(v, self.Hv, self.V)
+
+  def for_heads(self, x: Int[Array, "B T"]) -> Float[Array, "B T Hv"]:
+    """What is of a token and not of a head, as a signal."""
+    x = jnp.broadcast_to(x[..., None].astype(jnp.float32), (*x.shape, self.Hv))
+    return sharding.put(x, "batch", None, "heads")
 
   def signals(self, x: Float[Array, "B T D"], recent: Recent, ctx: Context) -> Signals:
     """The arguments of ``core`` by name: [B, T, heads, ...], or [heads, ...] where constant over tokens.

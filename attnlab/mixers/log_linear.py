@@ -40,22 +40,18 @@ class LogLinear(LinearMixer):
     self.levels(x.shape[1])
     scale = sharding.put(self.level_scale[...], "heads", None)
     raw = sharding.split(self.level_proj(x), self.Hv, self.config.levels).astype(jnp.float32)
-    position = jnp.broadcast_to(ctx.positions[..., None], (*x.shape[:2], self.Hv))
     return super().signals(x, recent, ctx) | dict(
       weights=jax.nn.softplus(scale * raw),
-      position=sharding.put(position.astype(jnp.float32), "batch", None, "heads"),
+      position=self.for_heads(ctx.positions),
     )
 
   def init_state(self, batch):
-    return self.states(batch, self.config.levels)
-
-  def states(self, batch: int, levels: int):
-    return jnp.zeros((batch, self.Hv, levels, self.K, self.V), jnp.float32)
+    return jnp.zeros((batch, self.Hv, self.config.levels, self.K, self.V), jnp.float32)
 
   def init_cache(self, batch, max_len, dtype=jnp.float32):
     """As many states as ``max_len`` tokens have levels."""
     cache = super().init_cache(batch, max_len, dtype)
-    return cache | {"state": self.states(batch, self.levels(max_len))}
+    return cache | {"state": cache["state"][:, :, : self.levels(max_len)]}
 
   def core_flops(self, length, decode):
     return levels_of(length) * super().core_flops(length, decode)
@@ -64,9 +60,9 @@ class LogLinear(LinearMixer):
 def by_level(update, write, S, weights, position, **token):
   """A token of one head: ``update`` is the mechanism's equation, ``write`` the name of what it writes.
 
-  S_t^l is S_{t-1}^l where 2^(l-1) divides t no longer without a rest; where it is the greatest power of two that
-  divides t, the sum of all below; and below that it is empty. Each is then updated, only level 0 with the token's own
-  write (section 3.1). o_t is the weighted sum of what they say (eq. 4).
+  S_t^l is S_{t-1}^l where 2^(l-1) does not divide t; the sum of all below where it is the greatest power of two that
+  does; and empty below that. Each is then updated, only level 0 with the token's own write (section 3.1). o_t is the
+  weighted sum of what they say (eq. 4).
   """
   t = position.astype(int)
   size = jnp.array([0, *(1 << i for i in range(S.shape[0] - 1))])  # 2^(l-1)

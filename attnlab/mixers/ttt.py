@@ -98,13 +98,12 @@ class TTTLinear(LinearMixer):
     rate = jax.nn.sigmoid(self.rate_proj(x).astype(jnp.float32)) * (c.base_rate / self.K)
     step = jnp.maximum(1 / (1 + jnp.arange(b)) + self.step_bias[...], 0)
     own = self.start | {"scale": self.inner_scale, "bias": self.inner_bias}
-    place = jnp.broadcast_to(place[..., None].astype(jnp.float32), (*place.shape, self.H))
     return dict(
       q=sharding.split(q, self.H, self.K),
       k=sharding.split(k, self.H, self.K),
       v=sharding.split(self.v_proj(x), self.H, self.K),
       rate=rate,
-      place=sharding.put(place, "batch", None, "heads"),
+      place=self.for_heads(place),
       step=sharding.put(jnp.broadcast_to(step, (self.H, b)), "heads", None),
       **{name: sharding.put(p[...], *p.get_metadata()["axes"]) for name, p in own.items()},
     )
