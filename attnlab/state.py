@@ -57,7 +57,10 @@ def make_init(
   abstract = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places
   )
-  compiled = jax.jit(init, out_shardings=places)  # One program for all seeds.
+  # One program for all seeds. It runs once: on a CPU, where making good code of it took seconds, any code will do.
+  any_code = {"xla_backend_optimization_level": 0}
+  on_cpu = mesh.devices.flat[0].platform == "cpu"
+  compiled = jax.jit(init, out_shardings=places, compiler_options=any_code if on_cpu else None)
   return graphdef, lambda seed=config.seed: compiled(np.uint32(seed)), abstract
 
 
