@@ -1,6 +1,7 @@
 """Kernels for efficient attention: arrays in, arrays out. Needs jax alone."""
 
 from pallas_kernels.block_sparse import block_sparse_attention, merge_attention
+from pallas_kernels.delta_values import delta_values
 from pallas_kernels.linear_recurrence import (
   KeyErase,
   LowRankErase,
@@ -36,6 +37,7 @@ __all__ = [
   "block_sparse_attention",
   "comba",
   "delta_rule",
+  "delta_values",
   "gated_delta_product",
   "gated_delta_rule",
   "gdn2",

@@ -106,6 +106,20 @@ def sliding_window(layer, x, dense=False):
   return attend(layer, x, lambda t, h: range(max(0, t - layer.config.window + 1), t + 1)), {}
 
 
+def deltaformer(layer, x, dense=False):
+  """arXiv:2505.19488: attention to values, of each of which attention to those before it has been taken away."""
+  (q, k, v), c = qkv(layer, x), layer.config
+  w = heads(layer, "w_proj", x, layer.H, "w_norm") if c.own_w else q
+  beta = linear(layer.beta_proj, x) + array(layer.beta_proj.bias)
+  if c.beta == "sigmoid":
+    beta = sigmoid(beta)
+  u, o = np.zeros_like(v), np.zeros_like(q)
+  for t, h in np.ndindex(*v.shape[:2]):
+    u[t, h] = v[t, h] - beta[t, h] * attention(w[t, h], k[:t, h], u[:t, h])
+    o[t, h] = attention(q[t, h], k[: t + 1, h], u[: t + 1, h])
+  return leave(layer, o, x), {}
+
+
 def latent_heads(layer, x):
   """arXiv:2405.04434, equations 9 to 19: each head's q, k and v, from the latents."""
   c, T, H = layer.config, len(x), layer.H
