@@ -124,7 +124,7 @@ def write(
   with open(out / "table.csv", "w", newline="") as file:
     csv.writer(file).writerows(lines)
   grids = dict.fromkeys(cell.learning_rates for cell in plan.cells)
-  told = _told(experiment, table, command, size)
+  told = _told(experiment, table, command, size) | {"Runs": _runs(plan, results)}
   told["Learning rates"] = "; or ".join(
     ", ".join(f"{rate:g}" for rate in grid)
     + " (the best by validation, of the first seed)" * (len(grid) > 1)
@@ -227,6 +227,14 @@ def _told(experiment: Experiment, table: Sequence[Row], command: str, size: str)
     "Figures": f"{done} of {len(table)}",
     "Published": experiment.source,
   }
+
+
+def _runs(plan: Plan, results: Mapping[str, Mapping[str, Any]]) -> str:
+  """How many there are, and their time: that of training alone where no more is known."""
+  every = {run.key for cell in range(len(plan.cells)) for run in plan.runs(cell)}
+  done = [results[key] for key in every if key in results]
+  seconds = sum(r.get("wall_seconds", r.get("seconds", 0)) for r in done)
+  return f"{len(done)}, of {seconds / 60:.0f} minutes of one device in all" if done else "0"
 
 
 def _predictions(

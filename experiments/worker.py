@@ -14,6 +14,7 @@ import json
 import math
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -46,21 +47,26 @@ def run(directory: Path) -> dict[str, Any]:
   """Trains, tests, and returns what result.json holds.
 
   Returns:
-    {"accuracy", "nll" of validation, "tests": figures in order, "steps", "seconds", "parameters", "devices",
-    "tokens_per_second", "commit"}, or {"not_finite": why, "commit"}: this learning rate is too high.
+    {"accuracy", "nll" of validation, "tests": figures in order, "steps", "seconds" of training, "parameters",
+    "devices", "tokens_per_second", "commit", "wall_seconds" of all of it, in this process}, or {"not_finite": why,
+    "commit", "wall_seconds"}: this learning rate is too high.
   """
+  began = time.monotonic()
+  return _run(directory) | {"commit": commit(), "wall_seconds": round(time.monotonic() - began, 1)}
+
+
+def _run(directory: Path) -> dict[str, Any]:
   given = json.loads((directory / "run.json").read_text())
   try:
     summary = train(from_json(given["config"]), directory, plot=False)
   except NonFiniteError as error:
-    return {"not_finite": str(error), "commit": commit()}
+    return {"not_finite": str(error)}
   kept = ("steps", "seconds", "parameters", "devices", "tokens_per_second")
   return {
     "accuracy": summary["eval/accuracy"],
     "nll": summary["eval/nll"],
     "tests": test(directory, given["tests"]),
     **{k: summary[k] for k in kept},
-    "commit": commit(),
   }
 
 
