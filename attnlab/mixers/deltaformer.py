@@ -25,7 +25,7 @@ from pallas_kernels import delta_values, softmax_attention
   variants={"fla": dict(num_heads=4, own_w=False, beta="any", qk_norm=True)},
 )
 class DeltaFormer(SoftmaxAttention):
-  """``u_t = v_t - beta_t sum_{i < t} softmax_i(w_t . k_i) u_i``, and attention to u for the output: the delta rule, with
+  """``u_t = v_t - beta_t sum_{i < t} softmax_i(w_t . k_i) u_i``, and attention to u for the output: the delta rule with
   all past tokens in the place of a state.
 
   The cache is softmax attention's, with u for v.
