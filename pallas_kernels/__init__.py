@@ -28,6 +28,7 @@ from pallas_kernels.mechanisms import (
   ssd,
 )
 from pallas_kernels.pool_attention import pool_attention, pool_weights
+from pallas_kernels.simplicial_attention import simplicial_attention
 from pallas_kernels.softmax_attention import softmax_attention
 
 __all__ = [
@@ -57,6 +58,7 @@ __all__ = [
   "retention",
   "rwkv6",
   "rwkv7",
+  "simplicial_attention",
   "softmax_attention",
   "ssd",
 ]

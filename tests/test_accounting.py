@@ -104,17 +104,18 @@ def test_matrices_cost_what_the_program_multiplies():
 
 @pytest.mark.parametrize(
   "name",
-  "softmax swa mla linear_attention mamba2 mamba3 gated_deltanet gated_delta_product kda rwkv6 rwkv7"
-  " window_linear moba nsa_fla hca csa".split(),
+  "softmax swa mla deltaformer simplicial linear_attention mamba2 mamba3 gated_deltanet gated_delta_product kda"
+  " rwkv6 rwkv7 window_linear moba nsa_fla hca csa".split(),
 )
 def test_decoding_costs_what_xla_counts(name):
   """One layer, at sizes at which matrices matter more than what is elementwise, which XLA counts too: to 7.5 %. MLA's
   values are its latents with the rotated key beside them, a third more here. NSA's weights of pools share a product
-  with the attention to them, which is found once compiled.
+  with the attention to them, which is found once compiled. Of a loop XLA counts one turn: of 2-simplicial attention's
+  second tokens there is one.
   """
   c = tiny(name, num_layers=1, d_model=256, vocab_size=256, dtype="float32")
   c.mlp.hidden, (B, length) = 512, (4, 1024)
-  sizes = dict(num_heads=4, window=64, block_size=16, top_k=4)
+  sizes = dict(num_heads=4, window=64, second_window=1, block_size=16, top_k=4)
   sizes |= dict.fromkeys(("head_dim", "value_dim", "state_dim", "kv_lora_rank", "nope_dim"), 64)
   fields = mixers()[name].Config.__dataclass_fields__
   c.mixers[name] = {k: v for k, v in (sizes | {"rope_dim": 32}).items() if k in fields}
@@ -142,7 +143,7 @@ def test_flops_grow_as_the_mechanism_says(name):
   c = tiny(name)
   a, b = accounting.costs(c, 4096), accounting.costs(c, 8192)
   assert a.prefill_flops > 0 and a.decode_flops > 0
-  if name in ("softmax", "mla"):
+  if name in ("softmax", "mla", "deltaformer"):
     assert b.decode_flops > a.decode_flops and b.prefill_flops > a.prefill_flops
   elif name.startswith("log_linear"):
     before = accounting.costs(c, 2048)

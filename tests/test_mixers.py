@@ -30,6 +30,7 @@ SIZES = dict(
   value_dim=6,
   state_dim=8,
   window=3,
+  second_window=2,
   block_size=2,
   top_k=2,
   pool_size=2,

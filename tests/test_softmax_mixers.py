@@ -12,6 +12,7 @@ from attnlab.errors import UserError
 from attnlab.mixers import Context, Layer, configure, mixer
 
 D, B = 16, 2
+PAIRS = dict(window=5, second_window=3)
 MLA = dict(num_heads=2, kv_lora_rank=12, nope_dim=4, rope_dim=2, value_dim=6)
 SOFTMAX = dict(num_heads=4, head_dim=8)
 
@@ -212,6 +213,9 @@ def test_a_cache_may_be_longer_and_is_not_overrun():
     ("softmax", dict(num_heads=6, num_kv_heads=3, head_dim=8), dict(data=4, model=2)),
     ("softmax", dict(num_heads=3, num_kv_heads=1, head_dim=8), dict(data=4, model=2)),
     ("swa", dict(num_kv_heads=1, window=5, **SOFTMAX), dict(data=2, model=4)),
+    ("deltaformer", SOFTMAX, dict(data=2, model=4)),
+    ("simplicial", dict(num_kv_heads=2, **PAIRS, **SOFTMAX), dict(data=2, model=4)),
+    ("simplicial", dict(num_heads=6, num_kv_heads=3, head_dim=8, **PAIRS), dict(data=4, model=2)),
     ("mla", MLA, dict(data=4, model=2)),
     ("mla", MLA, dict(data=2, model=4)),
   ],
@@ -272,6 +276,9 @@ def test_flops():
     ("softmax", dict(num_kv_heads=3, **SOFTMAX), "num_heads=4 is not a multiple of num_kv_heads=3"),
     ("window_linear", dict(num_kv_heads=2, **SOFTMAX), "num_kv_heads=2 must be num_heads=4"),
     ("window_linear", dict(sinks=True, **SOFTMAX), "sinks=False"),
+    ("deltaformer", dict(num_kv_heads=2, **SOFTMAX), "num_kv_heads=2 must be num_heads=4"),
+    ("deltaformer", dict(sinks=True, **SOFTMAX), "sinks=False"),
+    ("simplicial", dict(sinks=True, **SOFTMAX), "has no sinks"),
   ],
 )
 def test_bad_settings(name, settings, words):

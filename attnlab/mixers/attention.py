@@ -36,12 +36,7 @@ def attend(
   groups = q.shape[2] // k.shape[2]
 
   def core(q, k, v, sinks, key_heads, where):
-    if q.shape[2] < groups * k.shape[2]:
-      # Query heads are split over devices, and the key heads, being too few, are not: take this device's.
-      if groups % q.shape[2] == 0:
-        k, v = (jax.lax.dynamic_slice_in_dim(x, key_heads[0], 1, axis=2) for x in (k, v))
-      else:
-        k, v = k[:, :, key_heads], v[:, :, key_heads]
+    k, v = own_heads(q, groups, key_heads, k, v)
     return softmax_attention(q, k, v, sinks=sinks, window=window, **where)[0]
 
   heads = ("batch", None, "heads", None)
@@ -51,6 +46,22 @@ def attend(
     heads,
   )
   return run(q, k, v, sinks, jnp.arange(q.shape[2]) // groups, where)
+
+
+def own_heads(q: Array, groups: int, key_heads: Int[Array, " H"], *keys: Array) -> list[Array]:
+  """Of arrays [B, S, Hkv, D] the heads that a device's query heads read.
+
+  Args:
+    q: the device's queries [B, T, H, D].
+    groups: how many query heads share a key head.
+    key_heads: the number of the key head that each of the device's query heads reads.
+  """
+  if q.shape[2] >= groups * keys[0].shape[2]:
+    return list(keys)
+  # Query heads are split over devices, and the key heads, being too few, are not: take this device's.
+  if groups % q.shape[2] == 0:
+    return [jax.lax.dynamic_slice_in_dim(x, key_heads[0], 1, axis=2) for x in keys]
+  return [x[:, :, key_heads] for x in keys]
 
 
 def axes_of(where: Where) -> dict[str, tuple[str | None, ...]]:

@@ -120,6 +120,21 @@ def deltaformer(layer, x, dense=False):
   return leave(layer, o, x), {}
 
 
+def simplicial(layer, x, dense=False):
+  """arXiv:2507.02754, section 4: attention to pairs (j, m), whose logit is a product of three."""
+  (q, k, v), c, groups = qkv(layer, x), layer.config, layer.H // layer.Hkv
+  k2 = heads(layer, "k2_proj", x, layer.Hkv, "k2_norm")
+  v2 = project(layer, "v2_proj", x, layer.Hkv)
+  o = np.zeros_like(q)
+  for t, h in np.ndindex(*q.shape[:2]):
+    first = range(max(0, t - c.window + 1), t + 1)
+    second = range(max(0, t - c.second_window + 1), t + 1)
+    pairs, g = [(j, m) for j in first for m in second], h // groups
+    keys, values = ([a[j, g] * b[m, g] for j, m in pairs] for a, b in ((k, k2), (v, v2)))
+    o[t, h] = attention(q[t, h], keys, values)
+  return leave(layer, o, x), {}
+
+
 def latent_heads(layer, x):
   """arXiv:2405.04434, equations 9 to 19: each head's q, k and v, from the latents."""
   c, T, H = layer.config, len(x), layer.H
