@@ -62,12 +62,10 @@ def _delta_values(scale, chunk, w, k, v, beta, runs, before):
 
 def _forward(scale, chunk, w, k, v, beta, runs, before):
   lse = _read(w, k, k[..., :1], runs, scale)[1]
+  rest = v
   if before is not None:
-    lse = jnp.logaddexp(lse, before[1])
-    share = jnp.where(before[1] > -jnp.inf, jnp.exp(before[1] - lse), 0)
-    rest = v - (beta * share)[..., None] * before[0]
-  else:
-    rest = v
+    read, lse = merge_attention((None, lse), before)
+    rest = v - beta[..., None] * read
   u = _solve(_System(w, k, beta, lse, runs, scale, chunk), rest).astype(v.dtype)
   return u, (w, k, v, beta, u, lse, runs, before)
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from pallas_kernels.block_sparse import merge_attention
 from pallas_kernels.softmax_attention import softmax_attention
 
 
@@ -64,24 +65,13 @@ def _forward(scale, window, q, k, v, k2, v2, seen, where):
   tokens = q, k, v, k2, v2
   part = functools.partial(_at, scale, window, where, seen)
 
-  def add(carry, d):
-    """Online: sums are relative to the greatest lse so far."""
-    total, weight, top = carry
-    o, lse = part(d, *tokens)
-    new = jnp.maximum(top, lse)
-    base = jnp.where(new > -jnp.inf, new, 0)
-    old, more = jnp.exp(top - base), jnp.exp(lse - base)
-    total = total * old[..., None] + more[..., None] * o
-    return (total, weight * old + more, new), None
+  def add(merged, d):
+    return merge_attention(merged, part(d, *tokens)), None
 
-  first = jax.eval_shape(part, jnp.int32(0), *tokens)
-  zeros = [jnp.zeros(x.shape, x.dtype) for x in first]
-  empty = (*zeros, jnp.full_like(zeros[1], -jnp.inf))
-  (total, weight, top), _ = jax.lax.scan(add, empty, jnp.arange(seen.shape[2]))
-  some = weight > 0
-  weight = jnp.where(some, weight, 1)
-  lse = jnp.where(some, top + jnp.log(weight), -jnp.inf)
-  o = (total / weight[..., None]).astype(q.dtype)
+  o, lse = (jnp.zeros(x.shape, x.dtype) for x in jax.eval_shape(part, jnp.int32(0), *tokens))
+  nothing = o, jnp.full_like(lse, -jnp.inf)
+  (o, lse), _ = jax.lax.scan(add, nothing, jnp.arange(seen.shape[2]))
+  o = o.astype(q.dtype)
   return o, (tokens, seen, where, o, lse)
 
 

@@ -167,10 +167,14 @@ def append_to_ring(
 
 
 def _tokens(new: Mapping[str, Array], ctx: Context) -> dict[str, Array]:
-  """What a cache keeps of the tokens. Without segment ids all are of one document: 1, as after a padded prompt."""
-  ids = ctx.segment_ids
-  ids = jnp.ones_like(ctx.positions) if ids is None else ids
-  return {**new, "segment_ids": ids.astype(jnp.int32)}
+  """What a cache keeps of the tokens."""
+  return {**new, "segment_ids": document_ids(ctx)}
+
+
+def document_ids(ctx: Context) -> Int[Array, "B T"]:
+  """The segment ids, as caches hold them. Without any all are of one document: 1, as after a padded prompt."""
+  ids = jnp.ones_like(ctx.positions) if ctx.segment_ids is None else ctx.segment_ids
+  return ids.astype(jnp.int32)
 
 
 def _updated(fn, cache: Cache, tokens: dict[str, Array], *scalars: Array) -> Cache:

@@ -10,10 +10,10 @@ from jaxtyping import Array, Float
 from attnlab import sharding
 from attnlab.errors import UserError
 from attnlab.mixers import references
-from attnlab.mixers.attention import append, attend, axes_of, together
+from attnlab.mixers.attention import append, attend, axes_of, document_ids, together
 from attnlab.mixers.base import Cache, Context, Layer, MixerOutput, register
 from attnlab.mixers.softmax import SoftmaxAttention
-from attnlab.nn import Linear, RMSNorm, rope
+from attnlab.nn import Linear, RMSNorm
 from pallas_kernels import delta_values, softmax_attention
 
 
@@ -74,11 +74,10 @@ class DeltaFormer(SoftmaxAttention):
       )
       o = attend(q, k, run(w, k, v, beta, where), where)
       return MixerOutput(self.output(o, x), cache)
-    ids = jnp.ones_like(ctx.positions) if ctx.segment_ids is None else ctx.segment_ids
     # Of the cache, what its tokens are to all of the new ones.
     where = {
       "query_positions": jnp.broadcast_to(cache["length"] - 1, x.shape[1:2]),
-      "segment_ids": ids.astype(jnp.int32),
+      "segment_ids": document_ids(ctx),
       "key_segment_ids": cache["segment_ids"],
     }
 
@@ -93,13 +92,9 @@ class DeltaFormer(SoftmaxAttention):
 
   def asked(self, x: Float[Array, "B T D"], q: Array, ctx: Context) -> Float[Array, "B T H K"]:
     """w of the tokens, with norm and RoPE as q has them."""
-    c = self.config
     if self.w_proj is None:
       return q
-    w = self.w_proj.to_heads(x, self.H)
-    if self.w_norm is not None:
-      w = self.w_norm(w)
-    return rope(w, ctx.positions, c.rope_theta, c.rope_fraction)
+    return self.placed(self.w_proj.to_heads(x, self.H), self.w_norm, ctx)
 
   def beta(self, x: Float[Array, "B T D"]) -> Float[Array, "B T H"]:
     """How much of what is known is left out, float32."""

@@ -13,7 +13,7 @@ from attnlab.mixers.attention import append_to_ring, axes_of, new_cache, own_hea
 from attnlab.mixers.base import Cache, Context, Layer, MixerOutput, register
 from attnlab.mixers.softmax import SoftmaxAttention
 from attnlab.mixers.sparse import extend_tails
-from attnlab.nn import Linear, RMSNorm, rope
+from attnlab.nn import Linear, RMSNorm
 from attnlab.settings import Fraction
 from pallas_kernels import segments, simplicial_attention
 
@@ -105,11 +105,8 @@ class SimplicialAttention(SoftmaxAttention):
 
   def second_of(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[Array, Array]:
     """Keys and values [B, T, Hkv, K] of the tokens as the second of a pair, with norm and RoPE."""
-    c = self.config
     k, v = (project.to_heads(x, self.Hkv) for project in (self.k2_proj, self.v2_proj))
-    if self.k2_norm is not None:
-      k = self.k2_norm(k)
-    return rope(k, ctx.positions, c.rope_theta, c.rope_fraction), v
+    return self.placed(k, self.k2_norm, ctx), v
 
   def core(self, q, k, v, k2, v2, key_heads, ids, where):
     T, before = q.shape[1], self.config.second_window - 1

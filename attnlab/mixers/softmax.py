@@ -110,13 +110,16 @@ class SoftmaxAttention(Mixer):
 
   def heads_of(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[Array, Array, Array]:
     """q [B, T, H, K], k and v [B, T, Hkv, K] of the tokens, with norm and RoPE."""
-    c = self.config
     q = self.q_proj.to_heads(x, self.H)
     k, v = (project.to_heads(x, self.Hkv) for project in (self.k_proj, self.v_proj))
-    if c.qk_norm:
-      q, k = self.q_norm(q), self.k_norm(k)
-    q, k = (rope(y, ctx.positions, c.rope_theta, c.rope_fraction) for y in (q, k))
-    return q, k, v
+    return self.placed(q, self.q_norm, ctx), self.placed(k, self.k_norm, ctx), v
+
+  def placed(
+    self, y: Float[Array, "B T H K"], norm: RMSNorm | None, ctx: Context
+  ) -> Float[Array, "B T H K"]:
+    """Queries or keys with their norm, if there is one, and RoPE."""
+    y = y if norm is None else norm(y)
+    return rope(y, ctx.positions, self.config.rope_theta, self.config.rope_fraction)
 
   def output(self, o: Float[Array, "B T H K"], x: Float[Array, "B T D"]) -> Array:
     """What leaves the layer: the output gate, if there is one, and the projection."""

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from attnlab import sharding
 from attnlab.errors import UserError
 from attnlab.mixers import references
-from attnlab.mixers.attention import axes_of, together
+from attnlab.mixers.attention import axes_of, document_ids, together
 from attnlab.mixers.base import MixerOutput, register
 from attnlab.mixers.softmax import SoftmaxAttention
 from attnlab.mixers.sparse import Place, extend_tails
@@ -70,8 +70,8 @@ class WindowLinear(SoftmaxAttention):
     q, k, v = self.heads_of(x, ctx)
     tokens, where, state = {"k": k, "v": v}, together(ctx), None
     if cache is not None:
-      ids = jnp.ones_like(ctx.positions) if ctx.segment_ids is None else ctx.segment_ids
-      tokens, tail = extend_tails(cache["tail"], tokens | {"ids": ids[..., None].astype(jnp.int32)})
+      own = {"ids": document_ids(ctx)[..., None]}
+      tokens, tail = extend_tails(cache["tail"], tokens | own)
       ids = tokens.pop("ids")[..., 0]
       # The tail has the positions before the first token's; those that are not filled have the id of padding.
       w = self.config.window
