@@ -65,7 +65,8 @@ def needs_parts(name: str, x: jax.Array) -> None:
   if any(axis is not None for axis in spec):
     raise ValueError(
       f"{name} is split over devices, as {spec}, and kernels run on a device's own part: call them within "
-      "jax.shard_map(fn, in_specs=..., out_specs=..., check_vma=False), which may split sequences and heads"
+      "jax.shard_map(fn, in_specs=..., out_specs=..., check_vma=False), which may split sequences, heads, and "
+      "where there is an axis_name, tokens"
     )
 
 

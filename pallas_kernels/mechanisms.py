@@ -4,7 +4,7 @@ All take arrays [batch, time, heads, dim] and return the outputs [B, T, Hv, V] a
 (``None`` unless ``return_state``). ``g`` is always a log decay (<= 0, float32). Keyword arguments common to all:
 
   scale: multiplies q; ``None`` is K ** -0.5.
-  initial_state, return_state, segment_ids, chunk_size, backend: as in ``linear_recurrence``.
+  initial_state, return_state, segment_ids, chunk_size, axis_name, backend: as in ``linear_recurrence``.
 """
 
 import functools

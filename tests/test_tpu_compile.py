@@ -284,14 +284,19 @@ def test_attention_copies_no_heads(name):
 
 def test_compiles_in_a_sharded_program():
   """For 128 chips, gradients included: each device runs the kernels on its part, and nothing moves between them."""
-  names = "recurrence", "step", "conv", "rope"
-  recurrence, step, conv, rope = told("tests.tpu_programs", "v5p:4x4x8", *names)
+  names = "recurrence", "parts", "step", "conv", "rope"
+  recurrence, parts, step, conv, rope = told("tests.tpu_programs", "v5p:4x4x8", *names)
   assert recurrence["kernels"] == 2 and recurrence["collectives"] == []
   # A row and 4 of Kimi Linear's heads a device: the bound of all programs, in test_tpu_cost.py.
   heads, T, D = 4, 4096, 128
   cotangent = 2 * T * heads * D
   gradients = recurrence["argument"] - cotangent
   assert recurrence["temp"] <= 4 * heads * T / 128 * D * D + 1.2 * gradients
+  # The same of a row that four chips share: two runs more forward, which tell what a part does to states, and none
+  # backward. The four parts' maps and states are gathered. Beside them there are what tokens read of the state at the
+  # start, and values that are zero.
+  assert parts["kernels"] == 4 and parts["collectives"] == ["all-gather", "all-reduce"]
+  assert parts["temp"] <= recurrence["temp"] + 2 * cotangent + 9 * 4 * heads * D * D
   # The state is written where it was; what is made of a token for the kernel is small beside it.
   assert step["kernels"] == 1 and step["collectives"] == []
   assert step["alias"] >= step["largest"] and step["temp"] < step["largest"] / 8

@@ -6,18 +6,17 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from attnlab.nn import rope_heads
 from pallas_kernels.linear_recurrence import linear_recurrence, linear_recurrence_step
 from pallas_kernels.linear_recurrence.shapes import SHAPES, inputs
 from pallas_kernels.short_conv import short_conv
 
-# Chips over which heads and channels are split; rows are over the others.
-MODEL = 8
+# Chips over which heads and channels are split; rows are over the others. In ``parts`` chips share a row, too.
+MODEL, CONTEXT = 8, 4
 
 
-def recurrence(local, rows):
+def recurrence(local, rows, **options):
   """Kimi Linear's gradients, of arrays as projections write them, [B, T, heads * dim]."""
   whole = jax.eval_shape(
     lambda: inputs(SHAPES["kimi_linear"], batch=rows, length=4096, dtype=jnp.bfloat16)
@@ -27,13 +26,18 @@ def recurrence(local, rows):
 
   def core(flat):
     own = jax.tree.map(lambda x, of: x.reshape(*x.shape[:2], -1, *of.shape[3:]), flat, whole)
-    return linear_recurrence(own, backend="tpu")[0].reshape(flat.v.shape)
+    return linear_recurrence(own, backend="tpu", **options)[0].reshape(flat.v.shape)
 
   def program(flat, do):
     _, vjp = jax.vjp(local(core, (jax.tree.map(lambda _: axes, flat),), axes), flat)
     return vjp(do)
 
   return program, (flat, flat.v), axes
+
+
+def parts(local, rows):
+  """The same, where each chip has a part of the tokens of a row."""
+  return recurrence(local, rows, axis_name="context")
 
 
 def step(local, rows):
@@ -84,15 +88,14 @@ def rope(local, rows):
 def compiled(topology: str, make) -> dict:
   """A program for all chips of a slice, rows over "data" and heads or channels over "model": what it holds."""
   from jax.experimental import topologies
-  from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
+  from jax.sharding import NamedSharding, PartitionSpec, use_abstract_mesh
 
   from attnlab import sharding
 
   devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-  mesh = Mesh(
-    np.array(devices).reshape(1, -1, MODEL), sharding.AXES, axis_types=(AxisType.Explicit,) * 3
-  )
-  names = {"batch": ("replica", "data"), "heads": "model", None: None}
+  context = CONTEXT if make is parts else 1
+  mesh = sharding.make_mesh({"data": -1, "context": context, "model": MODEL}, devices)
+  names = {"batch": ("replica", "data", "context"), "heads": "model", None: None}
 
   def placed(axes, tree):
     def one(x):

@@ -8,7 +8,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch, segments
-from pallas_kernels.linear_recurrence import gpu, reference, step_gpu, step_tpu, tpu, xla
+from pallas_kernels.linear_recurrence import gpu, parts, reference, step_gpu, step_tpu, tpu, xla
 from pallas_kernels.linear_recurrence.recurrence import Recurrence
 
 # "interpret" runs the TPU kernels in Pallas's interpreter, "interpret_gpu" the GPU kernels, for tests on any machine.
@@ -49,6 +49,7 @@ def linear_recurrence(
   segment_ids: Int[Array, "B T"] | None = None,
   chunk_size: int | None = None,
   return_state: bool = False,
+  axis_name: str | None = None,
   backend: str = "auto",
 ) -> tuple[Float[Array, "B T Hv V"], Float[Array, "B Hv K V"] | None]:
   """Runs the recurrence over all tokens; see ``Recurrence`` for its inputs.
@@ -69,6 +70,8 @@ def linear_recurrence(
       first segment of each row, the final state is the last one's.
     chunk_size: tokens handled together, a power of two; ``None`` lets the backend choose. Changes rounding only.
     return_state: whether the final state is wanted.
+    axis_name: within ``jax.shard_map``, the mesh axis over whose devices the tokens of each row are split, in order
+      (``parts.py``). The initial state is the first part's, the final state the last one's; every device has both.
     backend: "auto", "tpu" or "gpu" (Pallas kernels), "xla" (chunked, any platform), "reference" (token by token), or
       "interpret" or "interpret_gpu": the TPU's or the GPU's kernels in Pallas's interpreter, on any machine.
 
@@ -101,10 +104,16 @@ def linear_recurrence(
   serves["interpret_gpu"] = lambda: gpu.supports(r, chunk_size)
   serves |= {name: lambda: None for name in ("xla", "reference")}
   name = dispatch.choose(backend, serves, _ORDER)
+  if axis_name is not None and name == "reference":
+    raise NotImplementedError(
+      "the reference runs rows that are whole: axis_name needs another backend"
+    )
   runs = None if segment_ids is None else segments.runs(segment_ids)
 
   if name == "reference":
     o, final = reference.linear_recurrence(r, initial_state, runs)
+  elif axis_name is not None:
+    o, final = _parts(name, chunk_size, axis_name, r, initial_state, segment_ids)
   elif T == 1:
     # a token in a segment of its own still continues the initial state: it is the first segment
     step = "reference" if name == "xla" else name
@@ -182,3 +191,34 @@ def _chunked_backward(backend, chunk_size, residuals, cotangents):
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _parts(backend, chunk_size, axis_name, r, initial_state, segment_ids):
+  """``_chunked`` of rows of which each device of a mesh axis has a part."""
+  return _parts_forward(backend, chunk_size, axis_name, r, initial_state, segment_ids)[0]
+
+
+def _parts_forward(backend, chunk_size, axis_name, r, initial_state, segment_ids):
+  forward, _ = _CHUNKED[backend]
+  runs = None if segment_ids is None else segments.runs(segment_ids)
+
+  def run(r, state):
+    return forward(r, state, runs, chunk_size, keep=False)[:2]
+
+  e, written = parts.effect(run, r, runs, segment_ids, axis_name)
+  state, final = parts.states(e, written, initial_state, axis_name)
+  o, _, kept = forward(r, state, runs, chunk_size, keep=True)
+  return (o, final), (r, runs, kept, e)
+
+
+def _parts_backward(backend, chunk_size, axis_name, residuals, cotangents):
+  r, runs, kept, e = residuals
+  _, backward = _CHUNKED[backend]
+  do, dfinal = cotangents
+  dstate, dinitial = parts.gradients(e, do, dfinal, axis_name)
+  dr, _ = backward(r, runs, chunk_size, kept, do, dstate)
+  return dr, dinitial, None
+
+
+_parts.defvjp(_parts_forward, _parts_backward)

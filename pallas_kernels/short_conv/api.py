@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import dispatch, segments
+from pallas_kernels import context_parallel, dispatch, segments
 from pallas_kernels.short_conv import tpu, xla
 
 _ORDER = {"cpu": ["xla"], "gpu": ["xla"], "tpu": ["tpu", "xla"]}
@@ -25,6 +25,7 @@ def short_conv(
   initial_state: Float[Array, "B past D"] | None = None,
   *,
   segment_ids: Int[Array, "B T"] | None = None,
+  axis_name: str | None = None,
   backend: str = "auto",
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B past D"]]:
   """Convolves each channel causally: ``y_t = bias + sum_w weight_w x_{t - (W - 1) + w}``.
@@ -38,6 +39,8 @@ def short_conv(
     initial_state: the inputs before the first token, oldest first; zero where ``None``. They belong
       to the first segment of each row.
     segment_ids: no tap reaches across a change of id from one token to the next.
+    axis_name: within ``jax.shard_map``, the mesh axis over whose devices the tokens of each row are split, in order;
+      each has at least W - 1. The initial state is the first part's, the returned one the last part's.
     backend: "auto", "xla", "tpu" (a Pallas kernel) or "interpret" (the same, on any machine, slowly). "gpu" has none,
       and says why.
 
@@ -65,7 +68,12 @@ def short_conv(
     "gpu": functools.partial(_no_gpu_kernel, x),
   }
   name = dispatch.choose(backend, backends, _ORDER)
-  return _conv(name, x, weight, bias, initial_state.astype(x.dtype), runs)
+  if axis_name is not None:
+    initial_state = context_parallel.tokens_before(
+      x, weight.shape[0] - 1, axis_name, initial_state, segment_ids
+    )
+  y, state = _conv(name, x, weight, bias, initial_state.astype(x.dtype), runs)
+  return y, state if axis_name is None else context_parallel.of_last(state, axis_name)
 
 
 def _no_gpu_kernel(x: Array) -> None:
