@@ -122,6 +122,10 @@ def check(config: ConfigDict, *, devices: int = 1, processes: int = 1) -> None:
       f"config.train.batch_size = {rows} does not divide by {step} = train.grad_accum"
       f" {train.grad_accum} x mesh.replica {mesh['replica']} x mesh.data {mesh['data']}"
     )
+  if config.data.seq_len % mesh["context"]:
+    raise UserError(
+      f"config.data.seq_len = {config.data.seq_len} does not divide by config.mesh.context = {mesh['context']}"
+    )
   if mesh["replica"] * mesh["data"] % processes:
     raise UserError(
       f"config.mesh.replica {mesh['replica']} x config.mesh.data {mesh['data']} does not divide by"

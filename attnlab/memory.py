@@ -3,6 +3,7 @@
   python -m attnlab.memory                                       all sparse mechanisms on a v6e, which need not be here
   python -m attnlab.memory --mixers=nsa,dsa --chip=cpu --lengths=8192,16384
   python -m attnlab.memory --size=1.3b --mixers=moba             with heads and blocks that the TPU kernels serve
+  python -m attnlab.memory --mixers=kda --context=4              a device's, where four share the tokens of the row
   python -m attnlab.memory --dense --out=benchmarks/records/train_memory.json
 
 Each is a model of one layer, configs/NAME.py at a size in bfloat16, through attnlab's own train step: loss, gradients
@@ -40,9 +41,15 @@ LENGTHS = (8192, 16384, 32768, 65536)
 
 
 def temporary(
-  name: str, length: int, *, chip: str = "cpu", size: str = "tiny", dense: bool = False
+  name: str,
+  length: int,
+  *,
+  chip: str = "cpu",
+  size: str = "tiny",
+  dense: bool = False,
+  context: int = 1,
 ) -> int:
-  """Bytes of temporary memory of one train step of a model of one layer.
+  """Bytes of temporary memory, on each device, of one train step of a model of one layer.
 
   Args:
     name: of the mixer, and of its config.
@@ -50,12 +57,14 @@ def temporary(
     chip: "cpu", or a name of ``pallas_kernels.cost.CHIPS``: then in a process with that package's environment.
     size: of configs/base.py.
     dense: with everything seen, as in the first stage of some recipes.
+    context: devices that share the row's tokens.
   """
   config = _config(name, size)
   config.model.update(dict(num_layers=1, dtype="bfloat16", dense=dense))
-  config.train.batch_size, config.data.seq_len, config.mesh.data = 1, length, 1
+  config.train.batch_size, config.data.seq_len = 1, length
+  config.mesh.update(dict(data=1, context=context))
   config = resolve(config)
-  mesh = sharding.make_mesh(config.mesh, [device(chip)])
+  mesh = sharding.make_mesh(config.mesh, devices(chip)[:context])
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     tx = optim.optimizer(config.optim, config.train.steps)
     graphdef, _, state = make_init(config, tx, mesh)
@@ -73,16 +82,16 @@ def _config(name: str, size: str) -> ConfigDict:
   return load(f"configs/{mixer(name).name}.py:size={size}")
 
 
-def device(chip: str) -> jax.Device:
-  """A device to compile for: this machine's CPU, or a TPU of ``pallas_kernels.cost.CHIPS`` that need not be here."""
+def devices(chip: str) -> Sequence[jax.Device]:
+  """Devices to compile for: this machine's, or TPUs of ``pallas_kernels.cost.CHIPS`` that need not be here."""
   if chip == "cpu":
-    return jax.devices("cpu")[0]
+    return jax.devices("cpu")
   from jax.experimental import topologies
 
   from pallas_kernels.cost import CHIPS
 
   topology = CHIPS[chip].topology
-  return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+  return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
 
 
 def table(
@@ -92,6 +101,7 @@ def table(
   chip: str,
   size: str = "tiny",
   dense: bool = False,
+  context: int = 1,
   report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, dict[int, int]]:
   """Bytes by mixer and length, each mixer compiled in a process of its own; ``report`` gets a line for each length."""
@@ -99,7 +109,7 @@ def table(
 
   out: dict[str, dict[int, int]] = {name: {} for name in names}
   for name, row in out.items():
-    what = [name, chip, size, str(int(dense)), *map(str, lengths)]
+    what = [name, chip, size, *map(str, (int(dense), context, *lengths))]
     command = [sys.executable, "-m", "attnlab.memory", "--child", ",".join(what)]
     with tempfile.TemporaryFile("w+") as errors:
       child = subprocess.Popen(
@@ -138,10 +148,13 @@ def _print(result: dict[str, dict[int, int]]) -> None:
 def main(_) -> None:
   f = flags.FLAGS
   if f.child:
-    name, chip, size, dense, *lengths = f.child.split(",")
-    for n in map(int, lengths):
+    name, chip, size, *numbers = f.child.split(",")
+    dense, context, *lengths = map(int, numbers)
+    if chip == "cpu":
+      jax.config.update("jax_num_cpu_devices", context)
+    for n in lengths:
       start = time.monotonic()
-      taken = temporary(name, n, chip=chip, size=size, dense=bool(int(dense)))
+      taken = temporary(name, n, chip=chip, size=size, dense=bool(dense), context=context)
       seconds = round(time.monotonic() - start)
       print(json.dumps({"length": n, "bytes": taken, "seconds": seconds}), flush=True)
     return
@@ -157,10 +170,11 @@ def main(_) -> None:
   for name in names:
     _config(name, f.size)  # What is unknown ends here, and not in a child.
   show = Console(stderr=True, highlight=False).print
-  result = table(names, lengths, chip=f.chip, size=f.size, dense=f.dense, report=show)
+  options = dict(chip=f.chip, size=f.size, dense=f.dense, context=f.context)
+  result = table(names, lengths, **options, report=show)
   _print(result)
   if f.out:
-    record = dict(chip=f.chip, size=f.size, dense=f.dense, jax=jax.__version__, bytes=result)
+    record = options | dict(jax=jax.__version__, bytes=result)
     metrics.write_atomically(Path(f.out), json.dumps(record, indent=2) + "\n")
 
 
@@ -170,6 +184,7 @@ if __name__ == "__main__":
   flags.DEFINE_string("chip", "v6e", "What to compile for: cpu, or a TPU of pallas_kernels.cost.")
   flags.DEFINE_string("size", "tiny", "Of every model, by the name of configs/base.py.")
   flags.DEFINE_bool("dense", False, "With everything seen.")
+  flags.DEFINE_integer("context", 1, "Devices that share the row; of TPUs at most 4.", 1)
   flags.DEFINE_string("out", None, "Where to record the bytes as JSON.")
   flags.DEFINE_string("child", None, "For the processes that this program starts.")
   cli.run(main)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from attnlab import sharding
 from attnlab.errors import UserError, unknown
 from attnlab.losses import cross_entropy
-from attnlab.mixers import Context, Layer, Mixer, configure, mixer
+from attnlab.mixers import Context, Layer, Mixer, configure, mix, mixer
 from attnlab.moe import MoE
 from attnlab.nn import RMSNorm, SwiGLU, param
 from attnlab.pattern import LayerSpec, parse_pattern
@@ -88,7 +88,7 @@ class Block(nnx.Module):
       )
 
   def __call__(self, x: Float[Array, "B T D"], ctx: Context, cache: Cache | None):
-    out = self.mixer(self.mixer_norm(x), ctx, cache)
+    out = mix(self.mixer, self.mixer_norm(x), ctx, cache)
     x = x + out.y
     aux = dict(out.aux)
     if self.mlp is not None and self.mlp_norm is not None:
@@ -195,18 +195,21 @@ class Model(nnx.Module):
   def scores(self, batch: dict[str, Array]) -> tuple[Array, Array, Array, Array, dict[str, Array]]:
     """Of every target, or with "labels" those alone: nll, log Z, whether it is right, weight, each [B, T] or [B, K];
     and the layers' scalars."""
-    ctx = Context(batch["positions"], batch["segment_ids"], dense=self.dense)
-    x, _, aux = self._layers(self._embed(batch["inputs"]), ctx, None)
+    x, aux = self._through(batch)
     targets, w = batch["targets"], batch["weights"]
     if "labels" in batch:  # no logits where nothing is to be predicted
-      x, targets, w = (sharding.take(y, batch["labels"]) for y in (x, targets, w))
-    return *cross_entropy(x, self._head(), targets), w, aux
+      every = sharding.whole_rows(x), targets, w
+      x, targets, w = (sharding.take(y, batch["labels"]) for y in every)
+      nll, lse, correct = cross_entropy(x, self._head(), targets)
+    else:
+      nll, lse, correct = self._cross_entropy(x, targets)
+    nll, lse, correct, w = (sharding.put(y, "rows", None) for y in (nll, lse, correct, w))
+    return nll, lse, correct, w, aux
 
   def token_nll(self, batch: dict[str, Array]) -> Float[Array, "B T"]:
     """The loss of each target in nats, whatever its weight."""
-    ctx = Context(batch["positions"], batch["segment_ids"], dense=self.dense)
-    x, _, _ = self._layers(self._embed(batch["inputs"]), ctx, None)
-    return cross_entropy(x, self._head(), batch["targets"])[0]
+    x, _ = self._through(batch)
+    return sharding.put(self._cross_entropy(x, batch["targets"])[0], "rows", None)
 
   def forward(
     self,
@@ -272,6 +275,20 @@ class Model(nnx.Module):
         yield block.mixer, len(jax.tree.leaves(block.mixer_norm)[0])
 
   # What they share.
+
+  def _through(self, batch: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+    """All layers over a batch, of rows in parts where the mesh shares them (``sharding.split_rows``)."""
+    tokens, positions, ids = (
+      sharding.split_rows(batch[name]) for name in ("inputs", "positions", "segment_ids")
+    )
+    ctx = Context(positions, ids, dense=self.dense, parts=sharding.size("context"))
+    x, _, aux = self._layers(self._embed(tokens), ctx, None)
+    return x, aux
+
+  def _cross_entropy(self, x: Array, targets: Int[Array, "B T"]) -> list[Float[Array, "B T"]]:
+    """Of what ``_through`` gives."""
+    scores = cross_entropy(x, self._head(), sharding.split_rows(targets))
+    return [sharding.whole_rows(y) for y in scores]
 
   def _embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     # Unit variance at the start, whether or not the same rows make the logits.

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from attnlab import sharding
 from pallas_kernels import heads
 from pallas_kernels import rope as kernels
+from pallas_kernels.context_parallel import tokens_before
 from pallas_kernels.short_conv import short_conv
 
 Init = Callable[..., Array]
@@ -254,11 +255,15 @@ class ShortConv(nnx.Module):
     x: Float[Array, "B T D"],
     state: Float[Array, "B past D"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
+    axis_name: str | None = None,
   ) -> tuple[Float[Array, "B T D"], Float[Array, "B past D"]]:
-    """The convolved tokens, and the last inputs: the state with which the next tokens continue."""
+    """The convolved tokens, and the last inputs: the state with which the next tokens continue.
+
+    With ``axis_name`` rows are in parts (``Context.parts``).
+    """
     rows = ("batch", None, self.axis)
     run = sharding.local(
-      lambda x, w, b, s, ids: short_conv(x, w, b, s, segment_ids=ids),
+      lambda x, w, b, s, ids: short_conv(x, w, b, s, segment_ids=ids, axis_name=axis_name),
       (
         rows,
         (None, self.axis),
@@ -286,9 +291,14 @@ class TokenShift(nnx.Module):
     x: Float[Array, "B T D"],
     state: Float[Array, "B 1 D"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
+    axis_name: str | None = None,
   ) -> tuple[Float[Array, "B T D"], Float[Array, "B 1 D"]]:
-    """The shifted tokens, and the last one for the call after this."""
+    """The shifted tokens, and the last one for the call after this. Of rows in parts there is no call after this."""
     first = jnp.zeros_like(x[:, :1]) if state is None else sharding.like(state, x)
+    if axis_name is not None:
+      rows, ids = ("batch", None, None), None if segment_ids is None else ("batch", None)
+      last = lambda x, first, ids: tokens_before(x, 1, axis_name, first, ids)  # noqa: E731
+      first = sharding.local(last, (rows, rows, ids), rows)(x, first, segment_ids)
     before = jnp.concatenate([first, x[:, :-1]], axis=1)
     if segment_ids is not None:
       # Of one row a part may be a single number, and jax forgets where that lies.

@@ -1,9 +1,10 @@
 """All that the project knows about devices: the mesh, one table of logical axes, and ``local()`` around kernels.
 
 Arrays carry logical axis names; ``TABLE`` says which mesh axes each is split over, where it is stored and where it is
-computed with. Parameters are stored split over ``data`` (FSDP) and gathered at their use; heads, MLP columns and
-experts are split over ``model``. The mesh is Explicit: every array's type says how it is split, and a mismatch is an
-error while tracing. Without a mesh (``jax.set_mesh`` not called) every function here does nothing.
+computed with. Parameters are stored split over ``data`` and ``context`` (FSDP) and gathered at their use; heads, MLP
+columns and experts are split over ``model``; each row's tokens are split over ``context``. The mesh is Explicit: every
+array's type says how it is split, and a mismatch is an error while tracing. Without a mesh (``jax.set_mesh`` not
+called) every function here does nothing.
 """
 
 import math
@@ -17,13 +18,15 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from attnlab.errors import UserError
 
-AXES = ("replica", "data", "model")
+AXES = ("replica", "data", "context", "model")
 
 # logical axis -> (mesh axes in storage, mesh axes in computation)
 TABLE: dict[str | None, tuple[tuple[str, ...], tuple[str, ...]]] = {
-  "batch": (("replica", "data"), ("replica", "data")),
+  "rows": (AXES[:2], AXES[:2]),  # whole, as they come and where they are counted
+  "batch": (AXES[:3], AXES[:3]),  # rows, or their parts (``split_rows``)
+  "context": ((), ("context",)),
   "tokens": (AXES, AXES),  # batch and time in one axis, for what treats tokens one by one
-  "embed": (("data",), ()),
+  "embed": (("data", "context"), ()),
   "heads": (("model",), ("model",)),
   "mlp": (("model",), ("model",)),
   "experts": (("model",), ("model",)),
@@ -33,12 +36,12 @@ TABLE: dict[str | None, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 def mesh_sizes(config: Mapping[str, int], devices: int) -> dict[str, int]:
-  """How many parts each axis of ``config.mesh`` has; one of them may be -1: what is left.
+  """How many parts each axis of ``config.mesh`` has, 1 where it is not named; one of them may be -1: what is left.
 
   Raises:
     UserError: the sizes do not multiply to the number of devices.
   """
-  sizes = {axis: int(config[axis]) for axis in AXES}
+  sizes = {axis: int(config.get(axis, 1)) for axis in AXES}
   free = [axis for axis, n in sizes.items() if n == -1]
   for axis, n in sizes.items():
     if n < 1 and n != -1:
@@ -58,7 +61,7 @@ def make_mesh(
   """The mesh of ``config.mesh``, over these devices or all there are; UserError as ``mesh_sizes``."""
   devices = jax.devices() if devices is None else list(devices)
   sizes = tuple(mesh_sizes(config, len(devices)).values())
-  return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices)
+  return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
 
 
 def _mesh():
@@ -98,8 +101,8 @@ def shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
-  """The sharding of an array whose first axis is the batch."""
-  return NamedSharding(mesh, PartitionSpec(TABLE["batch"][0]))
+  """The sharding of an array whose first axis is the batch's rows."""
+  return NamedSharding(mesh, PartitionSpec(TABLE["rows"][0]))
 
 
 def put(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -222,11 +225,13 @@ def local(fn: Callable, in_axes: Any, out_axes: Any) -> Callable:
       lambda axes, x: _spec(x.shape, axes, mesh, 1), in_axes, args, is_leaf=is_axes
     )
     whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
-    # Without the mesh's axes: inside fn none is split, and not every operation has rules for those that are. With its
-    # device, by which backends are chosen.
-    one = jax.sharding.AbstractMesh((), (), abstract_device=mesh.abstract_device)
-    with jax.sharding.use_abstract_mesh(one):
-      outs = jax.eval_shape(fn, *whole)
+    # One device, of the mesh's kind, by which backends are chosen: it has all of every array.
+    kind = dict(axis_types=mesh.axis_types, abstract_device=mesh.abstract_device)
+    one = jax.sharding.AbstractMesh((1,) * len(AXES), AXES, **kind)
+    spec = PartitionSpec()
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+      alone = jax.shard_map(fn, mesh=one, in_specs=spec, out_specs=spec, check_vma=False)
+      outs = jax.eval_shape(alone, *whole)
     out_specs = jax.tree.map(
       lambda axes, x: _spec(x.shape, axes, mesh, 1), out_axes, outs, is_leaf=is_axes
     )
@@ -234,6 +239,39 @@ def local(fn: Callable, in_axes: Any, out_axes: Any) -> Callable:
     return jax.shard_map(fn, in_specs=specs, out_specs=out_specs, check_vma=False)(*args)
 
   return run
+
+
+# --- context parallelism: parts of rows as rows of their own ---
+#
+# To all that treats tokens one by one, half of a row's tokens are a row. So rows [B, T] become [B parts, T / parts], of
+# which each device has those whose tokens it computes, and only what looks at other tokens need know (Context.parts).
+
+
+def split_rows(x: jax.Array) -> jax.Array:
+  """[B, T, ...] -> [B parts, T / parts, ...], ``size("context")`` parts of each row."""
+  mesh = _mesh()
+  if mesh is None or mesh.shape["context"] == 1:
+    return x
+
+  def own(x):
+    length = x.shape[1] // jax.lax.axis_size("context")
+    return jax.lax.dynamic_slice_in_dim(x, part("context") * length, length, axis=1)
+
+  return _rows(own, "rows", "batch")(put(x, "rows", *(None,) * (x.ndim - 1)))
+
+
+def whole_rows(x: jax.Array) -> jax.Array:
+  """What ``split_rows`` split, whole: [B parts, T / parts, ...] -> [B, T, ...]."""
+  mesh = _mesh()
+  if mesh is None or mesh.shape["context"] == 1:
+    return x
+  x = _rows(lambda x: gather("context", x, axis=1), "batch", "rows")(x)
+  return put(x, "batch", *(None,) * (x.ndim - 1))
+
+
+def _rows(fn: Callable, before: str, after: str) -> Callable:
+  specs = (PartitionSpec(TABLE[axis][1]) for axis in (before, after))
+  return jax.shard_map(fn, in_specs=next(specs), out_specs=next(specs), check_vma=False)
 
 
 def flatten_tokens(x: jax.Array) -> jax.Array:
@@ -296,6 +334,12 @@ def mean_over(axis: str, x: jax.Array) -> jax.Array:
   """Inside ``local``: the mean over devices that have different parts of a logical axis."""
   names = _manual(axis)
   return jax.lax.pmean(x, names) if names else x
+
+
+def gather(name: str, x: jax.Array, axis: int) -> jax.Array:
+  """Inside ``local``: the parts of a logical axis, of all devices that have one, put together along an array's axis."""
+  names = _manual(name)
+  return jax.lax.all_gather(x, names, axis=axis, tiled=True) if names else x
 
 
 def _manual(axis: str) -> tuple[str, ...]:

@@ -106,7 +106,7 @@ def reading_mesh(rows: int | None = None) -> jax.sharding.Mesh:
   """
   devices = jax.devices()
   count = len(devices) if rows is None else math.gcd(rows, len(devices))
-  return sharding.make_mesh({"replica": 1, "data": count, "model": 1}, devices[:count])
+  return sharding.make_mesh({"data": count}, devices[:count])
 
 
 def parameter_count(model: PyTree) -> int:

@@ -85,6 +85,7 @@ def base() -> ConfigDict:
   c.mesh = ConfigDict()  # devices along each axis
   c.mesh.replica = 1  # whole copies of the model
   c.mesh.data = -1  # data parallel, parameters sharded (FSDP); -1: all devices that are left
+  c.mesh.context = 1  # parts of each row, whose tokens these devices share
   c.mesh.model = 1  # heads, MLP width, experts and vocabulary
   return c
 

@@ -69,7 +69,9 @@ class Run:
 
   @functools.cached_property
   def key(self) -> str:
-    text = json.dumps(self.spec, sort_keys=True)
+    spec = self.spec
+    del spec["config"]["mesh"]  # How it is run, and not what.
+    text = json.dumps(spec, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
   @functools.cached_property

@@ -5,7 +5,6 @@ import os
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.block_sparse import block_sparse_attention
@@ -60,13 +59,12 @@ def packed(name: str):
 def sharded() -> dict:
   """Compiles block-sparse attention with gradients for two devices, a row of a batch each."""
   from jax.experimental import topologies
-  from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
+  from jax.sharding import NamedSharding, PartitionSpec, use_abstract_mesh
 
   from attnlab import sharding
 
   options = dict(platform="cuda", topology="1x2x1", target_config=gpu.H200)
-  devices = np.array(topologies.get_topology_desc(**options).devices)
-  mesh = Mesh(devices.reshape(1, 2, 1), sharding.AXES, axis_types=(AxisType.Explicit,) * 3)
+  mesh = sharding.make_mesh({"data": 2}, topologies.get_topology_desc(**options).devices)
 
   def array(*shape, dtype=jnp.bfloat16):
     spec = PartitionSpec("data", *(None,) * (len(shape) - 1))

@@ -19,7 +19,7 @@ from flax import nnx
 
 from attnlab import sharding
 from attnlab.config import load
-from attnlab.memory import device
+from attnlab.memory import devices
 from attnlab.mixers import mixer
 from attnlab.mixers.base import Context, Layer
 from attnlab.model import layer_specs, mixer_config
@@ -48,7 +48,7 @@ class Residual(nnx.Module):
 
 def compiled(chip: str, name: str):
   """Outputs and gradients of packed rows in bfloat16, compiled."""
-  mesh = sharding.make_mesh(dict(data=1, model=1, replica=1), [device(chip)])
+  mesh = sharding.make_mesh({}, devices(chip)[:1])
 
   def array(shape, dtype, spec=None):
     spec = spec or jax.sharding.PartitionSpec(*[None] * len(shape))

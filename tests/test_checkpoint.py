@@ -138,7 +138,7 @@ def test_what_changes_after_save_is_not_saved(tmp_path):
 
 def test_onto_another_mesh(tmp_path):
   state, _ = save(tmp_path, (1,))
-  mesh = sharding.make_mesh(dict(replica=1, data=4, model=2))
+  mesh = sharding.make_mesh(dict(data=4, model=2))
   places = sharding.shardings(state[1], mesh)
   wanted = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state[1], places
@@ -146,7 +146,7 @@ def test_onto_another_mesh(tmp_path):
   with jax.set_mesh(mesh), checkpoints(tmp_path) as c:
     _, got = c.restore(wanted)
   kernel = got["model"]["params"]["kernel"].get_value()
-  assert kernel.sharding == NamedSharding(mesh, PartitionSpec("data", "model"))
+  assert kernel.sharding == NamedSharding(mesh, PartitionSpec(("data", "context"), "model"))
   assert same(jax.device_get(got), jax.device_get(state[1]))
 
 

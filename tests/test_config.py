@@ -131,6 +131,7 @@ def test_a_missing_file_names_its_neighbours():
     ({"mesh.model": 3}, 8, ["model=3", "8 devices"]),
     ({"mesh.data": 2}, 8, ["data=2", "8 devices"]),
     ({"mesh.replica": -1}, 8, ["replica", "data", "-1"]),
+    ({"mesh.context": 3}, 3, ["data.seq_len = ", "mesh.context = 3"]),
     ({"mesh.data": 0}, 1, ["mesh.data = 0"]),
     ({"train.steps": 0}, 1, ["train.steps"]),
     ({"train.sample_prompts": (1,)}, 1, ["sample_prompts"]),

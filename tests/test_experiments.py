@@ -110,6 +110,9 @@ def test_a_key_is_of_all_that_determines_the_result():
   fewer = dataclasses.replace(tiny(), tests=tiny().tests[:1])
   longer = tiny()
   longer.config.train.steps = 5
+  elsewhere = tiny()
+  elsewhere.config.mesh.update(dict(data=2, context=2))
+  assert key(elsewhere) == key(tiny())
   assert len({key(tiny()), key(fewer), key(longer)}) == 3
 
 

@@ -19,7 +19,7 @@ def on_devices(model: int):
   if model == 0:
     return contextlib.nullcontext()
   devices = jax.devices()[: 2 * model]
-  return jax.set_mesh(sharding.make_mesh({"replica": 1, "data": 2, "model": model}, devices))
+  return jax.set_mesh(sharding.make_mesh({"data": 2, "model": model}, devices))
 
 
 def gradients(layer, name, x, dy):

@@ -18,7 +18,7 @@ from jax.ad_checkpoint import print_saved_residuals
 
 import pallas_kernels as pk
 from attnlab import sharding
-from attnlab.mixers import Context, Layer, Mixer, configure, mixers
+from attnlab.mixers import Context, Layer, Mixer, configure, mix, mixers
 from attnlab.mixers.linear import LinearMixer, Recent
 
 D, B, T = 32, 4, 7
@@ -531,10 +531,10 @@ def test_gradients_in_bfloat16(case):
   assert_close(low, grads, 0.2, 0.98)
 
 
-def on_a_mesh(case, run, *args, data=4, model=2):
-  """``run`` of parameters and of arrays of the batch, where devices share batch and heads."""
-  devices = jax.devices()[: data * model]
-  mesh = sharding.make_mesh(dict(replica=1, data=data, model=model), devices)
+def on_a_mesh(case, run, *args, data=4, context=1, model=2):
+  """``run`` of parameters and of arrays of the batch, where devices share rows, tokens and heads."""
+  sizes = dict(data=data, context=context, model=model)
+  mesh = sharding.make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
   with jax.set_mesh(mesh):
     params = jax.device_put(case.params, sharding.shardings(case.params, mesh))
     return run(params, *jax.device_put(args, sharding.batch_sharding(mesh)))
@@ -569,6 +569,40 @@ def test_gradients_on_a_mesh(case):
   grads, y = on_a_mesh(case, traced(run), *batch)
   assert by_name(jax.tree.map(jnp.shape, grads[0])) == by_name(jax.tree.map(jnp.shape, case.params))
   assert y.shape == grads[1].shape == case.x.shape
+
+
+def in_parts(case, params, x, cotangent, pos, ids):
+  """``Case.loss`` on a mesh that shares the tokens of rows."""
+  x, cotangent, pos, ids = map(sharding.split_rows, (x, cotangent, pos, ids))
+  ctx = Context(pos, ids, case.shared(x), parts=sharding.size("context"))
+  y = mix(case.layer(params), x, ctx, None).y
+  return jnp.sum(y.astype(jnp.float32) * cotangent), sharding.whole_rows(y)
+
+
+def gradients_in_parts(case):
+  """Of rows in two parts, which documents cross: the gradients of parameters and inputs, and the outputs."""
+  run = jax.grad(functools.partial(in_parts, case), argnums=(0, 1), has_aux=True)
+  batch = (x[:, :6] for x in (case.x, case.cotangent, positions(SEGMENTS), SEGMENTS))
+  return run, batch, dict(data=2, context=2, model=2)
+
+
+@of_few
+def test_in_parts(case):
+  """As whole rows: their first six tokens, which know nothing of a seventh that has no gradient."""
+  run, batch, sizes = gradients_in_parts(case)
+  grads, z = jax.device_get(on_a_mesh(case, jax.jit(run), *batch, **sizes))
+  cotangent = np.where(np.arange(T)[:, None] < 6, case.cotangent, 0)
+  y, want = case.gradients(case.x, cotangent, SEGMENTS)
+  want["[1]"] = want["[1]"][:, :6]
+  np.testing.assert_allclose(z, y[:, :6], rtol=1e-4, atol=1e-4)
+  assert_close(case.reached(by_name(grads)), want, 1e-4, 1 - 1e-8)
+
+
+@of_shapes
+def test_gradients_in_parts(case):
+  run, batch, sizes = gradients_in_parts(case)
+  grads, y = on_a_mesh(case, traced(run), *batch, **sizes)
+  assert y.shape == grads[1].shape == (B, 6, D)
 
 
 @of_shapes

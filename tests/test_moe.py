@@ -114,7 +114,7 @@ def test_sharded(sizes):
   """Tokens over some devices and experts over others; 6 experts do not split over 4: each device then has them all."""
   moe, x = make(np.float32)
   want = of(layer, moe, x)
-  mesh = sharding.make_mesh(dict(replica=1) | sizes)
+  mesh = sharding.make_mesh(sizes)
   with jax.set_mesh(mesh):
     moe = jax.device_put(moe, sharding.shardings(moe, mesh))
     got = of(layer, moe, sharding.put(x, "batch", None, None))

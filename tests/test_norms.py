@@ -74,7 +74,7 @@ def test_norms_of_heads(name, dtype, bound):
 @pytest.mark.parametrize("name", ["l2", "centered", "two groups", "all"])
 @pytest.mark.parametrize("model", [2, 4])
 def test_on_devices_with_whole_heads_and_with_parts(model, name):
-  mesh = sharding.make_mesh({"replica": 1, "data": 2, "model": model}, jax.devices()[: 2 * model])
+  mesh = sharding.make_mesh({"data": 2, "model": model}, jax.devices()[: 2 * model])
   x = jax.random.normal(jax.random.key(0), (2, 5, H * SIZE))
   norm = side_by_side(name)
   want = norm(x)

@@ -143,7 +143,7 @@ def test_what_cannot_work_is_named(change):
 
 
 def test_muon_under_an_explicit_mesh_is_muon():
-  mesh = sharding.make_mesh(dict(replica=1, data=4, model=2))
+  mesh = sharding.make_mesh(dict(data=4, model=2))
   tx = optim.optimizer(settings(name="muon"), 10)
   params = {"w": nnx.Param(jax.random.normal(jax.random.key(0), (3, 8, 4)), axes=("embed", "mlp"),
                            weight_decay=True)}  # fmt: skip
@@ -153,6 +153,6 @@ def test_muon_under_an_explicit_mesh_is_muon():
     places = sharding.shardings((params, jax.eval_shape(tx.init, params)), mesh)
     split = jax.device_put((grads, tx.init(params), params), (places[0], places[1], places[0]))
     got, _ = jax.jit(jax.sharding.auto_axes(tx.update, out_sharding=places))(*split)
-  assert got["w"].get_value().sharding.spec == jax.P(None, "data", "model")
+  assert got["w"].get_value().sharding.spec == jax.P(None, ("data", "context"), "model")
   # Sums in another order, through five iterations of a cubic: float32 rounding and no more.
   np.testing.assert_allclose(want["w"][...], got["w"][...], rtol=1e-4, atol=1e-7)

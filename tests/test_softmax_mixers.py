@@ -244,7 +244,7 @@ def test_sharded_caches(name, settings, sizes):
     _, last = jax.lax.scan(step, (jnp.full(4, 15, jnp.int32), cache), rest)
     return jnp.concatenate([*out, jnp.moveaxis(last, 0, 1)], axis=1)
 
-  mesh = sharding.make_mesh(dict(replica=1) | sizes)
+  mesh = sharding.make_mesh(sizes)
   with jax.set_mesh(mesh):
     layer = jax.device_put(layer, sharding.shardings(layer, mesh))
     got = jax.jit(read)(layer, sharding.put(x, "batch", None, None))

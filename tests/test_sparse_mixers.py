@@ -163,9 +163,7 @@ def test_chunks_of_queries(monkeypatch, name, dense, devices):
 
   want = jax.device_get(jax.jit(jax.value_and_grad(loss, (0, 1)))(params, x))
   monkeypatch.setattr(dispatch, "_CPU", 1 << 13)
-  mesh = sharding.make_mesh(
-    dict(replica=1, data=-1, model=min(2, devices)), jax.devices()[:devices]
-  )
+  mesh = sharding.make_mesh(dict(data=-1, model=min(2, devices)), jax.devices()[:devices])
   with jax.set_mesh(mesh):
     params = jax.device_put(params, sharding.shardings(params, mesh))
     x = jax.device_put(x, sharding.batch_sharding(mesh))

@@ -39,7 +39,8 @@ TINY = "tests/tiny_config.py"
 STEPS = 60
 # Evaluation and sampling on many devices have tests of their own.
 ON_MANY = {
-  "mesh.data": 4,
+  "mesh.data": 2,
+  "mesh.context": 2,
   "mesh.model": 2,
   "train.eval_batches": 0,
   "train.sample_prompts": (),

@@ -6,9 +6,20 @@ from attnlab.mixers.base import (
   Mixer,
   MixerOutput,
   configure,
+  mix,
   mixer,
   mixers,
   register,
 )
 
-__all__ = ["Context", "Layer", "Mixer", "MixerOutput", "configure", "mixer", "mixers", "register"]
+__all__ = [
+  "Context",
+  "Layer",
+  "Mixer",
+  "MixerOutput",
+  "configure",
+  "mix",
+  "mixer",
+  "mixers",
+  "register",
+]

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from attnlab import sharding
 from attnlab.errors import UserError
 from attnlab.mixers.base import Cache, Context
+from pallas_kernels import segments
 from pallas_kernels.softmax_attention import softmax_attention
 
 # What softmax_attention must know of cached keys, besides the keys.
@@ -27,16 +28,20 @@ def attend(
   *,
   sinks: Float[Array, " H"] | None = None,
   window: int | None = None,
+  parts: int = 1,
 ) -> Float[Array, "B Tq H V"]:
   """``softmax_attention`` on each device's own sequences and heads.
 
   Args:
     where: its positions and segment ids, by the names that it has for them.
+    parts: of each row, ``Context.parts``: keys and values are gathered, queries are not.
   """
   groups = q.shape[2] // k.shape[2]
 
   def core(q, k, v, sinks, key_heads, where):
     k, v = own_heads(q, groups, key_heads, k, v)
+    if parts > 1:
+      k, v, where = all_parts(k, v, where)
     return softmax_attention(q, k, v, sinks=sinks, window=window, **where)[0]
 
   heads = ("batch", None, "heads", None)
@@ -46,6 +51,19 @@ def attend(
     heads,
   )
   return run(q, k, v, sinks, jnp.arange(q.shape[2]) // groups, where)
+
+
+def all_parts(k: Array, v: Array, where: Where) -> tuple[Array, Array, Where]:
+  """Keys and values of whole rows, and where the queries of this device's part are among them."""
+  T = k.shape[1]
+  k, v = (sharding.gather("context", x, axis=1) for x in (k, v))
+  where = {"query_positions": sharding.part("context") * T + jnp.arange(T)} | dict(where)
+  if "segment_ids" in where:
+    # An id that comes back later in a row is of another document.
+    runs = segments.runs(sharding.gather("context", where["segment_ids"], axis=1))
+    own = jax.lax.dynamic_slice_in_dim(runs, sharding.part("context") * T, T, axis=1)
+    where |= {"segment_ids": own, "key_segment_ids": runs}
+  return k, v, where
 
 
 def own_heads(q: Array, groups: int, key_heads: Int[Array, " H"], *keys: Array) -> list[Array]:

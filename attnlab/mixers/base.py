@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from attnlab import sharding
 from attnlab.errors import UserError, unknown
 from attnlab.settings import POSITIVE, checked
 
@@ -53,12 +54,19 @@ class Context:
       id 0 marks padding on the left of a prompt.
     shared: what earlier layers left for later ones (``Mixer.shared``), by name.
     dense: sparse mixers select everything: the same weights as full attention, and the first stage of some recipes.
+    parts: in how many parts each row is (``sharding.split_rows``): B is then their number, and T their length.
   """
 
   positions: Int[Array, "B T"]
   segment_ids: Int[Array, "B T"] | None = None
   shared: dict[str, Array] = dataclasses.field(default_factory=dict)
   dense: bool = dataclasses.field(default=False, metadata=dict(static=True))
+  parts: int = dataclasses.field(default=1, metadata=dict(static=True))
+
+  @property
+  def axis_name(self) -> str | None:
+    """The mesh axis over which rows are in parts, for kernels; None: they are whole."""
+    return "context" if self.parts > 1 else None
 
 
 @jax.tree_util.register_dataclass
@@ -94,6 +102,10 @@ class Mixer(nnx.Module):
   variants: ClassVar[Mapping[str, Mapping[str, Any]]]
 
   H: int  # heads
+
+  # Whether it takes rows in parts (``Context.parts``). One that does not is given whole rows, by devices that share
+  # them as far as there are enough: the same result, for more memory.
+  in_parts: ClassVar[bool] = False
 
   # Parts whose parameters the mixer's own losses (``MixerOutput.aux``) train, and nothing else does.
   own_loss: ClassVar[tuple[str, ...]] = ()
@@ -159,6 +171,16 @@ class Mixer(nnx.Module):
     """
     del config, d_model
     return {}
+
+
+def mix(mixer: Mixer, x: Float[Array, "B T D"], ctx: Context, cache: Cache | None) -> MixerOutput:
+  """The mixer, on whole rows where it does not take parts of them."""
+  if ctx.parts == 1 or mixer.in_parts:
+    return mixer(x, ctx, cache)
+  x, ctx = jax.tree.map(sharding.whole_rows, (x, ctx))
+  out = mixer(x, dataclasses.replace(ctx, parts=1), cache)
+  y, shared = jax.tree.map(sharding.split_rows, (out.y, out.shared))
+  return dataclasses.replace(out, y=y, shared=shared)
 
 
 _REGISTRY: dict[str, type[Mixer]] = {}

@@ -32,6 +32,7 @@ class DeltaFormer(SoftmaxAttention):
   """
 
   reference = references.deltaformer
+  in_parts = False
 
   @dataclasses.dataclass(frozen=True, kw_only=True)
   class Config(SoftmaxAttention.Config):

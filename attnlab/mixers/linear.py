@@ -28,14 +28,16 @@ class Recent:
   """The convolutions and shifts of one call: applies them by name and collects their new states."""
 
   def __init__(self, mixer: Mixer, ctx: Context, cache: Cache | None):
-    self._mixer, self._segment_ids = mixer, ctx.segment_ids
+    self._mixer, self._ctx = mixer, ctx
     self._states = cache or {}
     self.states: Cache = {}
 
   def __call__(self, name: str, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """``getattr(mixer, name)`` over time on x."""
     layer = getattr(self._mixer, name)
-    y, self.states[name] = layer(x, self._states.get(name), self._segment_ids)
+    y, self.states[name] = layer(
+      x, self._states.get(name), self._ctx.segment_ids, self._ctx.axis_name
+    )
     return y
 
 
@@ -43,6 +45,9 @@ class LinearMixer(Mixer):
   """Base of the linear mixers. By default q and k are ``l2norm(silu(conv(W x)))`` and v is ``silu(conv(W x))``."""
 
   core: ClassVar[Callable[..., tuple[Array, Any]]]
+
+  # A core that is ``linear_recurrence`` and nothing else along time.
+  in_parts = True
 
   # Signals that are not arguments of ``core``: what only ``output`` and ``hand_on`` use.
   output_only: ClassVar[frozenset[str]] = frozenset()
@@ -279,12 +284,15 @@ class LinearMixer(Mixer):
       lead = ("batch", None, "heads") if by_token else ("heads",)
       return lead + (None,) * (x.ndim - len(lead))
 
+    parts = {"axis_name": ctx.axis_name} if self.in_parts else {}
+
     def core(signals, segment_ids, state):
       return type(self).core(
         **signals,
         segment_ids=segment_ids,
         initial_state=state,
         return_state=state is not None,
+        **parts,
       )
 
     state_axes = jax.tree.map(lambda s: ("batch", "heads") + (None,) * (s.ndim - 2), state)

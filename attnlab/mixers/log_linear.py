@@ -19,6 +19,7 @@ class LogLinear(LinearMixer):
   """What the two share: weights of levels from the token, ``softplus(L * W x)``, and their states."""
 
   without_gradient = frozenset({"position"})
+  in_parts = False
 
   def __init__(self, config, layer: Layer, key):
     super().__init__(config, layer, key)

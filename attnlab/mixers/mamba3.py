@@ -36,6 +36,7 @@ class Mamba3(LinearMixer):
 
   qkv_activation = None
   output_rank = 2
+  in_parts = False
 
   @dataclasses.dataclass(frozen=True, kw_only=True)
   class Config(Mixer.Config):

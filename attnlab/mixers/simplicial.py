@@ -33,6 +33,7 @@ class SimplicialAttention(SoftmaxAttention):
   """
 
   reference = references.simplicial
+  in_parts = False
 
   @dataclasses.dataclass(frozen=True, kw_only=True)
   class Config(SoftmaxAttention.Config):

@@ -33,6 +33,7 @@ class SoftmaxAttention(Mixer):
   """Multi-head, grouped-query (arXiv:2305.13245) or multi-query attention (arXiv:1911.02150)."""
 
   reference = references.softmax_attention
+  in_parts = True
 
   @dataclasses.dataclass(frozen=True, kw_only=True)
   class Config(Mixer.Config):
@@ -105,7 +106,7 @@ class SoftmaxAttention(Mixer):
     else:
       cache, k, v, where = self.remember(cache, k, v, ctx)
     sinks = None if self.sinks is None else sharding.put(self.sinks[...], "heads")
-    o = attend(q, k, v, where, sinks=sinks, window=self.window)
+    o = attend(q, k, v, where, sinks=sinks, window=self.window, parts=ctx.parts)
     return MixerOutput(self.output(o, x), cache)
 
   def heads_of(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[Array, Array, Array]:

@@ -31,6 +31,7 @@ class TTTLinear(LinearMixer):
   """
 
   core = staticmethod(ttt)
+  in_parts = False
   gate_activation = staticmethod(gelu)
   without_gradient = frozenset({"place"})
   # Channels of a model's hidden layer over those of a head; 0: there is none.

@@ -30,6 +30,7 @@ class WindowLinear(SoftmaxAttention):
   """
 
   reference = references.window_linear
+  in_parts = False
 
   @dataclasses.dataclass(frozen=True, kw_only=True)
   class Config(SoftmaxAttention.Config):
