@@ -42,7 +42,7 @@ class Size:
 
 
 SIZES = {
-  "cpu": Size(((64, 16),), 128, (16, 32, 64), (*KINDS, "kda"), True, 25_600, 32, 1, (5e-3, 1e-2)),
+  "cpu": Size(((32, 8),), 128, (16, 24, 32), (*KINDS, "kda"), True, 20_480, 32, 1, (5e-3, 1e-2)),
   "gpu": Size(((256, 64),), 1024, (32, 64, 128), (*KINDS, "kda"), True, 100_000, 256, 6, (1e-3, 3e-3)),
   # Rows, examples, epochs, widths and the grid of Figure 2; what differs is told below.
   "paper": Size(
