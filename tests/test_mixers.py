@@ -598,6 +598,16 @@ def test_in_parts(case):
   assert_close(case.reached(by_name(grads)), want, 1e-4, 1 - 1e-8)
 
 
+def test_who_computes_otherwise_says_that_it_takes_parts():
+  """It is not inherited from what computed otherwise: whole rows are always right."""
+  for name, cls in mixers().items():
+    order = [vars(c) for c in cls.__mro__]
+    said, computed = (
+      next(i for i, names in enumerate(order) if what in names) for what in ("in_parts", "__call__")
+    )
+    assert said <= computed or not cls.in_parts, name
+
+
 @of_shapes
 def test_gradients_in_parts(case):
   run, batch, sizes = gradients_in_parts(case)

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from attnlab import sharding
 from attnlab.mixers import references
-from attnlab.mixers.attention import Where, append, axes_of, new_cache, together
+from attnlab.mixers.attention import Where, all_parts, append, axes_of, new_cache, together
 from attnlab.mixers.base import Cache, Context, Layer, Mixer, MixerOutput, register
 from attnlab.nn import Linear, RMSNorm
 from attnlab.settings import Natural
@@ -32,6 +32,7 @@ class MultiHeadLatentAttention(Mixer):
   """
 
   reference = references.latent_attention
+  in_parts = True
 
   @dataclasses.dataclass(frozen=True, kw_only=True)
   class Config(Mixer.Config):
@@ -102,7 +103,7 @@ class MultiHeadLatentAttention(Mixer):
   ) -> MixerOutput:
     q, latent = self.projected(x, ctx)
     if cache is None:
-      o = self.expanded(q, latent, together(ctx))
+      o = self.expanded(q, latent, together(ctx), ctx.parts)
     else:
       cache, where = append(cache, {"latent": latent}, ctx)
       attend = self.absorbed if self.absorbs(x.shape[1]) else self.expanded
@@ -129,7 +130,11 @@ class MultiHeadLatentAttention(Mixer):
     return q, latent
 
   def expanded(
-    self, q: Float[Array, "B T H K"], latent: Float[Array, "B S L"], where: Where
+    self,
+    q: Float[Array, "B T H K"],
+    latent: Float[Array, "B S L"],
+    where: Where,
+    parts: int = 1,
   ) -> Float[Array, "B T H V"]:
     """Multi-head attention with the keys and values that the latents stand for."""
     c = self.config
@@ -141,6 +146,8 @@ class MultiHeadLatentAttention(Mixer):
       if k_rope is not None:
         k_rope = jnp.broadcast_to(k_rope[:, :, None], (*k.shape[:3], c.rope_dim))
         k = jnp.concatenate([k, k_rope], axis=-1)
+      if parts > 1:
+        k, v, where = all_parts(k, v, where)
       return softmax_attention(q, k, v, scale=self.scale, **where)[0]
 
     heads, shared = ("batch", None, "heads", None), ("batch", None, None) if c.rope_dim else None

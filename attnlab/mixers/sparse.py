@@ -182,6 +182,7 @@ def by_document(
 class SparseCore:
   """What lies between the projections of a mixer, whose query heads are ``H`` and key heads ``Hkv``."""
 
+  in_parts = False  # A query chooses among all before it.
   H: int
   Hkv: int
   sinks: Any = None
