@@ -142,7 +142,7 @@ def convert_and_train(
         continue
       c = resolve(config)
       c.model.dense = kind == "dense"
-      mesh = reading_mesh(c.train.batch_size // c.train.grad_accum)
+      mesh = reading_mesh(c.train.batch_size // c.train.grad_accum, c.data.seq_len)
       _, graphdef, parameters = load_model(run, c, mesh)
       with jax.set_mesh(mesh):
         rows.append(

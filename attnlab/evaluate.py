@@ -197,13 +197,14 @@ def evaluate(
   config = run_config(workdir)
   if batches is not None:
     config.train.eval_batches = batches
-  mesh = reading_mesh(config.train.batch_size // config.train.grad_accum)
+  others = [round(times * config.data.seq_len) for times in lengths]
+  rows = config.train.batch_size // config.train.grad_accum
+  mesh = reading_mesh(rows, math.gcd(config.data.seq_len, *others))
   step, graphdef, model = load_model(workdir, config, mesh, step)
   with jax.set_mesh(mesh):
     result: dict[str, Any] = {"step": step} | make_evaluate(config, mesh)(graphdef, model)
     tokens = config.train.eval_batches * config.train.batch_size * config.data.seq_len
-    for times in lengths:
-      length = round(times * config.data.seq_len)
+    for length in others:
       result.setdefault("by_position", {})[length] = by_position(
         config, graphdef, model, mesh, length=length, tokens=max(tokens, 8 * length)
       )

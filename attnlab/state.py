@@ -98,15 +98,17 @@ def load_model(
   return restored[0], graphdef, restored[1]["model"]
 
 
-def reading_mesh(rows: int | None = None) -> jax.sharding.Mesh:
-  """A mesh for a model that is only read: the devices there are, all along `data`.
+def reading_mesh(rows: int | None = None, length: int = 0) -> jax.sharding.Mesh:
+  """A mesh for a model that is only read: the devices there are, along `data`, and those left over along `context`.
 
   Args:
     rows: of the batches to come: no more devices than divide them. None: all devices.
+    length: of the rows to come, which devices that are left share in parts of multiples of 16 tokens; 0: none does.
   """
   devices = jax.devices()
-  count = len(devices) if rows is None else math.gcd(rows, len(devices))
-  return sharding.make_mesh({"data": count}, devices[:count])
+  data = len(devices) if rows is None else math.gcd(rows, len(devices))
+  context = 1 if length == 0 or length % 16 else math.gcd(length // 16, len(devices) // data)
+  return sharding.make_mesh({"data": data, "context": context}, devices[: data * context])
 
 
 def parameter_count(model: PyTree) -> int:

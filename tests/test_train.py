@@ -356,6 +356,12 @@ def test_an_update_that_is_not_finite_changes_nothing():
 # --- evaluation and generation --------------------------------------------------------------------
 
 
+def test_devices_that_rows_leave_over_share_their_tokens():
+  shapes = [dict(reading_mesh(*args).shape) for args in ((), (4,), (4, 64), (1, 48), (1, 10))]
+  got = [(shape["data"], shape["context"]) for shape in shapes]
+  assert got == [(8, 1), (4, 1), (4, 2), (1, 1), (1, 1)]
+
+
 def test_evaluate_finds_what_training_found(whole):
   last = [r for r in record(whole[0]) if "eval/nll" in r][-1]
   result = evaluate.evaluate(whole[0], lengths=[1, 2])
