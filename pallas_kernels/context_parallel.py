@@ -6,16 +6,16 @@ part before; what carries a state composes what the parts do to it (``linear_rec
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int, Shaped
 
 
 def tokens_before(
-  x: Float[Array, "B T D"],
+  x: Shaped[Array, "B T ..."],
   count: int,
   axis_name: str,
-  initial: Float[Array, "B count D"],
+  initial: Shaped[Array, "B count ..."],
   segment_ids: Int[Array, "B T"] | None = None,
-) -> Float[Array, "B count D"]:
+) -> Shaped[Array, "B count ..."]:
   """The last tokens of the part before each part, zero where they are not of its first token's segment.
 
   Args:
@@ -32,12 +32,15 @@ def tokens_before(
     ids = jnp.concatenate([ids, segment_ids[:, :1]], axis=1)
     # From the part's first token back: until the first change.
     alike = jnp.cumprod((ids[:, 1:] == ids[:, :-1])[:, ::-1], axis=1)[:, ::-1]
-    before = jnp.where(alike[..., None] == 1, before, 0)
+    alike = alike.reshape(*alike.shape, *(1,) * (x.ndim - 2))
+    before = jnp.where(alike == 1, before, 0)
   return jnp.where(lax.axis_index(axis_name) == 0, initial.astype(x.dtype), before)
 
 
-def of_last(x: Array, axis_name: str) -> Array:
-  """The last part's x, on every device."""
+def of_last(x: Array, axis_name: str | None) -> Array:
+  """The last part's x, on every device; without an axis x itself."""
+  if axis_name is None:
+    return x
   is_last = lax.axis_index(axis_name) == lax.axis_size(axis_name) - 1
   return lax.psum(jnp.where(is_last, x, 0), axis_name)
 

@@ -12,7 +12,7 @@ import functools
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels import heads
+from pallas_kernels import context_parallel, heads, segments
 from pallas_kernels.linear_recurrence import KeyErase, LowRankErase, Recurrence, linear_recurrence
 
 
@@ -217,6 +217,7 @@ def mamba3(
   initial_state=None,
   segment_ids=None,
   return_state=False,
+  axis_name=None,
   **options,
 ):
   """Mamba-3's trapezoidal recurrence (arXiv:2603.15569), of MIMO rank R (SISO: R = 1); C and B come rotated.
@@ -230,6 +231,7 @@ def mamba3(
 
   Args:
     initial_state: (S [B, H, N, P], last B [B, H, R, N], last x [B, H, R, P]); the returned state is of the same form.
+    axis_name: as in ``linear_recurrence``.
 
   Returns:
     y [B, T, H, R, P] and the state.
@@ -245,13 +247,14 @@ def mamba3(
     S, last_B, last_x = initial_state
 
   def previous(y, first):
+    if axis_name is not None:
+      first = context_parallel.tokens_before(y, 1, axis_name, first[:, None])[:, 0]
     return jnp.concatenate([first[:, None].astype(y.dtype), y[:, :-1]], axis=1)
 
   # S holds the first write of the token before this call already: only the second is missing.
   weight = jnp.exp(g) * (carried + previous(own, jnp.zeros_like(own[:, 0])))
   if segment_ids is not None:
-    same = segment_ids == previous(segment_ids, segment_ids[:, 0])
-    weight = jnp.where(same[..., None], weight, 0)
+    weight = jnp.where(segments.starts(segment_ids, axis_name)[..., None], 0, weight)
     options["segment_ids"] = jnp.repeat(segment_ids, R, axis=1)
   B_before = previous(B, last_B)
   v = (weight[..., None, None] * previous(x, last_x)).astype(x.dtype)
@@ -265,7 +268,7 @@ def mamba3(
     interleave(B_before),
     interleave(v),
     1.0,
-    options | dict(initial_state=S, return_state=return_state),
+    options | dict(initial_state=S, return_state=return_state, axis_name=axis_name),
     log_decay=decay,
   )
   o = jnp.moveaxis(o.reshape(batch, T, R, H, -1), 2, 3).astype(f32)
@@ -274,6 +277,8 @@ def mamba3(
   einsum = functools.partial(jnp.einsum, precision="highest", preferred_element_type=f32)
   o += einsum("bthrn,bthsn,rs,bthsp->bthrp", C, B_before, later, v)
   o += einsum("bthrn,bthsn,bth,bthsp->bthrp", C, B, own, x)
-  if return_state:
-    S += einsum("bhrn,bh,bhrp->bhnp", B[:, -1], own[:, -1], x[:, -1])
-  return o.astype(x.dtype), (S, B[:, -1], x[:, -1]) if return_state else None
+  if not return_state:
+    return o.astype(x.dtype), None
+  last_B, last_own, last_x = (context_parallel.of_last(y[:, -1], axis_name) for y in (B, own, x))
+  S += einsum("bhrn,bh,bhrp->bhnp", last_B, last_own, last_x)
+  return o.astype(x.dtype), (S, last_B, last_x)

@@ -1,7 +1,9 @@
 """Segments of a packed batch, as every kernel here sees them."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
+
+from pallas_kernels import context_parallel
 
 
 def runs(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
@@ -13,3 +15,14 @@ def runs(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
   """
   changes = segment_ids[:, 1:] != segment_ids[:, :-1]
   return jnp.pad(jnp.cumsum(changes, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
+
+
+def starts(segment_ids: Int[Array, "B T"], axis_name: str | None = None) -> Bool[Array, "B T"]:
+  """Whether a segment begins with a token; not with a row's first, to which an initial state belongs.
+
+  With ``axis_name`` rows are in parts (``context_parallel``).
+  """
+  first = segment_ids[:, :1]
+  if axis_name is not None:
+    first = context_parallel.tokens_before(segment_ids, 1, axis_name, first)
+  return segment_ids != jnp.concatenate([first, segment_ids[:, :-1]], axis=1)

@@ -14,7 +14,7 @@ from attnlab.mixers.linear import LinearMixer
 from attnlab.mixers.mamba2 import inner_heads
 from attnlab.nn import Linear, RMSNorm, param
 from attnlab.settings import Fraction
-from pallas_kernels import mamba3
+from pallas_kernels import mamba3, segments
 from pallas_kernels.rotation import cumulative_angle, rotate
 
 
@@ -36,7 +36,6 @@ class Mamba3(LinearMixer):
 
   qkv_activation = None
   output_rank = 2
-  in_parts = False
 
   @dataclasses.dataclass(frozen=True, kw_only=True)
   class Config(Mixer.Config):
@@ -158,17 +157,15 @@ class Mamba3(LinearMixer):
 
   @staticmethod
   def core(
-    C, B, x, g, dt, trap, theta, *, segment_ids=None, initial_state=None, return_state=False, **kw
+    C, B, x, g, dt, trap, theta, *, segment_ids=None, initial_state=None, axis_name=None, **options
   ):
     """``pallas_kernels.mamba3`` of B and C rotated by the angle ``phi_t = phi_{t-1} + pi tanh(theta_t) dt_t``."""
     turn = jnp.pi * jnp.tanh(theta) * dt[..., None]
     if initial_state is not None:
       *initial_state, phi = initial_state
       turn = turn.at[:, 0].add(phi.astype(turn.dtype))
-    starts = None
-    if segment_ids is not None:
-      starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
-    phi = cumulative_angle(turn, starts)
+    starts = None if segment_ids is None else segments.starts(segment_ids, axis_name)
+    phi = cumulative_angle(turn, starts, axis_name)
     C, B = (rotate(y, phi[..., None, :], interleaved=y.shape[3] == 1) for y in (C, B))
     y, state = mamba3(
       C,
@@ -179,10 +176,10 @@ class Mamba3(LinearMixer):
       trap,
       segment_ids=segment_ids,
       initial_state=initial_state,
-      return_state=return_state,
-      **kw,
+      axis_name=axis_name,
+      **options,
     )
-    if not return_state:
+    if state is None:
       return y, None
     S, last_B, last_x = state
     return y, (S, last_B.astype(S.dtype), last_x.astype(S.dtype), phi[:, -1])

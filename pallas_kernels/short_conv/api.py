@@ -73,7 +73,7 @@ def short_conv(
       x, weight.shape[0] - 1, axis_name, initial_state, segment_ids
     )
   y, state = _conv(name, x, weight, bias, initial_state.astype(x.dtype), runs)
-  return y, state if axis_name is None else context_parallel.of_last(state, axis_name)
+  return y, context_parallel.of_last(state, axis_name)
 
 
 def _no_gpu_kernel(x: Array) -> None:
