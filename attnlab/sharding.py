@@ -251,7 +251,7 @@ def split_rows(x: jax.Array) -> jax.Array:
   """[B, T, ...] -> [B parts, T / parts, ...], ``size("context")`` parts of each row."""
   mesh = _mesh()
   if mesh is None or mesh.shape["context"] == 1:
-    return x
+    return put(x, "batch", *(None,) * (x.ndim - 1))
 
   def own(x):
     length = x.shape[1] // jax.lax.axis_size("context")
@@ -263,9 +263,8 @@ def split_rows(x: jax.Array) -> jax.Array:
 def whole_rows(x: jax.Array) -> jax.Array:
   """What ``split_rows`` split, whole: [B parts, T / parts, ...] -> [B, T, ...]."""
   mesh = _mesh()
-  if mesh is None or mesh.shape["context"] == 1:
-    return x
-  x = _rows(lambda x: gather("context", x, axis=1), "batch", "rows")(x)
+  if mesh is not None and mesh.shape["context"] > 1:
+    x = _rows(lambda x: gather("context", x, axis=1), "batch", "rows")(x)
   return put(x, "batch", *(None,) * (x.ndim - 1))
 
 

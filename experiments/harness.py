@@ -380,6 +380,8 @@ def _told(result: Mapping[str, Any]) -> str:
 def _why(results: Results, run: Run) -> str:
   path = results.directory / run.key / "log.txt"
   text = path.read_text() if path.exists() else ""
+  # JAX ends its errors with a line and a word on what it has left out of the traceback.
+  text = text.partition("\n--------------------\nFor simplicity, JAX")[0]
   lines = [line for line in text.splitlines() if line.strip()]
   return f"{lines[-1][:300] if lines else 'no word'} ({path})"
 
