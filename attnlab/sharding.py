@@ -262,10 +262,11 @@ def split_rows(x: jax.Array) -> jax.Array:
 
 def whole_rows(x: jax.Array) -> jax.Array:
   """What ``split_rows`` split, whole: [B parts, T / parts, ...] -> [B, T, ...]."""
-  mesh = _mesh()
-  if mesh is not None and mesh.shape["context"] > 1:
-    x = _rows(lambda x: gather("context", x, axis=1), "batch", "rows")(x)
-  return put(x, "batch", *(None,) * (x.ndim - 1))
+  mesh, rest = _mesh(), (None,) * (x.ndim - 1)
+  x = put(x, "batch", *rest)
+  if mesh is None or mesh.shape["context"] == 1:
+    return x
+  return put(_rows(lambda x: gather("context", x, axis=1), "batch", "rows")(x), "batch", *rest)
 
 
 def _rows(fn: Callable, before: str, after: str) -> Callable:
