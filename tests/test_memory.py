@@ -20,6 +20,12 @@ def test_two_lengths(name):
   assert memory.growth(row) <= 2.1, row
 
 
+def test_devices_that_share_a_row_share_its_memory():
+  """Maps of the parts, and the head, are all that each has whole."""
+  alone, shared = (memory.temporary("gated_deltanet", 8192, context=n) for n in (1, 8))
+  assert shared < alone / 6
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SPARSE)
 @pytest.mark.parametrize("dense", [False, True])
