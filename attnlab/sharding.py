@@ -71,12 +71,23 @@ def _mesh():
 
 def _spec(shape: Sequence[int], axes: Sequence[str | None], mesh, column: int) -> PartitionSpec:
   """Where an array of these logical axes lies; a dimension that does not divide is not split."""
-  parts = []
-  for size, axis in zip(shape, axes, strict=True):
-    names = TABLE[axis][column]
-    divides = names and size % math.prod(mesh.shape[n] for n in names) == 0
-    parts.append((names if len(names) > 1 else names[0]) if divides else None)
-  return PartitionSpec(*parts)
+
+  def over(size: int, axis: str | None):
+    names = _names(axis, mesh, column)
+    return names if size % math.prod(mesh.shape[n] for n in names) == 0 else ()
+
+  return PartitionSpec(*(_entry(over(*pair)) for pair in zip(shape, axes, strict=True)))
+
+
+def _names(axis: str | None, mesh, column: int) -> tuple[str, ...]:
+  """The mesh axes that a logical axis is split over. Those of one part are not among them: an array that is not split
+  is of one type, whatever might have split it."""
+  return tuple(n for n in TABLE[axis][column] if mesh.shape[n] > 1)
+
+
+def _entry(names: tuple[str, ...]):
+  """As a PartitionSpec has it for one dimension."""
+  return names if len(names) > 1 else names[0] if names else None
 
 
 def _stacked(axes: Sequence[str | None], ndim: int) -> tuple[str | None, ...]:
@@ -102,7 +113,7 @@ def shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
   """The sharding of an array whose first axis is the batch's rows."""
-  return NamedSharding(mesh, PartitionSpec(TABLE["rows"][0]))
+  return NamedSharding(mesh, PartitionSpec(_entry(_names("rows", mesh, 0))))
 
 
 def put(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -257,7 +268,7 @@ def split_rows(x: jax.Array) -> jax.Array:
     length = x.shape[1] // jax.lax.axis_size("context")
     return jax.lax.dynamic_slice_in_dim(x, part("context") * length, length, axis=1)
 
-  return _rows(own, "rows", "batch")(put(x, "rows", *(None,) * (x.ndim - 1)))
+  return _rows(own, mesh, "rows", "batch")(put(x, "rows", *(None,) * (x.ndim - 1)))
 
 
 def whole_rows(x: jax.Array) -> jax.Array:
@@ -266,12 +277,13 @@ def whole_rows(x: jax.Array) -> jax.Array:
   x = put(x, "batch", *rest)
   if mesh is None or mesh.shape["context"] == 1:
     return x
-  return put(_rows(lambda x: gather("context", x, axis=1), "batch", "rows")(x), "batch", *rest)
+  whole = _rows(lambda x: gather("context", x, axis=1), mesh, "batch", "rows")
+  return put(whole(x), "batch", *rest)
 
 
-def _rows(fn: Callable, before: str, after: str) -> Callable:
-  specs = (PartitionSpec(TABLE[axis][1]) for axis in (before, after))
-  return jax.shard_map(fn, in_specs=next(specs), out_specs=next(specs), check_vma=False)
+def _rows(fn: Callable, mesh, before: str, after: str) -> Callable:
+  specs = [PartitionSpec(_entry(_names(axis, mesh, 1))) for axis in (before, after)]
+  return jax.shard_map(fn, in_specs=specs[0], out_specs=specs[1], check_vma=False)
 
 
 def flatten_tokens(x: jax.Array) -> jax.Array:

@@ -146,7 +146,7 @@ def test_onto_another_mesh(tmp_path):
   with jax.set_mesh(mesh), checkpoints(tmp_path) as c:
     _, got = c.restore(wanted)
   kernel = got["model"]["params"]["kernel"].get_value()
-  assert kernel.sharding == NamedSharding(mesh, PartitionSpec(("data", "context"), "model"))
+  assert kernel.sharding == NamedSharding(mesh, PartitionSpec("data", "model"))
   assert same(jax.device_get(got), jax.device_get(state[1]))
 
 
