@@ -95,7 +95,7 @@ def compiled(topology: str, make) -> dict:
   devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
   context = CONTEXT if make is parts else 1
   mesh = sharding.make_mesh({"data": -1, "context": context, "model": MODEL}, devices)
-  names = {"batch": ("replica", "data", "context"), "heads": "model", None: None}
+  names = {"batch": ("data", "context") if context > 1 else "data", "heads": "model", None: None}
 
   def placed(axes, tree):
     def one(x):
