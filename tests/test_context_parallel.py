@@ -26,8 +26,8 @@ from pallas_kernels.linear_recurrence import linear_recurrence
 from pallas_kernels.short_conv import short_conv
 
 PARTS, T = 4, 32
-# Parts of 8 tokens: documents that begin and end within parts, go over several, and end with one; in the second row an id
-# comes back (a new document all the same) just before a part ends.
+# Parts of 8 tokens: documents that begin and end within parts, go over several, and end with one; in the second row an
+# id comes back (a new document all the same) just before a part ends.
 SEGMENTS = np.stack([np.repeat([1, 2, 3], [5, 20, 7]), np.repeat([4, 2, 4, 9], [8, 7, 2, 15])])
 
 
