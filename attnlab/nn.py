@@ -13,9 +13,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from attnlab import sharding
-from pallas_kernels import heads
+from pallas_kernels import context_parallel, heads, segments
 from pallas_kernels import rope as kernels
-from pallas_kernels.context_parallel import tokens_before
 from pallas_kernels.short_conv import short_conv
 
 Init = Callable[..., Array]
@@ -294,17 +293,16 @@ class TokenShift(nnx.Module):
     axis_name: str | None = None,
   ) -> tuple[Float[Array, "B T D"], Float[Array, "B 1 D"]]:
     """The shifted tokens, and the last one for the call after this. Of rows in parts there is no call after this."""
-    first = jnp.zeros_like(x[:, :1]) if state is None else sharding.like(state, x)
-    if axis_name is not None:
-      rows, ids = ("batch", None, None), None if segment_ids is None else ("batch", None)
-      last = lambda x, first, ids: tokens_before(x, 1, axis_name, first, ids)  # noqa: E731
-      first = sharding.local(last, (rows, rows, ids), rows)(x, first, segment_ids)
-    before = jnp.concatenate([first, x[:, :-1]], axis=1)
-    if segment_ids is not None:
-      # Of one row a part may be a single number, and jax forgets where that lies.
-      parts = [sharding.like(ids, segment_ids) for ids in (segment_ids[:, :1], segment_ids[:, :-1])]
-      before = jnp.where((jnp.concatenate(parts, axis=1) == segment_ids)[..., None], before, 0)
-    return before, x[:, -1:]
+    first = jnp.zeros_like(x[:, :1]) if state is None else state
+
+    def shift(x, first, segment_ids):
+      before = context_parallel.previous(x, first, axis_name)
+      if segment_ids is None:
+        return before
+      return jnp.where(segments.starts(segment_ids, axis_name)[..., None], 0, before)
+
+    rows, ids = ("batch", None, None), None if segment_ids is None else ("batch", None)
+    return sharding.local(shift, (rows, rows, ids), rows)(x, first, segment_ids), x[:, -1:]
 
 
 def _uniform(bound: float, key: Array, shape: Sequence[int], dtype) -> Array:

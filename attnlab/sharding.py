@@ -260,12 +260,12 @@ def local(fn: Callable, in_axes: Any, out_axes: Any) -> Callable:
 
 def split_rows(x: jax.Array) -> jax.Array:
   """[B, T, ...] -> [B parts, T / parts, ...], ``size("context")`` parts of each row."""
-  mesh = _mesh()
-  if mesh is None or mesh.shape["context"] == 1:
-    return put(x, "batch", *(None,) * (x.ndim - 1))
+  parts, mesh = size("context"), _mesh()
+  if parts == 1:
+    return x
 
   def own(x):
-    length = x.shape[1] // jax.lax.axis_size("context")
+    length = x.shape[1] // parts
     return jax.lax.dynamic_slice_in_dim(x, part("context") * length, length, axis=1)
 
   return _rows(own, mesh, "rows", "batch")(put(x, "rows", *(None,) * (x.ndim - 1)))
@@ -273,12 +273,11 @@ def split_rows(x: jax.Array) -> jax.Array:
 
 def whole_rows(x: jax.Array) -> jax.Array:
   """What ``split_rows`` split, whole: [B parts, T / parts, ...] -> [B, T, ...]."""
-  mesh, rest = _mesh(), (None,) * (x.ndim - 1)
-  x = put(x, "batch", *rest)
-  if mesh is None or mesh.shape["context"] == 1:
+  mesh, axes = _mesh(), ("batch",) + (None,) * (x.ndim - 1)
+  if size("context") == 1:
     return x
   whole = _rows(lambda x: gather("context", x, axis=1), mesh, "batch", "rows")
-  return put(whole(x), "batch", *rest)
+  return put(whole(put(x, *axes)), *axes)
 
 
 def _rows(fn: Callable, mesh, before: str, after: str) -> Callable:

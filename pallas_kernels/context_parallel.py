@@ -37,6 +37,15 @@ def tokens_before(
   return jnp.where(lax.axis_index(axis_name) == 0, initial.astype(x.dtype), before)
 
 
+def previous(
+  x: Shaped[Array, "B T ..."], first: Shaped[Array, "B 1 ..."], axis_name: str | None = None
+) -> Shaped[Array, "B T ..."]:
+  """The token before each token; ``first`` before a row's first. With an axis rows are in parts."""
+  if axis_name is not None:
+    first = tokens_before(x, 1, axis_name, first)
+  return jnp.concatenate([first.astype(x.dtype), x[:, :-1]], axis=1)
+
+
 def of_last(x: Array, axis_name: str | None) -> Array:
   """The last part's x, on every device; without an axis x itself."""
   if axis_name is None:

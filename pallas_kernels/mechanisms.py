@@ -247,9 +247,7 @@ def mamba3(
     S, last_B, last_x = initial_state
 
   def previous(y, first):
-    if axis_name is not None:
-      first = context_parallel.tokens_before(y, 1, axis_name, first[:, None])[:, 0]
-    return jnp.concatenate([first[:, None].astype(y.dtype), y[:, :-1]], axis=1)
+    return context_parallel.previous(y, first[:, None], axis_name)
 
   # S holds the first write of the token before this call already: only the second is missing.
   weight = jnp.exp(g) * (carried + previous(own, jnp.zeros_like(own[:, 0])))

@@ -13,8 +13,7 @@ def runs(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
   comes back later in a row is a new segment. The first segment of every row is run 0, to which an
   initial state belongs.
   """
-  changes = segment_ids[:, 1:] != segment_ids[:, :-1]
-  return jnp.pad(jnp.cumsum(changes, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
+  return jnp.cumsum(starts(segment_ids), axis=1, dtype=jnp.int32)
 
 
 def starts(segment_ids: Int[Array, "B T"], axis_name: str | None = None) -> Bool[Array, "B T"]:
@@ -22,7 +21,4 @@ def starts(segment_ids: Int[Array, "B T"], axis_name: str | None = None) -> Bool
 
   With ``axis_name`` rows are in parts (``context_parallel``).
   """
-  first = segment_ids[:, :1]
-  if axis_name is not None:
-    first = context_parallel.tokens_before(segment_ids, 1, axis_name, first)
-  return segment_ids != jnp.concatenate([first, segment_ids[:, :-1]], axis=1)
+  return segment_ids != context_parallel.previous(segment_ids, segment_ids[:, :1], axis_name)

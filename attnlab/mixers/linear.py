@@ -284,7 +284,8 @@ class LinearMixer(Mixer):
       lead = ("batch", None, "heads") if by_token else ("heads",)
       return lead + (None,) * (x.ndim - len(lead))
 
-    parts = {"axis_name": ctx.axis_name} if self.in_parts else {}
+    # Not every core takes rows in parts, and none is given them that does not.
+    parts = {} if ctx.axis_name is None else {"axis_name": ctx.axis_name}
 
     def core(signals, segment_ids, state):
       return type(self).core(

@@ -196,10 +196,11 @@ _chunked.defvjp(_chunked_forward, _chunked_backward)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _parts(backend, chunk_size, axis_name, r, initial_state, segment_ids):
   """``_chunked`` of rows of which each device of a mesh axis has a part."""
-  return _parts_forward(backend, chunk_size, axis_name, r, initial_state, segment_ids)[0]
+  return _parts_run(backend, chunk_size, axis_name, r, initial_state, segment_ids, keep=False)[0]
 
 
-def _parts_forward(backend, chunk_size, axis_name, r, initial_state, segment_ids):
+def _parts_run(backend, chunk_size, axis_name, r, initial_state, segment_ids, keep):
+  """(o, final), and what the backward pass needs, which is whole only if ``keep``."""
   forward, _ = _CHUNKED[backend]
   runs = None if segment_ids is None else segments.runs(segment_ids)
 
@@ -208,7 +209,7 @@ def _parts_forward(backend, chunk_size, axis_name, r, initial_state, segment_ids
 
   e, written = parts.effect(run, r, runs, segment_ids, axis_name)
   state, final = parts.states(e, written, initial_state, axis_name)
-  o, _, kept = forward(r, state, runs, chunk_size, keep=True)
+  o, _, kept = forward(r, state, runs, chunk_size, keep=keep)
   return (o, final), (r, runs, kept, e)
 
 
@@ -221,4 +222,4 @@ def _parts_backward(backend, chunk_size, axis_name, residuals, cotangents):
   return dr, dinitial, None
 
 
-_parts.defvjp(_parts_forward, _parts_backward)
+_parts.defvjp(functools.partial(_parts_run, keep=True), _parts_backward)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import context_parallel
+from pallas_kernels import segments
 from pallas_kernels.linear_recurrence.recurrence import Recurrence
 
 # A part's M: a matrix, or where channels do not mix its diagonal, the same for all or not.
@@ -63,8 +63,7 @@ def effect(
     reads, transition = run(silent, jnp.broadcast_to(jnp.eye(K, dtype=dtype), (B, Hv, K, K)))
   joined = jnp.ones(B, bool)
   if segment_ids is not None:
-    joined = context_parallel.from_before(segment_ids[:, -1], axis_name) == segment_ids[:, 0]
-  joined |= lax.axis_index(axis_name) == 0
+    joined = ~segments.starts(segment_ids, axis_name)[:, 0]
   return Effect(transition, reads, joined), written
 
 
