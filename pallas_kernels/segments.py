@@ -13,7 +13,10 @@ def runs(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
   comes back later in a row is a new segment. The first segment of every row is run 0, to which an
   initial state belongs.
   """
-  return jnp.cumsum(starts(segment_ids), axis=1, dtype=jnp.int32)
+  changes = (
+    segment_ids[:, 1:] != segment_ids[:, :-1]
+  )  # As ``starts``, of which XLA made a copy here.
+  return jnp.pad(jnp.cumsum(changes, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
 
 
 def starts(segment_ids: Int[Array, "B T"], axis_name: str | None = None) -> Bool[Array, "B T"]:

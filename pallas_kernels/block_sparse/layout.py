@@ -35,7 +35,8 @@ class Layout:
     columns = jnp.arange(length, dtype=jnp.int32)
     if segment_ids is None:
       return cls(columns, jnp.zeros((batch, length), jnp.int32), True)
-    new = segments.starts(segment_ids)
+    runs = segments.runs(segment_ids)
+    new = jnp.pad(runs[:, 1:] != runs[:, :-1], ((0, 0), (1, 0)))
     return cls(columns, jax.lax.cummax(jnp.where(new, columns, 0), axis=1))
 
   @classmethod
