@@ -36,6 +36,7 @@ DTYPES = ("float32", "bfloat16")  # of activations
 
 _RANGES = {
   **dict.fromkeys(("num_layers", "d_model", "mlp.expert_hidden", "mlp.top_k"), Range(least=1)),
+  **dict.fromkeys(("mlp.groups", "mlp.top_groups"), Range(least=1)),
   **dict.fromkeys(("vocab_size", "z_loss", "mlp.hidden", "mlp.experts"), Range(least=0)),
   **dict.fromkeys(("mlp.shared_experts", "mlp.balance", "mlp.dense_layers"), Range(least=0)),
   **dict.fromkeys(("norm_eps", "mlp.routed_scale"), Range(above=0)),
@@ -85,6 +86,9 @@ class Block(nnx.Module):
         router=m.router,
         scale=m.routed_scale,
         balance=m.balance,
+        shared_gate=m.shared_gate,
+        groups=m.groups,
+        top_groups=m.top_groups,
       )
 
   def __call__(self, x: Float[Array, "B T D"], ctx: Context, cache: Cache | None):

@@ -5,7 +5,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from attnlab import sharding
 from attnlab.errors import UserError, unknown
@@ -20,9 +20,12 @@ class MoE(nnx.Module):
     d_model, hidden: width of the residual stream and of an expert.
     experts, top_k: how many there are, and how many a token is routed to.
     shared: experts that every token passes, as one SwiGLU of ``shared * hidden``.
+    shared_gate: ``sigmoid(w . x)`` weighs what they give (Qwen3-Next).
     router: scores of the experts: softmax, or sigmoid (arXiv:2412.19437). The chosen ones are divided by their sum.
     scale: multiplies the routed part.
     balance: weight of the balance loss.
+    groups, top_groups: experts lie in so many groups side by side, and only those of the best ``top_groups``, by the
+      sum of a group's two best scores, are chosen among (DeepSeek-V3, arXiv:2412.19437).
   """
 
   def __init__(
@@ -36,13 +39,25 @@ class MoE(nnx.Module):
     router: Literal["softmax", "sigmoid"] = "softmax",
     scale: float = 1.0,
     balance: float = 0.01,
+    shared_gate: bool = False,
+    groups: int = 1,
+    top_groups: int = 1,
   ):
     if not 1 <= top_k <= experts:
       raise UserError(f"top_k={top_k} must be between 1 and the number of experts, {experts}")
+    if (
+      experts % groups or not 1 <= top_groups <= groups or top_k > top_groups * (experts // groups)
+    ):
+      raise UserError(
+        f"top_k={top_k} of {experts} experts cannot be chosen from top_groups={top_groups} of groups={groups}"
+      )
+    if shared_gate and not shared:
+      raise UserError("shared_gate=True weighs shared experts, of which there are none")
     if router not in ("softmax", "sigmoid"):
       raise unknown("router", router, ("softmax", "sigmoid"))
     keys = jax.random.split(key, 5)
     self.experts, self.top_k, self.router_kind = experts, top_k, router
+    self.groups, self.top_groups = groups, top_groups
     self.scale, self.balance = scale, balance
     self.router = Linear(keys[0], d_model, experts, ("embed", None))
     # Added to the scores to choose by, not to weigh with (arXiv:2408.15664); from a checkpoint, or zero.
@@ -53,6 +68,8 @@ class MoE(nnx.Module):
     self.up = param(keys[2], init, (experts, d_model, hidden), into)
     self.down = param(keys[3], init, (experts, hidden, d_model), out)
     self.shared = SwiGLU(keys[4], d_model, shared * hidden) if shared else None
+    key = jax.random.fold_in(keys[4], 1)
+    self.shared_gate = Linear(key, d_model, 1, ("embed", None)) if shared_gate else None
 
   def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
     """The mixed tokens, and scalars: ``balance_loss`` (weighted) and ``expert_load_max`` (1 when all get the same)."""
@@ -71,8 +88,21 @@ class MoE(nnx.Module):
       logits = self.router(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
     y, aux = run(x, logits, self.bias[...], weights)
     if self.shared is not None:
-      y = y + self.shared(x)
+      shared = self.shared(x)
+      if self.shared_gate is not None:
+        shared = shared * jax.nn.sigmoid(self.shared_gate(x))
+      y = y + shared
     return y, aux
+
+  def _choose(self, scores: Float[Array, "N E"]) -> Int[Array, "N k"]:
+    """The experts of each token, by scores that have their bias."""
+    if self.groups > 1:
+      each = scores.reshape(len(scores), self.groups, -1)
+      best = jax.lax.top_k(each, min(2, each.shape[2]))[0].sum(axis=-1)
+      groups = jax.lax.top_k(best, self.top_groups)[1]
+      among = (groups[:, :, None] == jnp.arange(self.groups)).any(axis=1)
+      scores = jnp.where(among[..., None], each, -jnp.inf).reshape(scores.shape)
+    return jax.lax.top_k(scores, self.top_k)[1]
 
   def _routed(self, x, logits, bias, weights):
     """Each device's own tokens through its own experts, summed over devices."""
@@ -81,7 +111,7 @@ class MoE(nnx.Module):
     N, k, E = B * T, self.top_k, self.experts
     scores = jax.nn.softmax(logits) if self.router_kind == "softmax" else jax.nn.sigmoid(logits)
     scores = scores.reshape(N, E)
-    _, chosen = jax.lax.top_k(jax.lax.stop_gradient(scores) + bias, k)
+    chosen = self._choose(jax.lax.stop_gradient(scores) + bias)
     weight = jnp.take_along_axis(scores, chosen, axis=1)
     weight = self.scale * weight / (weight.sum(axis=1, keepdims=True) + 1e-20)
 

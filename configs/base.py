@@ -39,6 +39,9 @@ def base() -> ConfigDict:
   c.model.mlp.expert_hidden = 128  # width of each expert
   c.model.mlp.top_k = 2  # experts a token
   c.model.mlp.shared_experts = 0  # experts that every token goes through
+  c.model.mlp.shared_gate = False  # sigmoid(w . x) weighs what they give
+  c.model.mlp.groups = 1  # of experts side by side, of which a token's lie in the best top_groups
+  c.model.mlp.top_groups = 1
   c.model.mlp.router = "softmax"
   c.model.mlp.routed_scale = 1.0  # multiplies the routed experts' sum
   c.model.mlp.balance = 0.01  # weight of the balance loss

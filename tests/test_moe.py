@@ -37,7 +37,13 @@ def dense(moe, x):
   E, k = moe.experts, moe.top_k
   logits = x @ moe.router.kernel[...]
   scores = jax.nn.softmax(logits) if moe.router_kind == "softmax" else 1 / (1 + jnp.exp(-logits))
-  ranks = jnp.argsort(-(jax.lax.stop_gradient(scores) + moe.bias[...]), axis=-1)
+  biased = jax.lax.stop_gradient(scores) + moe.bias[...]
+  if moe.groups > 1:
+    each = biased.reshape(*x.shape[:2], moe.groups, -1)
+    worth = jnp.sort(each, axis=-1)[..., -2:].sum(axis=-1)
+    rank = jnp.argsort(jnp.argsort(-worth, axis=-1), axis=-1)
+    biased = jnp.where(rank[..., None] < moe.top_groups, each, -jnp.inf).reshape(biased.shape)
+  ranks = jnp.argsort(-biased, axis=-1)
   chosen = (ranks[..., :k, None] == jnp.arange(E)).any(axis=-2)
   weights = moe.scale * scores * chosen / (scores * chosen).sum(axis=-1, keepdims=True)
   y = jnp.zeros(x.shape)
@@ -46,7 +52,10 @@ def dense(moe, x):
     y = y + weights[..., e, None] * one
   if moe.shared is not None:
     s = moe.shared
-    y = y + swiglu(x, s.gate.kernel[...], s.up.kernel[...], s.down.kernel[...])
+    shared = swiglu(x, s.gate.kernel[...], s.up.kernel[...], s.down.kernel[...])
+    if moe.shared_gate is not None:
+      shared = shared / (1 + jnp.exp(-x @ moe.shared_gate.kernel[...]))
+    y = y + shared
   load = chosen.astype(x.dtype).mean(axis=(0, 1)) / k
   mass = (scores / scores.sum(axis=-1, keepdims=True)).mean(axis=(0, 1))
   return y, moe.balance * E * (load * mass).sum(), load
@@ -79,8 +88,10 @@ def layer(moe, x):
     dict(router="sigmoid", scale=2.5, shared=2),
     dict(experts=5, top_k=1, shared=0, bias=[0, 3, 0, 0, -3.0]),
     dict(experts=3, top_k=3),
+    dict(experts=8, top_k=3, groups=4, top_groups=2, router="sigmoid", bias=[0, 0.5] * 4),
+    dict(shared=2, shared_gate=True),
   ],
-  ids=["softmax", "sigmoid", "one biased", "all"],
+  ids=["softmax", "sigmoid", "one biased", "all", "groups", "gated"],
 )
 def test_matches_the_loop(float64, options):
   """Outputs, balance loss, and the gradients of tokens, router, experts and shared expert."""
@@ -138,6 +149,9 @@ def test_bfloat16():
     (dict(experts=2, top_k=3), "top_k=3 must be between 1 and the number of experts, 2"),
     (dict(experts=2, top_k=0), "top_k=0"),
     (dict(router="sofmax"), "did you mean 'softmax'"),
+    (dict(groups=4), "cannot be chosen from top_groups=1 of groups=4"),
+    (dict(experts=8, top_k=3, groups=4), "top_k=3 of 8 experts"),
+    (dict(shared=0, shared_gate=True), "of which there are none"),
   ],
 )
 def test_bad_settings(options, words):
