@@ -33,7 +33,7 @@ def define_config() -> None:
   config_flags.DEFINE_config_file(
     "config",
     None,
-    "Config file, with an argument after a colon if it takes one: configs/kda.py:size=small."
+    "Config file, with an argument after a colon if it takes one: configs/kda.py:size=small; or a run's config.json."
     " --config.KEY=VALUE overrides a key.",
   )
   flags.FLAGS["config"].parser = _ConfigParser()
@@ -47,8 +47,11 @@ def config() -> ConfigDict:
 
 
 def default_workdir() -> str:
-  """runs/NAME by the --config flag: "configs/kda.py:size=small" gives "runs/kda-size=small"."""
+  """runs/NAME by the --config flag: "configs/kda.py:size=small" gives "runs/kda-size=small"; a run's config.json, its
+  own."""
   path, _, arg = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
+  if path.endswith(".json"):
+    return str(Path(path).parent)
   name = "-".join(filter(None, (Path(path).stem, arg)))
   return str(Path("runs") / re.sub(r"[^\w=.+-]+", "-", name))
 

@@ -34,7 +34,7 @@ def load(spec: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
 
   Args:
     spec: a config file's path, with an argument for its `get_config` after a colon if it takes one:
-      "configs/kda.py", "configs/kda.py:size=small".
+      "configs/kda.py", "configs/kda.py:size=small"; or the config.json of a run.
     overrides: values by dotted key, {"train.steps": 500}.
 
   Raises:
@@ -84,15 +84,15 @@ def resolve(config: ConfigDict) -> ConfigDict:
   from attnlab.pattern import parse_pattern
 
   config = complete(config)
-  size = data.vocab_size(config.data)
+  tokenizer = data.tokenizer(config.data)
   with config.unlocked():
     if config.model.vocab_size == 0:
-      config.model.vocab_size = size
+      config.model.vocab_size = tokenizer.vocab_size
     used = {mixer(name).name for name in parse_pattern(config.model.pattern).mixers}
     config.model.mixers = ConfigDict({k: v for k, v in config.model.mixers.items() if k in used})
-  if config.model.vocab_size < size:
+  if config.model.vocab_size < tokenizer.ids:
     raise UserError(
-      f"config.model.vocab_size = {config.model.vocab_size} is below the data's {size} ids"
+      f"config.model.vocab_size = {config.model.vocab_size} is below the data's {tokenizer.ids} ids"
       " (0 takes the data's own size)"
     )
   return config
@@ -212,6 +212,8 @@ def _read(spec: str) -> ConfigDict:
   if not path.is_file():
     near = sorted(str(p) for p in path.parent.glob("*.py") if p.stem not in ("base", "__init__"))
     raise unknown("config file", name, near)
+  if path.suffix == ".json":
+    return _read_json(path)
   _import_configs()
   module_spec = importlib.util.spec_from_file_location(f"attnlab_config_{path.stem}", path)
   if module_spec is None or module_spec.loader is None:
@@ -224,6 +226,16 @@ def _read(spec: str) -> ConfigDict:
   if not isinstance(config, ConfigDict):
     raise UserError(f"get_config of {name} returned {type(config).__name__}, not a ConfigDict")
   return config
+
+
+def _read_json(path: Path) -> ConfigDict:
+  try:
+    values = json.loads(path.read_text("utf-8"))
+  except (OSError, ValueError) as error:
+    raise UserError(f"{path} is not readable as JSON: {error}") from error
+  if not isinstance(values, dict) or not {"model", "data", "train"} <= values.keys():
+    raise UserError(f"{path} is not the config.json of a run")
+  return from_json(values)
 
 
 def _import_configs() -> None:

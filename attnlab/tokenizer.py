@@ -34,12 +34,14 @@ class Tokenizer(Protocol):
   """Text to ids and back.
 
   Attributes:
-    vocab_size: size of the embedding and of the logits.
+    ids: how many there are.
+    vocab_size: that rounded up: the size of the embedding and of the logits, if a model has no other.
     bos_id: the first input of every document; never part of a text's own ids.
     eos_id: the last target of every document. The same as bos_id where a tokenizer has one
       separator for both.
   """
 
+  ids: int
   vocab_size: int
   bos_id: int
   eos_id: int
@@ -68,7 +70,8 @@ class ByteTokenizer:
   bos_id = 256
   eos_id = 257
   pad_id = 258
-  vocab_size = round_vocab(259)
+  ids = 259
+  vocab_size = round_vocab(ids)
 
   def encode(self, text: str) -> Int32[np.ndarray, " n"]:
     return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
@@ -118,10 +121,10 @@ class JsonTokenizer:
     self._tokenizer.no_padding()
     self._tokenizer.encode_special_tokens = True
     self._vocab = self._tokenizer.get_vocab(with_added_tokens=True)
-    self._size = 1 + max(self._vocab.values(), default=0)
-    self.vocab_size = round_vocab(self._size)
-    if eos_id >= self._size:
-      raise UserError(f"config.data.eos_id={eos_id} is not below the {self._size} ids of {path!r}")
+    self.ids = 1 + max(self._vocab.values(), default=0)
+    self.vocab_size = round_vocab(self.ids)
+    if eos_id >= self.ids:
+      raise UserError(f"config.data.eos_id={eos_id} is not below the {self.ids} ids of {path!r}")
     if eos_id >= 0:
       self.eos_id = self.bos_id = eos_id
     else:
@@ -157,7 +160,7 @@ class JsonTokenizer:
     return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
   def decode(self, ids: Iterable[int | np.integer]) -> str:
-    ids = [int(i) for i in ids if 0 <= int(i) < self._size]
+    ids = [int(i) for i in ids if 0 <= int(i) < self.ids]
     return self._tokenizer.decode(ids, skip_special_tokens=True)
 
   def token_bytes(self) -> Int32[np.ndarray, " vocab_size"]:
@@ -191,7 +194,7 @@ class IdTokenizer:
   """
 
   def __init__(self, vocab_size: int, eos_id: int = 0):
-    self.vocab_size = vocab_size
+    self.ids = self.vocab_size = vocab_size
     self.bos_id = self.eos_id = eos_id
 
   def encode(self, text: str) -> Int32[np.ndarray, " n"]:

@@ -125,7 +125,7 @@ def test_a_missing_file_names_its_neighbours():
   "overrides, devices, names",
   [
     ({"model.pattern": "3*kdaa"}, 1, ["'kdaa'", "'kda'"]),
-    ({"model.vocab_size": 100}, 1, ["model.vocab_size", "100", "320"]),
+    ({"model.vocab_size": 100}, 1, ["model.vocab_size", "100", "259"]),
     ({"train.batch_size": 6}, 4, ["train.batch_size = 6", "mesh.data 4"]),
     ({"train.grad_accum": 3}, 1, ["train.batch_size = 4", "train.grad_accum 3"]),
     ({"mesh.model": 3}, 8, ["model=3", "8 devices"]),
