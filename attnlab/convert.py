@@ -15,6 +15,7 @@ mean something else. Without --train only checkpoint 0 is written, for `attnlab.
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from attnlab.evaluate import make_evaluate
 from attnlab.mixers import mixer
 from attnlab.model import layer_specs, mixer_config
 from attnlab.pattern import parse_pattern
-from attnlab.state import load_model, make_init, reading_mesh, run_config
+from attnlab.state import State, load_model, make_init, reading_mesh, run_config
 from attnlab.train import train
 
 # What a model's parameters depend on besides its mixers.
@@ -77,24 +78,49 @@ def convert(source: str | Path, config: ConfigDict, workdir: str | Path) -> dict
   Raises:
     UserError: nothing to begin from, a run that is there already, or parameters of another shape.
   """
+  done: dict[str, Any] = {}
+
+  def parameters(model: State, mesh: jax.sharding.Mesh) -> State:
+    step, _, old = load_model(source, run_config(source), mesh)
+    has = dict(zip(paths(old["params"]), jax.tree.leaves(old["params"]), strict=True))
+    names, leaves = paths(model["params"]), jax.tree.leaves(model["params"])
+    for name, x in zip(names, leaves, strict=True):
+      if name in has and has[name].shape != x.shape:
+        raise UserError(f"{name} is {has[name].shape} in {source}, the config's {x.shape}")
+    new = [name for name in names if name not in has]
+    done.update(step=step, new=new, left=sorted(set(has) - set(names)))
+    leaves = [has.get(name, x) for name, x in zip(names, leaves, strict=True)]
+    return model | {"params": jax.tree.unflatten(jax.tree.structure(model["params"]), leaves)}
+
+  begin(config, workdir, parameters)
+  return done
+
+
+def begin(
+  config: ConfigDict,
+  workdir: str | Path,
+  parameters: Callable[[State, jax.sharding.Mesh], State],
+) -> None:
+  """Writes checkpoint 0 of a new run.
+
+  Args:
+    config: of the run.
+    workdir: its directory, which holds no run yet.
+    parameters: of {"params", "rest"} as they begin, on a mesh, to what they shall be.
+
+  Raises:
+    UserError: a run that is there already, a config that cannot work, and what ``parameters`` raises.
+  """
   workdir, config = Path(workdir), resolve(config)
   check(config, devices=jax.device_count(), processes=jax.process_count())
   if stored_run(workdir):
     raise UserError(f"{workdir} holds a run already: give another --workdir")
   mesh = sharding.make_mesh(config.mesh)
-  step, _, old = load_model(source, run_config(source), mesh)
   with jax.set_mesh(mesh):
     tx = optim.optimizer(config.optim, config.train.steps)
     _, init, _ = make_init(config, tx, mesh)
     state = init()
-    params = state["model"]["params"]
-    has = dict(zip(paths(old["params"]), jax.tree.leaves(old["params"]), strict=True))
-    names, leaves = paths(params), jax.tree.leaves(params)
-    for name, x in zip(names, leaves, strict=True):
-      if name in has and has[name].shape != x.shape:
-        raise UserError(f"{name} is {has[name].shape} in {source}, the config's {x.shape}")
-    leaves = [has.get(name, x) for name, x in zip(names, leaves, strict=True)]
-    state["model"]["params"] = jax.tree.unflatten(jax.tree.structure(params), leaves)
+    state["model"] = parameters(state.pop("model"), mesh)
     batches = data.make_iterator(
       config.data,
       split="train",
@@ -108,8 +134,6 @@ def convert(source: str | Path, config: ConfigDict, workdir: str | Path) -> dict
     checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep_checkpoints)
     checkpoints.save(0, state, batches, config)
     checkpoints.close()
-  new = [name for name in names if name not in has]
-  return {"step": step, "new": new, "left": sorted(set(has) - set(names))}
 
 
 def convert_and_train(

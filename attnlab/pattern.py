@@ -8,7 +8,9 @@
 
 import ast
 import dataclasses
+import itertools
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from attnlab.errors import UserError
@@ -50,6 +52,24 @@ def parse_pattern(text: str) -> Pattern:
   """
   period, bar, tail = text.partition("|")
   return Pattern(_layers(period, text), _layers(tail, text) if bar else ())
+
+
+def write_pattern(mixers: Sequence[str]) -> str:
+  """A short pattern of a model whose layers have these mixers: what repeats, and what it does not cover at the end."""
+  n = len(mixers)
+
+  def tail(period: int) -> int:
+    """Layers at the end, from the first on that does not repeat."""
+    return n - next((i for i in range(n) if mixers[i] != mixers[i % period]), n)
+
+  # A layer of its own at the end costs a reader more than one in the period.
+  period = min(range(1, n + 1), key=lambda p: (p + 3 * tail(p), tail(p)))
+  end = n - tail(period)
+
+  def text(names: Sequence[str]) -> str:
+    return " + ".join(f"{len(list(same))}*{name}" for name, same in itertools.groupby(names))
+
+  return text(mixers[:period]) + (f" | {text(mixers[end:])}" if end < n else "")
 
 
 def _layers(text: str, pattern: str) -> tuple[LayerSpec, ...]:

@@ -18,7 +18,7 @@ def get_config(arg: str = ""):
     c.model.d_model, c.model.num_layers, c.model.mlp.hidden = 64, 5, 192
     c.model.mlp.update(dict(experts=8, top_k=2, shared_experts=1, expert_hidden=48, dense_layers=1))
     mla = dict(num_heads=4, kv_lora_rank=32, nope_dim=16, rope_dim=8, rope=False, value_dim=16)
-    c.model.mixers = dict(kda=dict(num_heads=4, head_dim=16), mla=mla)
+    kda = dict(num_heads=4, head_dim=16)
   else:
     c.update(recipe("pretrain"))
     c.model.pattern = "3*kda + 1*mla | 2*kda + 1*mla"
@@ -26,8 +26,9 @@ def get_config(arg: str = ""):
     c.model.mlp.update(
       dict(experts=256, top_k=8, shared_experts=1, expert_hidden=1024, dense_layers=1)
     )
-    c.model.mixers = dict(kda=dict(num_heads=32, head_dim=128), mla=dict(num_heads=32, rope=False))
+    kda, mla = dict(num_heads=32, head_dim=128), dict(num_heads=32, rope=False)
     c.model.vocab_size, c.model.tie_embeddings, c.model.norm_eps = 163840, False, 1e-5
     c.model.mlp.routed_scale = 2.446
   c.model.mlp.router = "sigmoid"
+  c.model.mixers = dict(kda=kda | dict(gate_bias=False), mla=mla | dict(latent_eps=1e-6))
   return c

@@ -17,13 +17,17 @@ def get_config(arg: str = ""):
   softmax = dict(rope_fraction=0.25, rope_theta=1e7, qk_norm=True, output_gate="element")
   if a.size == "tiny":
     c.model.d_model, c.model.num_layers, c.model.mlp.hidden = 64, 4, 192
-    c.model.mlp.update(dict(experts=8, top_k=2, shared_experts=1, expert_hidden=48))
+    c.model.mlp.update(
+      dict(experts=8, top_k=2, shared_experts=1, expert_hidden=48, shared_gate=True)
+    )
     gdn = dict(num_heads=2, num_value_heads=4, head_dim=16, value_dim=16)
     softmax |= dict(num_heads=4, num_kv_heads=2, head_dim=16)
   else:
     c.update(recipe("pretrain"))
     c.model.d_model, c.model.num_layers, c.model.mlp.hidden = 2048, 48, 5120
-    c.model.mlp.update(dict(experts=512, top_k=10, shared_experts=1, expert_hidden=512))
+    c.model.mlp.update(
+      dict(experts=512, top_k=10, shared_experts=1, expert_hidden=512, shared_gate=True)
+    )
     gdn = dict(num_heads=16, num_value_heads=32, head_dim=128, value_dim=128)
     softmax |= dict(num_heads=16, num_kv_heads=2, head_dim=256)
     c.model.vocab_size, c.model.tie_embeddings = 151936, False

@@ -39,11 +39,13 @@ class KDA(LinearMixer):
       ``lower_bound sigmoid(exp(A_log) (f + dt_bias))``. Different parameterisations: a trained model has one of them.
     lower_bound: the most negative log decay of the safe gate.
     negative_eigenvalues: beta in (0, 2) instead of (0, 1).
+    gate_bias: whether the output gate has a bias, as in flash-linear-attention; Kimi Linear's has none.
     """
 
     decay_gate: Literal["softplus", "safe"] = "softplus"
     lower_bound: Annotated[float, Range(below=0)] = -5.0
     negative_eigenvalues: bool = False
+    gate_bias: bool = True
 
   def __init__(self, config: Config, layer: Layer, key):
     super().__init__(config, layer, key)
@@ -59,7 +61,8 @@ class KDA(LinearMixer):
     self.dt_bias = param(keys[3], inverse_softplus_step(), shape, axes, weight_decay=False)
 
   def make_gate(self, d_model, key):
-    return LowRank(key, d_model, self.V, self.Hv * self.V, bias=jax.nn.initializers.zeros)
+    bias = jax.nn.initializers.zeros if self.config.gate_bias else None
+    return LowRank(key, d_model, self.V, self.Hv * self.V, bias=bias)
 
   def signals(self, x, recent, ctx):
     q, k, v = self.qkv(x, recent)

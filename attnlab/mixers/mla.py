@@ -47,6 +47,7 @@ class MultiHeadLatentAttention(Mixer):
       rope: whether they are rotated at all (Kimi Linear keeps them, unrotated).
       value_dim: channels of a head's v.
       rope_theta: the base of RoPE.
+      latent_eps: of the latents' norms; None: the model's norm_eps.
     """
 
     num_heads: int | None = None
@@ -57,6 +58,7 @@ class MultiHeadLatentAttention(Mixer):
     rope: bool = True
     value_dim: int = 128
     rope_theta: float = 10000.0
+    latent_eps: float | None = None
 
   def __init__(self, config: Config, layer: Layer, key: Array):
     c, D = config, layer.d_model
@@ -64,14 +66,14 @@ class MultiHeadLatentAttention(Mixer):
     self.H = H = c.num_heads or max(1, D // c.nope_dim)
     self.scale = (c.nope_dim + c.rope_dim) ** -0.5
     keys = jax.random.split(key, 7)
-    q_inputs = c.q_lora_rank or D
+    q_inputs, eps = c.q_lora_rank or D, c.latent_eps or layer.norm_eps
     if c.q_lora_rank:
       self.q_down = Linear(keys[0], D, c.q_lora_rank, ("embed", None))
-      self.q_norm = RMSNorm(c.q_lora_rank, layer.norm_eps)
+      self.q_norm = RMSNorm(c.q_lora_rank, eps)
     q_axes = (None if c.q_lora_rank else "embed", "heads")
     self.q_up = Linear(keys[1], q_inputs, H * (c.nope_dim + c.rope_dim), q_axes)
     self.kv_down = Linear(keys[2], D, c.kv_lora_rank, ("embed", None))
-    self.kv_norm = RMSNorm(c.kv_lora_rank, layer.norm_eps)
+    self.kv_norm = RMSNorm(c.kv_lora_rank, eps)
     if c.rope_dim:
       self.k_rope = Linear(keys[3], D, c.rope_dim, ("embed", None))
     self.k_up = Linear(keys[4], c.kv_lora_rank, H * c.nope_dim, (None, "heads"))

@@ -1,0 +1,212 @@
+"""What a model family is: its config and its tensors, as ours and back. Most are Llama's but for their mixers.
+
+A family is a file here with a subclass of ``Family``. What it says is checked against the files themselves: a tensor
+that nothing reads, or a setting that the other side has no place for, is an error and not another model.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from ml_collections import ConfigDict
+
+from attnlab.errors import UserError, unknown
+from attnlab.hf.weights import Weights, linear, norm, one, scaled, stacked
+from attnlab.model import layer_specs
+from attnlab.pattern import write_pattern
+
+Settings = dict[str, Any]
+
+
+class HFConfig:
+  """A config.json, whose keys have had other names at times.
+
+  Args:
+    values: what it has.
+    name: of the file, for errors.
+  """
+
+  def __init__(self, values: Mapping[str, Any], name: str = "config.json"):
+    self._values, self._name = values, name
+
+  def __call__(self, *keys: str, default: Any = ...) -> Any:
+    """The value of the first of some keys that is there and not null; UserError without one and without a default."""
+    for key in keys:
+      if self._values.get(key) is not None:
+        return self._values[key]
+    if default is ...:
+      raise UserError(f"{self._name} has no {' or '.join(map(repr, keys))}")
+    return default
+
+  def only(self, key: str, *values: Any, default: Any) -> None:
+    """Raises UserError if a key has another value than those that are known here."""
+    has = self(key, default=default)
+    if has not in values:
+      known = " or ".join(map(repr, values))
+      raise UserError(f"{self._name}: {key} = {has!r} is not known here, only {known}")
+
+
+class Family:
+  """A model family.
+
+  Attributes:
+    model_type, architecture: its names in a config.json.
+    mixers: of which its layers are, ours.
+  """
+
+  model_type: ClassVar[str]
+  architecture: ClassVar[str]
+  mixers: ClassVar[frozenset[str]]
+
+  # Tensors that are no part of the language model: layers that predict further tokens, tables made anew.
+  left_out: ClassVar[tuple[str, ...]] = ("mtp.", "rotary_emb.inv_freq")
+
+  # Whether norms of the residual stream keep 1 + weight.
+  around_one: ClassVar[bool] = False
+
+  # What a config.json calls the constant of its norms.
+  norm_eps: ClassVar[str] = "rms_norm_eps"
+
+  # Where the model's own tensors are.
+  embedding: ClassVar[str] = "model.embed_tokens.weight"
+  final_norm: ClassVar[str] = "model.norm"
+  layers: ClassVar[str] = "model.layers"
+
+  # --- config ---
+
+  def model(self, hf: HFConfig) -> Settings:
+    """Our ``model`` section, as far as the checkpoint decides it."""
+    hf.only("hidden_act", "silu", default="silu")
+    return dict(
+      pattern=write_pattern(self.kinds(hf)),
+      num_layers=hf("num_hidden_layers"),
+      d_model=hf("hidden_size"),
+      vocab_size=hf("vocab_size"),
+      norm_eps=hf(self.norm_eps),
+      tie_embeddings=hf("tie_word_embeddings", default=False),
+      mlp=self.mlp(hf),
+      mixers=self.settings(hf),
+    )
+
+  def kinds(self, hf: HFConfig) -> list[str]:
+    """The mixer of each layer."""
+    raise NotImplementedError
+
+  def settings(self, hf: HFConfig) -> dict[str, Settings]:
+    """Of each mixer."""
+    raise NotImplementedError
+
+  def mlp(self, hf: HFConfig) -> Settings:
+    """Our ``model.mlp``, without the balance loss, which is of training."""
+    return dict(hidden=hf("intermediate_size"), experts=0)
+
+  def config(self, model: ConfigDict) -> Settings:
+    """The config.json of our ``model`` section. What it does not say is found by reading it again."""
+    return dict(
+      architectures=[self.architecture],
+      model_type=self.model_type,
+      num_hidden_layers=model.num_layers,
+      hidden_size=model.d_model,
+      vocab_size=model.vocab_size,
+      tie_word_embeddings=model.tie_embeddings,
+      intermediate_size=model.mlp.hidden,
+      hidden_act="silu",
+    ) | {self.norm_eps: model.norm_eps}
+
+  # --- tensors ---
+
+  def outside(self, model: ConfigDict) -> list[Weights]:
+    """Of the model itself. Our embedding is of variance 1 / d_model, and what it gives is multiplied by its root; where
+    the same table makes the logits the last norm's scale makes up for it."""
+    root = model.d_model**0.5
+    out = [scaled("embedding", self.embedding, 1 / root)]
+    tied = model.tie_embeddings
+    factor = root if tied else 1.0
+    out.append(norm("norm", self.final_norm, around_one=self.around_one, factor=factor))
+    return out if tied else [*out, one("head", "lm_head.weight")]
+
+  def layer(self, model: ConfigDict, index: int) -> list[Weights]:
+    """Of a layer; their names follow ``{layers}.{index}.``, ours the layer's own path."""
+    out = [
+      norm("mixer_norm", "input_layernorm", around_one=self.around_one),
+      *self.mixer(model, layer_specs(model)[index].mixer),
+    ]
+    if model.mlp.hidden:
+      out.append(norm("mlp_norm", "post_attention_layernorm", around_one=self.around_one))
+      dense = not model.mlp.experts or index < model.mlp.dense_layers
+      out += self.dense_mlp() if dense else self.experts(model)
+    return out
+
+  def mixer(self, model: ConfigDict, name: str) -> list[Weights]:
+    """Of a layer's mixer."""
+    raise NotImplementedError
+
+  def dense_mlp(self) -> list[Weights]:
+    return [linear(f"mlp.{name}", f"mlp.{name}_proj") for name in ("gate", "up", "down")]
+
+  # A mixture of experts: where it is, and what an expert's matrices are called.
+  moe: ClassVar[str] = "mlp"
+  expert: ClassVar[Mapping[str, str]] = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+  shared_experts: ClassVar[str] = "shared_experts"
+
+  def experts(self, model: ConfigDict) -> list[Weights]:
+    m, at = model.mlp, self.moe
+    out = [linear("mlp.router", f"{at}.gate")]
+    out += [
+      stacked(f"mlp.{ours}", [f"{at}.experts.{e}.{name}" for e in range(m.experts)])
+      for ours, name in self.expert.items()
+    ]
+    if m.shared_experts:
+      out += [
+        linear(f"mlp.shared.{n}", f"{at}.{self.shared_experts}.{n}_proj")
+        for n in ("gate", "up", "down")
+      ]
+    if m.router == "sigmoid":
+      out.append(one("mlp.bias", f"{at}.gate.e_score_correction_bias"))
+    return out
+
+  # What a tensor of a checkpoint is called here, where files differ.
+  def canonical(self, name: str) -> str:
+    return name
+
+
+def shared_settings(model: ConfigDict, mixer: str) -> ConfigDict:
+  """The settings of a mixer, which all its layers must have alike; UserError otherwise."""
+  for spec in layer_specs(model):
+    if spec.mixer == mixer and spec.settings:
+      raise UserError(
+        f"config.model.pattern = {model.pattern!r}: layers with settings of their own have no place in a config.json"
+      )
+  return model.mixers[mixer]
+
+
+def rope_theta(hf: HFConfig) -> float:
+  """The base of RoPE; UserError where frequencies are changed besides."""
+  rope = hf("rope_parameters", "rope_scaling", default={})
+  kind = rope.get("rope_type", rope.get("type", "default"))
+  if kind != "default":
+    raise UserError(f"config.json: RoPE of type {kind!r} is not known here, only 'default'")
+  return float(rope.get("rope_theta", hf("rope_theta", default=10000.0)))
+
+
+def families() -> dict[str, Family]:
+  """All families by their model_type, sorted."""
+  import attnlab.hf as package
+
+  for module in pkgutil.iter_modules(package.__path__):
+    if not module.name.startswith("_"):
+      importlib.import_module(f"attnlab.hf.{module.name}")
+  found: list[type[Family]] = [Family]
+  for cls in found:
+    found.extend(cls.__subclasses__())
+  known = {cls.model_type: cls() for cls in found if "model_type" in vars(cls)}
+  return dict(sorted(known.items()))
+
+
+def family(model_type: str) -> Family:
+  """The family of a name; UserError with the known ones otherwise."""
+  known = families()
+  if model_type not in known:
+    raise unknown("model_type", model_type, known)
+  return known[model_type]

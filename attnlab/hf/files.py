@@ -1,0 +1,150 @@
+"""Checkpoints as Hugging Face's libraries keep them: a directory with config.json and safetensors files."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from attnlab.errors import UserError
+
+_INDEX = "model.safetensors.index.json"
+# What a model is loaded from, and what its tokenizer is; nothing that would be run.
+_WANTED = ("*.safetensors", "*.json", "*.model", "*.txt")
+# Bytes of a file of a checkpoint that is written, about.
+_SHARD = 4 << 30
+
+
+def locate(source: str) -> Path:
+  """The directory of a checkpoint: that of a path, or of a model on the Hub ("Qwen/Qwen3-0.6B"), which is fetched.
+
+  Raises:
+    UserError: neither a directory nor a model that could be fetched.
+  """
+  if Path(source).is_dir():
+    return Path(source)
+  if source.count("/") != 1 or source.startswith((".", "/", "~")):
+    raise UserError(f"{source} is no directory (nor the name of a model on the Hub, ORG/NAME)")
+  try:
+    import huggingface_hub
+  except ImportError as error:
+    raise UserError(
+      f"{source} is no directory; to fetch a model of that name: pip install huggingface-hub"
+    ) from error
+  try:
+    return Path(huggingface_hub.snapshot_download(source, allow_patterns=list(_WANTED)))
+  except Exception as error:  # of the library, of HTTP, of sockets
+    raise UserError(
+      f"{source} is no directory, and as a model on the Hub it could not be fetched: {error}"
+    ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+  """A JSON object; UserError if it is not there, or none."""
+  try:
+    values = json.loads(path.read_text("utf-8"))
+  except FileNotFoundError as error:
+    raise UserError(f"{path} is missing: a checkpoint has it beside its weights") from error
+  except (OSError, ValueError) as error:
+    raise UserError(f"{path} is not readable as JSON: {error}") from error
+  if not isinstance(values, dict):
+    raise UserError(f"{path} is not a JSON object")
+  return values
+
+
+class Tensors:
+  """The tensors of a checkpoint, read from its files when they are asked for.
+
+  Args:
+    directory: the checkpoint's.
+
+  Raises:
+    UserError: no safetensors library, or no safetensors files, or one that is broken or missing.
+  """
+
+  def __init__(self, directory: Path):
+    try:
+      from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+      raise UserError("reading weights needs: pip install safetensors") from error
+    index = directory / _INDEX
+    if index.is_file():
+      names = sorted(set(read_json(index).get("weight_map", {}).values()))
+    else:
+      names = sorted(p.name for p in directory.glob("*.safetensors"))
+    if not names:
+      raise UserError(f"{directory} has no *.safetensors (weights in *.bin are not read)")
+    self._directory, self._files = directory, {}
+    for name in names:
+      try:
+        file = safe_open(directory / name, "numpy")
+      except (OSError, SafetensorError) as error:
+        raise UserError(f"{directory / name}: {error}") from error
+      self._files |= dict.fromkeys(file.keys(), file)
+
+  @property
+  def names(self) -> Iterable[str]:
+    return self._files.keys()
+
+  def __getitem__(self, name: str) -> np.ndarray:
+    """A tensor in float32."""
+    file = self._files[name]
+    dtype = file.get_slice(name).get_dtype()
+    if dtype not in ("F32", "F16", "BF16", "F64"):
+      raise UserError(
+        f"{self._directory}: {name} is quantised ({dtype}), which is not read:"
+        " take a checkpoint in bfloat16"
+      )
+    return file.get_tensor(name).astype(np.float32)
+
+
+def write(
+  directory: Path,
+  config: Mapping[str, Any],
+  tensors: Iterable[tuple[str, np.ndarray]],
+  dtype: np.dtype,
+) -> int:
+  """Writes a checkpoint, a file of it at a time; the bytes of its tensors.
+
+  Args:
+    directory: made; a checkpoint that is there is the caller's to refuse.
+    config: config.json.
+    tensors: by name; they may be made as they are asked for.
+    dtype: of all.
+  """
+  from safetensors.numpy import save_file
+
+  directory.mkdir(parents=True, exist_ok=True)
+  files: list[list[str]] = []
+  shard: dict[str, np.ndarray] = {}
+  total = size = 0
+
+  def part(i: int) -> Path:
+    return directory / f"model-{i:05}.safetensors.part"
+
+  def flush() -> None:
+    nonlocal shard, size
+    save_file(shard, part(len(files)), metadata={"format": "pt"})
+    files.append(list(shard))
+    shard, size = {}, 0
+
+  for name, x in tensors:
+    x = np.ascontiguousarray(x.astype(dtype))
+    if size and size + x.nbytes > _SHARD:
+      flush()
+    shard[name] = x
+    size, total = size + x.nbytes, total + x.nbytes
+  flush()
+  if len(files) == 1:
+    part(0).rename(directory / "model.safetensors")
+  else:
+    called = [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
+    for i, name in enumerate(called):
+      part(i).rename(directory / name)
+    where = {name: file for file, names in zip(called, files, strict=True) for name in names}
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    (directory / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+  # Last: a directory without it is no checkpoint.
+  (directory / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
+  return total

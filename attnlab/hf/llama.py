@@ -1,0 +1,103 @@
+"""Llama, Mistral without windows, Qwen3, and Qwen3's mixture of experts: softmax attention in every layer."""
+
+from ml_collections import ConfigDict
+
+from attnlab.errors import UserError
+from attnlab.hf.family import Family, HFConfig, Settings, rope_theta, shared_settings
+from attnlab.hf.weights import Weights, linear, norm
+
+
+class Llama(Family):
+  """arXiv:2307.09288, arXiv:2407.21783."""
+
+  model_type = "llama"
+  architecture = "LlamaForCausalLM"
+  mixers = frozenset({"softmax"})
+
+  # RMSNorm of each head's queries and keys.
+  qk_norm = False
+
+  def kinds(self, hf: HFConfig) -> list[str]:
+    hf.only("attention_bias", False, default=False)
+    hf.only("mlp_bias", False, default=False)
+    if hf("use_sliding_window", default=True) and hf("sliding_window", default=None):
+      raise UserError("config.json: sliding_window is not known here, only attention to everything")
+    return ["softmax"] * hf("num_hidden_layers")
+
+  def settings(self, hf: HFConfig) -> dict[str, Settings]:
+    heads = hf("num_attention_heads")
+    return dict(
+      softmax=dict(
+        num_heads=heads,
+        num_kv_heads=hf("num_key_value_heads", default=heads),
+        head_dim=hf("head_dim", default=hf("hidden_size") // heads),
+        rope_theta=rope_theta(hf),
+        qk_norm=self.qk_norm,
+      )
+    )
+
+  def config(self, model: ConfigDict) -> Settings:
+    s = shared_settings(model, "softmax")
+    heads = s.num_heads or max(1, model.d_model // s.head_dim)
+    rope = dict(rope_type="default", rope_theta=s.rope_theta)
+    return super().config(model) | dict(
+      num_attention_heads=heads,
+      num_key_value_heads=s.num_kv_heads or heads,
+      head_dim=s.head_dim,
+      rope_parameters=rope,
+      rope_theta=s.rope_theta,
+    )
+
+  def mixer(self, model: ConfigDict, name: str) -> list[Weights]:
+    del name
+    out = [linear(f"mixer.{n}_proj", f"self_attn.{n}_proj") for n in "qkv"]
+    out.append(linear("mixer.out_proj", "self_attn.o_proj"))
+    if model.mixers.softmax.qk_norm:
+      around = self.around_one
+      out += [norm(f"mixer.{n}_norm", f"self_attn.{n}_norm", around_one=around) for n in "qk"]
+    return out
+
+
+class Mistral(Llama):
+  """arXiv:2310.06825, from version 0.3 on, which has no window."""
+
+  model_type = "mistral"
+  architecture = "MistralForCausalLM"
+
+
+class Qwen3(Llama):
+  """arXiv:2505.09388."""
+
+  model_type = "qwen3"
+  architecture = "Qwen3ForCausalLM"
+  qk_norm = True
+
+
+class Qwen3MoE(Qwen3):
+  """arXiv:2505.09388, with experts in every layer."""
+
+  model_type = "qwen3_moe"
+  architecture = "Qwen3MoeForCausalLM"
+
+  def mlp(self, hf: HFConfig) -> Settings:
+    hf.only("norm_topk_prob", True, default=False)
+    hf.only("decoder_sparse_step", 1, default=1)
+    hf.only("mlp_only_layers", [], default=[])
+    return dict(
+      hidden=hf("intermediate_size"),
+      experts=hf("num_experts", "num_local_experts"),
+      top_k=hf("num_experts_per_tok"),
+      expert_hidden=hf("moe_intermediate_size"),
+      router="softmax",
+    )
+
+  def config(self, model: ConfigDict) -> Settings:
+    m = model.mlp
+    return super().config(model) | dict(
+      num_experts=m.experts,
+      num_experts_per_tok=m.top_k,
+      moe_intermediate_size=m.expert_hidden,
+      norm_topk_prob=True,
+      decoder_sparse_step=1,
+      mlp_only_layers=[],
+    )

@@ -1,0 +1,182 @@
+"""A checkpoint of Hugging Face's libraries becomes a run."""
+
+import functools
+from collections.abc import Iterable
+from pathlib import Path
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+from rich.progress import track
+
+from attnlab.checkpoint import paths
+from attnlab.config import complete
+from attnlab.convert import begin
+from attnlab.errors import UserError
+from attnlab.hf import files
+from attnlab.hf.family import Family, HFConfig, Settings, family
+from attnlab.hf.layout import place
+from attnlab.hf.weights import Arrays, Weights
+from attnlab.state import State
+
+
+def configured(directory: Path, config: ConfigDict) -> tuple[Family, ConfigDict]:
+  """The family of a checkpoint, and a config with the model that it is.
+
+  Sizes, pattern and mixers are the checkpoint's, and so is the tokenizer where there is one and the config has bytes;
+  everything else is the config's.
+
+  Raises:
+    UserError: no config.json, a family that is not known, or a setting of it that is not.
+  """
+  path = directory / "config.json"
+  hf = HFConfig(files.read_json(path), str(path))
+  kind = family(hf("model_type"))
+  config = with_model(config, kind.model(hf))
+  tokenizer = directory / "tokenizer.json"
+  if tokenizer.is_file() and config.data.tokenizer == "bytes":
+    config.data.tokenizer = str(tokenizer)
+  return kind, config
+
+
+def with_model(config: ConfigDict, section: Settings) -> ConfigDict:
+  """A config with what ``Family.model`` says of its model; complete."""
+  config = complete(config)
+  with config.unlocked():
+    config.model.update({k: v for k, v in section.items() if k != "mixers"})
+    config.model.mixers = ConfigDict(section["mixers"])
+  return complete(config)
+
+
+def load(source: str | Path, config: ConfigDict, workdir: str | Path) -> ConfigDict:
+  """Writes checkpoint 0 of a run whose parameters are a checkpoint's.
+
+  A device is given what it holds, a layer at a time, so that no process ever has all of a model that a mesh splits.
+
+  Args:
+    source: the checkpoint's directory, or the name of a model on the Hub.
+    config: of the run; ``configured`` says what of it is used.
+    workdir: the run's directory, which holds no run yet.
+
+  Returns:
+    The run's config.
+
+  Raises:
+    UserError: a checkpoint, or a part of it, that is missing, broken or not known.
+  """
+  directory = files.locate(str(source))
+  kind, config = configured(directory, config)
+
+  def parameters(model: State, mesh: jax.sharding.Mesh) -> State:
+    del mesh
+    # Their memory is for those that come.
+    shapes = _shapes(model.pop("params"))
+    return read(directory, kind, config.model, model | {"params": shapes})
+
+  begin(config, workdir, parameters)
+  return config
+
+
+def read(directory: Path, kind: Family, model: ConfigDict, like: State) -> State:
+  """The parameters of a checkpoint.
+
+  Args:
+    directory, kind: the checkpoint's, and its family.
+    model: the ``model`` section that ``configured`` gives.
+    like: {"params", "rest"}, of arrays or of their shapes and shardings; of "rest" what the checkpoint has not stays.
+
+  Raises:
+    UserError: a tensor that is missing, too many, or of another shape.
+  """
+  reader = _Reader(kind, model, files.Tensors(directory), directory)
+  reader.check(paths(like["params"]))
+  return {name: reader.tree(tree) for name, tree in like.items()}
+
+
+class _Reader:
+  """The parameters of a model in a checkpoint's tensors."""
+
+  def __init__(self, kind: Family, model: ConfigDict, tensors: files.Tensors, directory: Path):
+    self._kind, self._model = kind, model
+    self._tensors, self._directory = tensors, directory
+    self._named = {kind.canonical(name): name for name in tensors.names}
+    layers: list[int | None] = [None, *range(model.num_layers)]
+    self._weights = {i: by_parameter(kind, model, i) for i in layers}
+    # What several parameters, or several devices' parts of one, are made of is read once.
+    self._read = functools.lru_cache(maxsize=1)(self._read_now)
+
+  def check(self, ours: Iterable[str]) -> None:
+    """Raises UserError unless every parameter has its tensors and every tensor its parameter."""
+    wanted = {
+      name for i, w in self._weights.items() for one in w.values() for name in self._names(i, one)
+    }
+    later = tuple(f"{self._kind.layers}.{i}." for i in range(self._model.num_layers, 10**4))
+    skipped = lambda name: (  # noqa: E731
+      name.startswith(later) or any(part in name for part in self._kind.left_out)
+    )
+    extra = [n for n in self._named if n not in wanted and not skipped(n)]
+    for what, names in (
+      ("has no tensor", sorted(wanted - self._named.keys())),
+      ("has a tensor that is not known here,", sorted(extra)),
+    ):
+      if names:
+        more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+        raise UserError(f"{self._directory} {what} {names[0]}{more}")
+    for path in ours:
+      at = place(path, self._model)
+      for i in at.layers or (None,):
+        if at.path not in self._weights[i]:
+          raise UserError(f"{self._directory}: nothing there is our {path}")
+
+  def tree(self, tree: PyTree) -> PyTree:
+    """A tree of arrays, or of their shapes and shardings, with what the checkpoint has of them."""
+    named = list(zip(paths(tree), jax.tree.leaves(tree), strict=True))
+    made = [self._array(path, x) for path, x in track(named, "reading", disable=len(named) < 8)]
+    return jax.tree.unflatten(jax.tree.structure(tree), made)
+
+  def _array(self, path: str, x: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
+    at = place(path, self._model)
+    if at.path not in self._weights[at.layers[0] if at.layers else None]:
+      assert isinstance(x, jax.Array), path  # a constant that the family has no tensor for
+      return x
+    shape = x.shape[1:] if at.stacked else x.shape
+
+    def value(layer: int | None) -> np.ndarray:
+      weights = self._weights[layer][at.path]
+      made = self._read(layer, weights)[weights.ours.index(at.path)]
+      if made.shape != shape:
+        names = ", ".join(self._names(layer, weights)[:3])
+        raise UserError(
+          f"{self._directory}: {names} makes {path} {made.shape}, config.json {shape}"
+        )
+      return made
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+      if not at.stacked:
+        return value(at.layers[0] if at.layers else None)[index]
+      return np.stack([value(layer)[index[1:]] for layer in at.layers[index[0]]])
+
+    return jax.make_array_from_callback(x.shape, x.sharding, part, dtype=x.dtype)
+
+  def _names(self, layer: int | None, weights: Weights) -> list[str]:
+    return [prefix(self._kind, layer) + name for name in weights.theirs]
+
+  def _read_now(self, layer: int | None, weights: Weights) -> Arrays:
+    names = self._names(layer, weights)
+    return weights.read([self._tensors[self._named[name]] for name in names])
+
+
+def by_parameter(kind: Family, model: ConfigDict, layer: int | None) -> dict[str, Weights]:
+  """By each parameter what it is made of; of a layer, or of the model itself."""
+  every = kind.outside(model) if layer is None else kind.layer(model, layer)
+  return {path: weights for weights in every for path in weights.ours}
+
+
+def prefix(kind: Family, layer: int | None) -> str:
+  """What the names of a layer's tensors begin with."""
+  return "" if layer is None else f"{kind.layers}.{layer}."
+
+
+def _shapes(tree: PyTree) -> PyTree:
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)

@@ -1,0 +1,116 @@
+"""Qwen3-Next: three Gated DeltaNet layers to one of gated softmax attention, and a mixture of experts."""
+
+from ml_collections import ConfigDict
+
+from attnlab.errors import UserError
+from attnlab.hf.family import HFConfig, Settings, shared_settings
+from attnlab.hf.llama import Qwen3MoE
+from attnlab.hf.weights import (
+  Weights,
+  channels,
+  linear,
+  norm,
+  one,
+  our_taps,
+  rows,
+  their_taps,
+)
+from attnlab.model import layer_specs
+
+
+class Qwen3Next(Qwen3MoE):
+  """Alibaba, 2025; the gate of its attention: arXiv:2505.06708."""
+
+  model_type = "qwen3_next"
+  architecture = "Qwen3NextForCausalLM"
+  mixers = frozenset({"gated_deltanet", "softmax"})
+  around_one = True
+  shared_experts = "shared_expert"
+
+  _NAMES = {"linear_attention": "gated_deltanet", "full_attention": "softmax"}
+
+  def kinds(self, hf: HFConfig) -> list[str]:
+    hf.only("attention_bias", False, default=False)
+    every = hf("full_attention_interval", default=4)
+    kinds = hf("layer_types", default=None) or [
+      "linear_attention" if (i + 1) % every else "full_attention"
+      for i in range(hf("num_hidden_layers"))
+    ]
+    return [self._NAMES[kind] for kind in kinds]
+
+  def settings(self, hf: HFConfig) -> dict[str, Settings]:
+    rope = hf("rope_parameters", default={})
+    fraction = rope.get("partial_rotary_factor", hf("partial_rotary_factor", default=0.25))
+    softmax = super().settings(hf)["softmax"]
+    return dict(
+      softmax=softmax | dict(rope_fraction=fraction, output_gate="element"),
+      gated_deltanet=dict(
+        num_heads=hf("linear_num_key_heads"),
+        num_value_heads=hf("linear_num_value_heads"),
+        head_dim=hf("linear_key_head_dim"),
+        value_dim=hf("linear_value_head_dim"),
+        conv_size=hf("linear_conv_kernel_dim"),
+      ),
+    )
+
+  def mlp(self, hf: HFConfig) -> Settings:
+    width, expert = hf("shared_expert_intermediate_size"), hf("moe_intermediate_size")
+    if width % expert:
+      raise UserError(
+        f"config.json: shared_expert_intermediate_size = {width} is no whole number of experts of {expert}"
+      )
+    return super().mlp(hf) | dict(shared_experts=width // expert, shared_gate=True)
+
+  def config(self, model: ConfigDict) -> Settings:
+    g, s = (shared_settings(model, name) for name in ("gated_deltanet", "softmax"))
+    out, theirs = super().config(model), {ours: name for name, ours in self._NAMES.items()}
+    out["rope_parameters"]["partial_rotary_factor"] = s.rope_fraction
+    return out | dict(
+      layer_types=[theirs[spec.mixer] for spec in layer_specs(model)],
+      partial_rotary_factor=s.rope_fraction,
+      linear_num_key_heads=g.num_heads,
+      linear_num_value_heads=g.num_value_heads,
+      linear_key_head_dim=g.head_dim,
+      linear_value_head_dim=g.value_dim,
+      linear_conv_kernel_dim=g.conv_size,
+      shared_expert_intermediate_size=model.mlp.shared_experts * model.mlp.expert_hidden,
+    )
+
+  def mixer(self, model: ConfigDict, name: str) -> list[Weights]:
+    if name == "softmax":
+      s = model.mixers.softmax
+      # Of each head first the query, then its gate.
+      ours, sizes = ("mixer.q_proj", "mixer.gate_proj"), (s.head_dim, s.head_dim)
+      q = rows(ours, "self_attn.q_proj.weight", sizes, groups=s.num_heads)
+      return [q, *(w for w in super().mixer(model, name) if w.ours != ("mixer.q_proj.kernel",))]
+    g, at = model.mixers.gated_deltanet, "linear_attn"
+    each = g.num_value_heads // g.num_heads
+    values = each * g.value_dim
+    # Of each head of keys: its query, its key, its values and their gates.
+    qkvz = [f"mixer.{n}_proj" for n in ("q", "k", "v", "gate")]
+    sizes = (g.head_dim, g.head_dim, values, values)
+    heads = (g.num_heads * g.head_dim, g.num_heads * g.head_dim, g.num_heads * values)
+    return [
+      rows(qkvz, f"{at}.in_proj_qkvz.weight", sizes, groups=g.num_heads),
+      rows(
+        ("mixer.b_proj", "mixer.a_proj"),
+        f"{at}.in_proj_ba.weight",
+        (each, each),
+        groups=g.num_heads,
+      ),
+      channels(
+        [f"mixer.{n}_conv.weight" for n in "qkv"],
+        f"{at}.conv1d.weight",
+        heads,
+        our_taps,
+        their_taps,
+      ),
+      one("mixer.A_log", f"{at}.A_log"),
+      one("mixer.dt_bias", f"{at}.dt_bias"),
+      norm("mixer.out_norm", f"{at}.norm"),
+      linear("mixer.out_proj", f"{at}.out_proj"),
+    ]
+
+  def experts(self, model: ConfigDict) -> list[Weights]:
+    gate = linear("mlp.shared_gate", "mlp.shared_expert_gate")
+    return [*super().experts(model), gate]

@@ -1,0 +1,115 @@
+"""How tensors of a checkpoint become parameters, and back: functions with their inverses."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+Arrays = Sequence[np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+  """Some parameters, and the tensors that say the same.
+
+  Attributes:
+    ours: paths of the parameters within a layer ("mixer.q_proj.kernel"), or within the model.
+    theirs: names of the tensors.
+    read: the tensors, in that order, to the parameters.
+    write: its inverse.
+  """
+
+  ours: tuple[str, ...]
+  theirs: tuple[str, ...]
+  read: Callable[[Arrays], Arrays]
+  write: Callable[[Arrays], Arrays]
+
+
+def one(
+  ours: str,
+  theirs: str,
+  read: Callable[[np.ndarray], np.ndarray] = lambda x: x,
+  write: Callable[[np.ndarray], np.ndarray] = lambda x: x,
+) -> Weights:
+  """A parameter that is a tensor, changed."""
+  return Weights((ours,), (theirs,), lambda x: [read(x[0])], lambda x: [write(x[0])])
+
+
+def linear(ours: str, theirs: str) -> Weights:
+  """The kernel of a Linear without bias: [inputs, outputs], theirs [outputs, inputs]."""
+  return one(f"{ours}.kernel", f"{theirs}.weight", np.transpose, np.transpose)
+
+
+def scaled(ours: str, theirs: str, factor: float) -> Weights:
+  """A parameter ``factor`` times theirs."""
+  return one(ours, theirs, lambda x: x * np.float32(factor), lambda x: x / np.float32(factor))
+
+
+def norm(ours: str, theirs: str, *, around_one: bool = False, factor: float = 1.0) -> Weights:
+  """The scale of a norm, ``factor`` times theirs; theirs is ``1 + weight`` where it is kept around one."""
+  add, by = np.float32(around_one), np.float32(factor)
+  read, write = lambda x: (x + add) * by, lambda x: x / by - add
+  return one(f"{ours}.scale", f"{theirs}.weight", read, write)
+
+
+def our_taps(x: np.ndarray) -> np.ndarray:
+  """A ShortConv's weight [width, channels] of theirs [channels, 1, width]."""
+  return x[:, 0].T
+
+
+def their_taps(x: np.ndarray) -> np.ndarray:
+  return x.T[:, None]
+
+
+def taps(ours: str, theirs: str) -> Weights:
+  """The weight of a ShortConv."""
+  return one(f"{ours}.weight", f"{theirs}.weight", our_taps, their_taps)
+
+
+def stacked(ours: str, theirs: Sequence[str]) -> Weights:
+  """Kernels that are one parameter [experts, inputs, outputs], theirs one by one [outputs, inputs]."""
+  read = lambda each: [np.stack([x.T for x in each])]  # noqa: E731
+  return Weights((ours,), tuple(f"{t}.weight" for t in theirs), read, lambda x: [e.T for e in x[0]])
+
+
+def rows(ours: Sequence[str], theirs: str, counts: Sequence[int], groups: int = 1) -> Weights:
+  """Several kernels whose outputs are one tensor's rows.
+
+  Args:
+    ours: the Linears.
+    theirs: the tensor [rows, inputs].
+    counts: how many of its rows each has, in turn, in every group.
+    groups: the rows are so many groups, of which each kernel has the same part (heads, say).
+  """
+  at = np.cumsum(counts)[:-1]
+
+  def read(tensors: Arrays) -> Arrays:
+    x = tensors[0].reshape(groups, sum(counts), -1)
+    return [part.reshape(-1, x.shape[2]).T for part in np.split(x, at, axis=1)]
+
+  def write(kernels: Arrays) -> Arrays:
+    parts = [k.T.reshape(groups, n, len(k)) for k, n in zip(kernels, counts, strict=True)]
+    return [np.concatenate(parts, axis=1).reshape(-1, parts[0].shape[2])]
+
+  return Weights(tuple(f"{name}.kernel" for name in ours), (theirs,), read, write)
+
+
+def channels(
+  ours: Sequence[str],
+  theirs: str,
+  counts: Sequence[int],
+  read: Callable[[np.ndarray], np.ndarray] = lambda x: x,
+  write: Callable[[np.ndarray], np.ndarray] = lambda x: x,
+) -> Weights:
+  """Several parameters whose channels lie one after the other on a tensor's first axis.
+
+  Args:
+    read, write: what makes of a part of the tensor the parameter, and back.
+  """
+  at = np.cumsum(counts)[:-1]
+  return Weights(
+    tuple(ours),
+    (theirs,),
+    lambda x: [read(part) for part in np.split(x[0], at)],
+    lambda x: [np.concatenate([write(part) for part in x])],
+  )
