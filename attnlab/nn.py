@@ -314,10 +314,11 @@ def rope(
   positions: Int[Array, "B T"],
   theta: float = 10000.0,
   fraction: float = 1.0,
+  scaling: kernels.Scaling | None = None,
 ) -> Float[Array, "B T H D"]:
   """RoPE (``pallas_kernels.rope``) on each device's own heads."""
   axes = ("batch", None, "heads", None)
-  run = lambda x, positions: kernels.rope(x, positions, theta, fraction)  # noqa: E731
+  run = lambda x, positions: kernels.rope(x, positions, theta, fraction, scaling)  # noqa: E731
   return sharding.local(run, (axes, ("batch", None)), axes)(x, positions)
 
 
@@ -327,13 +328,15 @@ def rope_heads(
   size: int,
   theta: float = 10000.0,
   fraction: float = 1.0,
+  scaling: kernels.Scaling | None = None,
   axis: str | None = "heads",
 ) -> Float[Array, "B T D"]:
   """RoPE of heads of ``size`` channels side by side (``pallas_kernels.rope``), which lie along a logical axis."""
   count, axes = x.shape[-1] // size, ("batch", None, axis)
+  turn = theta, fraction, scaling
   if axis is not None and count % sharding.size(axis):  # devices hold parts of heads
-    return sharding.merge(rope(sharding.split(x, count, size), positions, theta, fraction), 2)
-  run = lambda x, positions: kernels.rope_heads(x, positions, size, theta, fraction)  # noqa: E731
+    return sharding.merge(rope(sharding.split(x, count, size), positions, *turn), 2)
+  run = lambda x, positions: kernels.rope_heads(x, positions, size, *turn)  # noqa: E731
   return sharding.local(run, (axes, ("batch", None)), axes)(x, positions)
 
 

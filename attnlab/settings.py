@@ -39,6 +39,9 @@ Natural = typing.Annotated[int, Range(least=0)]
 Fraction = typing.Annotated[float, Range(least=0, most=1)]
 Weight = typing.Annotated[float, Range(least=0)]
 
+# As pallas_kernels.rope.Scaling is.
+RopeScaling = tuple[typing.Literal["llama3", "yarn"], float, int, float, float]
+
 # What a mixer's numbers are where its Config does not say otherwise: sizes, counts, scales.
 POSITIVE = {int: Range(least=1), float: Range(above=0, below=float("inf"))}
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import jax
+import ml_dtypes
 import numpy as np
 import optax
 import pytest
@@ -319,6 +320,11 @@ ONES = np.ones((16, 16), np.float32)
     (lambda d: change(d, hidden_size=None), "has no 'hidden_size'"),
     (lambda d: change(d, hidden_act="gelu"), "hidden_act = 'gelu' is not known here"),
     (lambda d: change(d, attention_bias=True), "attention_bias = True"),
+    (lambda d: change(d, rope_parameters=dict(rope_type="longrope")), "'longrope' is not known"),
+    (
+      lambda d: change(d, rope_parameters=dict(rope_type="yarn", factor=2, attention_factor=1)),
+      "attention_factor = 1 is not known",
+    ),
     (lambda d: change(d, use_sliding_window=True, sliding_window=8), "sliding_window"),
     (lambda d: change(d, num_hidden_layers=3), "has no tensor model.layers.2.input_layernorm"),
     (lambda d: change(d, intermediate_size=32), r"makes blocks.*config.json \(32, 16\)"),
@@ -338,6 +344,31 @@ def test_what_is_wrong_is_told(spoil, words, copy):
   spoil(directory)
   with pytest.raises(UserError, match=words):
     opened(directory)
+
+
+def test_blocks_of_float8(copy):
+  """As DeepSeek's are kept: numbers of 8 bits, and a scale for each block of some rows and columns."""
+  directory, block = copy(), (5, 7)
+  tensors, want = load_file(directory / "model.safetensors"), {}
+  for name, x in list(tensors.items()):
+    if "_proj" not in name:
+      continue
+    counts = [-(-n // size) for n, size in zip(x.shape, block, strict=True)]
+    scales = np.random.default_rng(0).uniform(0.01, 0.03, counts).astype(np.float32)
+    low = (x.astype(np.float32) * 40).astype(ml_dtypes.float8_e4m3fn)
+    each = [[scales[i // 5, j // 7] for j in range(x.shape[1])] for i in range(x.shape[0])]
+    want[name] = low.astype(np.float32) * np.array(each)
+    tensors |= {name: low, f"{name}_scale_inv": scales}
+  save_file(tensors, directory / "model.safetensors")
+  change(directory, quantization_config=dict(quant_method="fp8", weight_block_size=block))
+  read = files.Tensors(directory)
+  assert not [name for name in read.names if "scale" in name]
+  for name, x in want.items():
+    np.testing.assert_array_equal(read[name], x)
+  _, _, _, state = opened(directory)
+  k = want["model.layers.1.self_attn.k_proj.weight"].T
+  at = state["params"]["blocks"]["layers"][0]["mixer"]["k_proj"]["kernel"]
+  np.testing.assert_array_equal(at[...][1], k)
 
 
 def test_tensors_of_no_use_are_left(copy):

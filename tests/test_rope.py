@@ -6,17 +6,20 @@ import numpy as np
 import pytest
 import tpu_races
 
+from attnlab.mixers.references import frequency
 from pallas_kernels.rope import rope, rope_heads, tpu
+from pallas_kernels.rope.frequencies import scaled
 
 THETA = 100.0
 
 
-def turned(x, positions, fraction, sign=1):
+def turned(x, positions, fraction, sign=1, frequencies=None):
   """Section 3.4.2: a pair of channels as a complex number times e^(i position theta^(-2 j / n)). [B, T, H, D]"""
   x = np.asarray(x, np.float64).copy()
   n = int(x.shape[-1] * fraction) // 2 * 2
   for j in range(n // 2):
-    angle = sign * np.asarray(positions, np.float64) * THETA ** (-2 * j / n)
+    frequency = THETA ** (-2 * j / n) if frequencies is None else frequencies[j]
+    angle = sign * np.asarray(positions, np.float64) * frequency
     z = (x[..., j] + 1j * x[..., j + n // 2]) * np.exp(1j * angle)[..., None]
     x[..., j], x[..., j + n // 2] = z.real, z.imag
   return x
@@ -36,13 +39,13 @@ def close(got, want, positions):
   np.testing.assert_allclose(got, want, rtol=rtol, atol=angle * np.abs(want).max() + 1e-6)
 
 
-def turns(run, x, dy, positions, fraction, heads):
+def turns(run, x, dy, positions, fraction, heads, frequencies=None):
   """That ``run`` rotates x, and its gradient back; ``heads`` is the shape with an axis of heads."""
   y, vjp = jax.vjp(run, x)
   assert y.dtype == x.dtype
   x64, dy64 = (np.asarray(a, np.float64).reshape(heads) for a in (x, dy))
-  close(y, turned(x64, positions, fraction), positions)
-  close(vjp(dy)[0], turned(dy64, positions, fraction, -1), positions)
+  close(y, turned(x64, positions, fraction, 1, frequencies), positions)
+  close(vjp(dy)[0], turned(dy64, positions, fraction, -1, frequencies), positions)
 
 
 def in_both(cases):
@@ -106,6 +109,34 @@ def test_heads_that_come_first_in_the_kernel(T, heads, size, fraction, dtype):
   turns(run, x.reshape(shape), dy.reshape(shape), positions, fraction, shape)
 
 
+# Llama 3.1's, and DeepSeek-V3's.
+@pytest.mark.parametrize(
+  "theta, size, scaling, kept, changed",
+  [
+    (5e5, 128, ("llama3", 8.0, 8192, 1.0, 4.0), 29, 35),
+    (1e4, 64, ("yarn", 40.0, 4096, 1.0, 32.0), 11, 23),
+  ],
+)
+def test_frequencies_for_longer_texts(theta, size, scaling, kept, changed):
+  """The first pairs turn as they did, the last ``factor`` times as slowly, and each of the others a little slower in
+  proportion than that before it; all as in the mixers' reference, which has the papers' formulas for one pair."""
+  plain = theta ** (-np.arange(0, size, 2) / size)
+  ratio = scaled(theta, size, scaling) / plain
+  np.testing.assert_allclose(ratio[:kept], 1, rtol=1e-6)
+  np.testing.assert_allclose(ratio[changed:], 1 / scaling[1], rtol=1e-6)
+  assert (np.diff(ratio[kept - 1 : changed + 1]) < 0).all()
+  want = [frequency(i, size, theta, scaling) for i in range(size // 2)]
+  np.testing.assert_allclose(scaled(theta, size, scaling), want, rtol=1e-6)
+  x, dy, positions = inputs(40, 2, size, jnp.float32)
+  run = lambda x: rope_heads(x, positions, size, theta, 1.0, scaling, backend="interpret")  # noqa: E731
+  turns(run, x, dy, positions, 1.0, (2, 40, 2, size), np.array(want))
+
+
+def test_a_scaling_that_is_not_known():
+  with pytest.raises(ValueError, match="'llama3' or 'yarn', not 'ntk'"):
+    scaled(1e4, 64, ("ntk", 8.0, 8192, 1.0, 4.0))
+
+
 def test_products_depend_on_distances():
   """What RoPE is for: q . k is the same wherever both are moved to."""
   x = jax.random.normal(jax.random.key(0), (1, 2, 1, 64))
@@ -122,7 +153,7 @@ def test_the_kernel_has_no_races():
   for T, heads, size in ((70, 2, 128), (40, 4, 64)):
     x, _, positions = inputs(T, heads, size, jnp.bfloat16)
     with tpu_races.none(kernels=1):
-      y = tpu.rotate(x[:, None], positions, size, THETA, size, tpu_races.STRICT)
+      y = tpu.rotate(x[:, None], positions, size, THETA, size, None, tpu_races.STRICT)
       jax.block_until_ready(y)
     want = turned(np.asarray(x, np.float64).reshape(2, T, heads, size), positions, 1)
     close(y, want, positions)

@@ -3,8 +3,16 @@
 import numpy as np
 from ml_collections import ConfigDict
 
-from attnlab.hf.family import Family, HFConfig, Settings, rope_theta, shared_settings
-from attnlab.hf.weights import Weights, linear, norm, one, rows
+from attnlab.hf.family import (
+  Family,
+  HFConfig,
+  Settings,
+  rope,
+  rope_config,
+  shared_settings,
+  yarn_factor,
+)
+from attnlab.hf.weights import Weights, linear, norm, one, rows, times
 
 _EPS = 1e-6  # of the norms of latents, whatever the model's
 
@@ -12,9 +20,9 @@ _EPS = 1e-6  # of the norms of latents, whatever the model's
 class LatentFamily(Family):
   """What models with latent attention and DeepSeek's experts share."""
 
-  # Ours that is their latent attention, and whether its keys are turned.
+  # Ours that is their latent attention, and whether RoPE turns its queries and keys.
   latent = "mla"
-  rope = True
+  turned = True
 
   def latent_settings(self, hf: HFConfig) -> Settings:
     return dict(
@@ -24,7 +32,7 @@ class LatentFamily(Family):
       nope_dim=hf("qk_nope_head_dim"),
       rope_dim=hf("qk_rope_head_dim"),
       value_dim=hf("v_head_dim"),
-      rope=self.rope,
+      rope=self.turned,
       latent_eps=_EPS,
     )
 
@@ -44,7 +52,7 @@ class LatentFamily(Family):
   def latent_attention(self, model: ConfigDict) -> list[Weights]:
     s, at = model.mixers[self.latent], "self_attn"
     heads = s.num_heads
-    pairs = self.rope and s.rope_dim
+    pairs = self.turned and s.rope_dim
     if s.q_lora_rank:
       q = [
         linear("mixer.q_down", f"{at}.q_a_proj"),
@@ -75,7 +83,8 @@ class LatentFamily(Family):
 
   def _queries(self, name: str, heads: int, s: ConfigDict) -> Weights:
     plain = rows(("mixer.q_up",), name, (s.nope_dim + s.rope_dim,), groups=heads)
-    if not (self.rope and s.rope_dim):
+    plain = times(plain, yarn_factor(s))
+    if not (self.turned and s.rope_dim):
       return plain
     return _halved(plain, slice(s.nope_dim, None), heads)
 
@@ -130,12 +139,17 @@ class DeepSeekV3(LatentFamily):
     return [self.latent] * hf("num_hidden_layers")
 
   def settings(self, hf: HFConfig) -> dict[str, Settings]:
-    return {self.latent: self.latent_settings(hf) | dict(rope_theta=rope_theta(hf))}
+    own = HFConfig(hf("rope_parameters", "rope_scaling", default={}), "RoPE in config.json")
+    if own("rope_type", "type", default="default") == "yarn":
+      # The factor of all logits and not of the channels that turn.
+      own.only("mscale", 1.0, default=None)
+      own.only("mscale_all_dim", 1.0, default=None)
+    return {self.latent: self.latent_settings(hf) | rope(hf)}
 
   def config(self, model: ConfigDict) -> Settings:
-    theta = model.mixers[self.latent].rope_theta
-    rope = dict(rope_type="default", rope_theta=theta)
-    return super().config(model) | dict(rope_parameters=rope, rope_theta=theta)
+    s = model.mixers[self.latent]
+    more = {} if s.rope_scaling is None else dict(mscale=1.0, mscale_all_dim=1.0)
+    return super().config(model) | rope_config(s, **more)
 
   def mixer(self, model: ConfigDict, name: str) -> list[Weights]:
     del name

@@ -5,6 +5,7 @@ that nothing reads, or a setting that the other side has no place for, is an err
 """
 
 import importlib
+import math
 import pkgutil
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -12,7 +13,7 @@ from typing import Any, ClassVar
 from ml_collections import ConfigDict
 
 from attnlab.errors import UserError, unknown
-from attnlab.hf.weights import Weights, linear, norm, one, scaled, stacked
+from attnlab.hf.weights import Weights, linear, norm, one, stacked, times
 from attnlab.model import layer_specs
 from attnlab.pattern import write_pattern
 
@@ -120,11 +121,11 @@ class Family:
     """Of the model itself. Our embedding is of variance 1 / d_model, and what it gives is multiplied by its root; where
     the same table makes the logits the last norm's scale makes up for it."""
     root = model.d_model**0.5
-    out = [scaled("embedding", self.embedding, 1 / root)]
-    tied = model.tie_embeddings
-    factor = root if tied else 1.0
-    out.append(norm("norm", self.final_norm, around_one=self.around_one, factor=factor))
-    return out if tied else [*out, one("head", "lm_head.weight")]
+    embedding = times(one("embedding", self.embedding), 1 / root)
+    last = norm("norm", self.final_norm, around_one=self.around_one)
+    if model.tie_embeddings:
+      return [embedding, times(last, root)]
+    return [embedding, last, one("head", "lm_head.weight")]
 
   def layer(self, model: ConfigDict, index: int) -> list[Weights]:
     """Of a layer; their names follow ``{layers}.{index}.``, ours the layer's own path."""
@@ -181,13 +182,51 @@ def shared_settings(model: ConfigDict, mixer: str) -> ConfigDict:
   return model.mixers[mixer]
 
 
-def rope_theta(hf: HFConfig) -> float:
-  """The base of RoPE; UserError where frequencies are changed besides."""
-  rope = hf("rope_parameters", "rope_scaling", default={})
-  kind = rope.get("rope_type", rope.get("type", "default"))
-  if kind != "default":
-    raise UserError(f"config.json: RoPE of type {kind!r} is not known here, only 'default'")
-  return float(rope.get("rope_theta", hf("rope_theta", default=10000.0)))
+def rope(hf: HFConfig) -> Settings:
+  """``rope_theta`` and ``rope_scaling`` of a mixer; UserError where frequencies are changed in a way not known here."""
+  values = hf("rope_parameters", "rope_scaling", default={})
+  own = HFConfig(values, "RoPE in config.json")
+  kind = own("rope_type", "type", default="default")
+  theta = float(own("rope_theta", default=hf("rope_theta", default=10000.0)))
+  if kind == "default":
+    return dict(rope_theta=theta, rope_scaling=None)
+  length = lambda: own("original_max_position_embeddings")  # noqa: E731
+  if kind == "llama3":
+    turns = own("low_freq_factor"), own("high_freq_factor")
+  elif kind == "yarn":
+    own.only("attention_factor", None, default=None)
+    own.only("truncate", True, default=True)
+    turns = own("beta_slow", default=1), own("beta_fast", default=32)
+  else:
+    raise UserError(f"config.json: RoPE of type {kind!r} is not known here, only llama3 and yarn")
+  scaling = (kind, float(own("factor")), length(), *map(float, turns))
+  return dict(rope_theta=theta, rope_scaling=scaling)
+
+
+def rope_config(settings: ConfigDict, **more: Any) -> Settings:
+  """The keys of a config.json that say a mixer's RoPE, in the newer form and in the older."""
+  values, theta = (
+    dict(rope_type="default", rope_theta=settings.rope_theta) | more,
+    settings.rope_theta,
+  )
+  if settings.rope_scaling is None:
+    return dict(rope_parameters=values, rope_theta=theta)
+  kind, factor, length, low, high = settings.rope_scaling
+  names = (
+    ("low_freq_factor", "high_freq_factor") if kind == "llama3" else ("beta_slow", "beta_fast")
+  )
+  values |= dict(rope_type=kind, factor=factor, original_max_position_embeddings=length)
+  values |= dict(zip(names, (low, high), strict=True))
+  return dict(rope_parameters=values, rope_theta=theta, rope_scaling=values)
+
+
+def yarn_factor(settings: ConfigDict) -> float:
+  """By how much YaRN multiplies what queries and keys that turn have to do with each other (arXiv:2309.00071, eq. 22).
+  Here it is in the weights that make the queries."""
+  scaling = settings.rope_scaling
+  if scaling is None or scaling[0] != "yarn" or scaling[1] <= 1:
+    return 1.0
+  return (0.1 * math.log(scaling[1]) + 1) ** 2
 
 
 def families() -> dict[str, Family]:

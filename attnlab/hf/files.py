@@ -1,10 +1,12 @@
 """Checkpoints as Hugging Face's libraries keep them: a directory with config.json and safetensors files."""
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from attnlab.errors import UserError
@@ -12,6 +14,8 @@ from attnlab.errors import UserError
 _INDEX = "model.safetensors.index.json"
 # What a model is loaded from, and what its tokenizer is; nothing that would be run.
 _WANTED = ("*.safetensors", "*.json", "*.model", "*.txt")
+# Behind a quantised tensor's name: the scales of its blocks.
+_SCALES = "_scale_inv"
 # Bytes of a file of a checkpoint that is written, about.
 _SHARD = 4 << 30
 
@@ -75,28 +79,53 @@ class Tensors:
       names = sorted(p.name for p in directory.glob("*.safetensors"))
     if not names:
       raise UserError(f"{directory} has no *.safetensors (weights in *.bin are not read)")
-    self._directory, self._files = directory, {}
+    self._directory, self._files, self._paths = directory, {}, {}
     for name in names:
       try:
         file = safe_open(directory / name, "numpy")
       except (OSError, SafetensorError) as error:
         raise UserError(f"{directory / name}: {error}") from error
       self._files |= dict.fromkeys(file.keys(), file)
+      self._paths |= dict.fromkeys(file.keys(), directory / name)
+    quantised = read_json(directory / "config.json").get("quantization_config") or {}
+    self._block = tuple(quantised.get("weight_block_size") or (128, 128))
 
   @property
-  def names(self) -> Iterable[str]:
-    return self._files.keys()
+  def names(self) -> list[str]:
+    """Of all tensors but the scales of others' blocks."""
+    return [n for n in self._files if n.removesuffix(_SCALES) == n]
 
   def __getitem__(self, name: str) -> np.ndarray:
-    """A tensor in float32."""
+    """A tensor in float32.
+
+    One in float8 whose blocks have scales (DeepSeek-V3, arXiv:2412.19437, section 3.3) is multiplied by them.
+
+    Raises:
+      UserError: a tensor that is quantised in another way.
+    """
     file = self._files[name]
     dtype = file.get_slice(name).get_dtype()
+    if dtype == "F8_E4M3" and name + _SCALES in self._files:
+      scales = self[name + _SCALES]
+      for axis, size in enumerate(self._block):
+        scales = scales.repeat(size, axis=axis)
+      x = self._float8(name)
+      return x * scales[: x.shape[0], : x.shape[1]]
     if dtype not in ("F32", "F16", "BF16", "F64"):
       raise UserError(
-        f"{self._directory}: {name} is quantised ({dtype}), which is not read:"
+        f"{self._directory}: {name} is quantised ({dtype}), in a way that is not known here:"
         " take a checkpoint in bfloat16"
       )
     return file.get_tensor(name).astype(np.float32)
+
+  def _float8(self, name: str) -> np.ndarray:
+    """A tensor that numpy has no type for, from the file's bytes: a header's length, the header, the tensors."""
+    with self._paths[name].open("rb") as file:
+      start = 8 + int.from_bytes(file.read(8), "little")
+      entry = json.loads(file.read(start - 8))[name]
+      file.seek(start + entry["data_offsets"][0])
+      x = np.fromfile(file, ml_dtypes.float8_e4m3fn, math.prod(entry["shape"]))
+    return x.reshape(entry["shape"]).astype(np.float32)
 
 
 def write(

@@ -14,7 +14,7 @@ class KimiLinear(LatentFamily):
   model_type = "kimi_linear"
   architecture = "KimiLinearForCausalLM"
   mixers = frozenset({"kda", "mla"})
-  rope = False
+  turned = False
   moe = "block_sparse_moe"
   expert = {"gate": "w1", "up": "w3", "down": "w2"}
 

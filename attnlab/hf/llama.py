@@ -1,10 +1,19 @@
 """Llama, Mistral without windows, Qwen3, and Qwen3's mixture of experts: softmax attention in every layer."""
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from attnlab.errors import UserError
-from attnlab.hf.family import Family, HFConfig, Settings, rope_theta, shared_settings
-from attnlab.hf.weights import Weights, linear, norm
+from attnlab.hf.family import (
+  Family,
+  HFConfig,
+  Settings,
+  rope,
+  rope_config,
+  shared_settings,
+  yarn_factor,
+)
+from attnlab.hf.weights import Weights, linear, norm, times
 
 
 class Llama(Family):
@@ -31,31 +40,37 @@ class Llama(Family):
         num_heads=heads,
         num_kv_heads=hf("num_key_value_heads", default=heads),
         head_dim=hf("head_dim", default=hf("hidden_size") // heads),
-        rope_theta=rope_theta(hf),
         qk_norm=self.qk_norm,
+        **rope(hf),
       )
     )
 
   def config(self, model: ConfigDict) -> Settings:
     s = shared_settings(model, "softmax")
     heads = s.num_heads or max(1, model.d_model // s.head_dim)
-    rope = dict(rope_type="default", rope_theta=s.rope_theta)
     return super().config(model) | dict(
       num_attention_heads=heads,
       num_key_value_heads=s.num_kv_heads or heads,
       head_dim=s.head_dim,
-      rope_parameters=rope,
-      rope_theta=s.rope_theta,
+      **rope_config(s),
     )
 
   def mixer(self, model: ConfigDict, name: str) -> list[Weights]:
     del name
-    out = [linear(f"mixer.{n}_proj", f"self_attn.{n}_proj") for n in "qkv"]
-    out.append(linear("mixer.out_proj", "self_attn.o_proj"))
-    if model.mixers.softmax.qk_norm:
-      around = self.around_one
-      out += [norm(f"mixer.{n}_norm", f"self_attn.{n}_norm", around_one=around) for n in "qk"]
-    return out
+    s, at, around = model.mixers.softmax, "self_attn", self.around_one
+    out = [linear(f"mixer.{n}_proj", f"{at}.{n}_proj") for n in ("k", "v")]
+    out.append(linear("mixer.out_proj", f"{at}.o_proj"))
+    # YaRN's factor is of the channels that turn.
+    turn = np.where(np.arange(s.head_dim) < s.head_dim * s.rope_fraction, yarn_factor(s), 1.0)
+    if not s.qk_norm:
+      return [*out, times(self.queries(s), np.tile(turn, s.num_heads))]
+    q, k = (norm(f"mixer.{n}_norm", f"{at}.{n}_norm", around_one=around) for n in ("q", "k"))
+    return [*out, self.queries(s), times(q, turn), k]
+
+  def queries(self, settings: ConfigDict) -> Weights:
+    """What makes the queries."""
+    del settings
+    return linear("mixer.q_proj", "self_attn.q_proj")
 
 
 class Mistral(Llama):

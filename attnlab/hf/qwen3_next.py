@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 from attnlab.errors import UserError
-from attnlab.hf.family import HFConfig, Settings, shared_settings
+from attnlab.hf.family import HFConfig, Settings, rope_config, shared_settings
 from attnlab.hf.llama import Qwen3MoE
 from attnlab.hf.weights import (
   Weights,
@@ -64,7 +64,7 @@ class Qwen3Next(Qwen3MoE):
   def config(self, model: ConfigDict) -> Settings:
     g, s = (shared_settings(model, name) for name in ("gated_deltanet", "softmax"))
     out, theirs = super().config(model), {ours: name for name, ours in self._NAMES.items()}
-    out["rope_parameters"]["partial_rotary_factor"] = s.rope_fraction
+    out |= rope_config(s, partial_rotary_factor=s.rope_fraction)
     return out | dict(
       layer_types=[theirs[spec.mixer] for spec in layer_specs(model)],
       partial_rotary_factor=s.rope_fraction,
@@ -78,11 +78,7 @@ class Qwen3Next(Qwen3MoE):
 
   def mixer(self, model: ConfigDict, name: str) -> list[Weights]:
     if name == "softmax":
-      s = model.mixers.softmax
-      # Of each head first the query, then its gate.
-      ours, sizes = ("mixer.q_proj", "mixer.gate_proj"), (s.head_dim, s.head_dim)
-      q = rows(ours, "self_attn.q_proj.weight", sizes, groups=s.num_heads)
-      return [q, *(w for w in super().mixer(model, name) if w.ours != ("mixer.q_proj.kernel",))]
+      return super().mixer(model, name)
     g, at = model.mixers.gated_deltanet, "linear_attn"
     each = g.num_value_heads // g.num_heads
     values = each * g.value_dim
@@ -110,6 +106,12 @@ class Qwen3Next(Qwen3MoE):
       norm("mixer.out_norm", f"{at}.norm"),
       linear("mixer.out_proj", f"{at}.out_proj"),
     ]
+
+  def queries(self, settings: ConfigDict) -> Weights:
+    # Of each head first the query, then its gate.
+    sizes = (settings.head_dim, settings.head_dim)
+    ours = ("mixer.q_proj", "mixer.gate_proj")
+    return rows(ours, "self_attn.q_proj.weight", sizes, groups=settings.num_heads)
 
   def experts(self, model: ConfigDict) -> list[Weights]:
     gate = linear("mlp.shared_gate", "mlp.shared_expert_gate")

@@ -40,16 +40,25 @@ def linear(ours: str, theirs: str) -> Weights:
   return one(f"{ours}.kernel", f"{theirs}.weight", np.transpose, np.transpose)
 
 
-def scaled(ours: str, theirs: str, factor: float) -> Weights:
-  """A parameter ``factor`` times theirs."""
-  return one(ours, theirs, lambda x: x * np.float32(factor), lambda x: x / np.float32(factor))
+def times(weights: Weights, factor: float | np.ndarray) -> Weights:
+  """The same, the first parameter of which is ``factor`` times as large, a number for each of its outputs or one."""
+  by = np.float32(factor)
+
+  def read(tensors: Arrays) -> Arrays:
+    first, *rest = weights.read(tensors)
+    return [first * by, *rest]
+
+  def write(parameters: Arrays) -> Arrays:
+    first, *rest = parameters
+    return weights.write([first / by, *rest])
+
+  return Weights(weights.ours, weights.theirs, read, write)
 
 
-def norm(ours: str, theirs: str, *, around_one: bool = False, factor: float = 1.0) -> Weights:
-  """The scale of a norm, ``factor`` times theirs; theirs is ``1 + weight`` where it is kept around one."""
-  add, by = np.float32(around_one), np.float32(factor)
-  read, write = lambda x: (x + add) * by, lambda x: x / by - add
-  return one(f"{ours}.scale", f"{theirs}.weight", read, write)
+def norm(ours: str, theirs: str, *, around_one: bool = False) -> Weights:
+  """The scale of a norm; theirs is ``1 + weight`` where it is kept around one."""
+  add = np.float32(around_one)
+  return one(f"{ours}.scale", f"{theirs}.weight", lambda x: x + add, lambda x: x - add)
 
 
 def our_taps(x: np.ndarray) -> np.ndarray:

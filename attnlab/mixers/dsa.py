@@ -71,7 +71,8 @@ class LightningIndexer(nnx.Module):
 
   def rotated(self, y, ctx):
     c, fraction = self.config, self.config.index_rope_dim / self.config.index_dim
-    return rope_heads(y, ctx.positions, c.index_dim, c.rope_theta, fraction, axis=None)
+    turn = (c.rope_theta, fraction, c.rope_scaling)
+    return rope_heads(y, ctx.positions, c.index_dim, *turn, axis=None)
 
   @staticmethod
   def pooled(weights, tokens):

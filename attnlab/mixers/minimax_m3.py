@@ -71,7 +71,8 @@ class MiniMaxM3(SparseMixer):
 
   def _turned(self, y, ctx, axis):
     c = self.config
-    return rope_heads(y, ctx.positions, c.index_dim, c.rope_theta, c.rope_fraction, axis)
+    turn = (c.rope_theta, c.rope_fraction, c.rope_scaling)
+    return rope_heads(y, ctx.positions, c.index_dim, *turn, axis)
 
   def signals(self, x, ctx):
     q = self.index_q_norm.heads(self.index_q_proj(jax.lax.stop_gradient(x)))

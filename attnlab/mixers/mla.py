@@ -12,7 +12,7 @@ from attnlab.mixers import references
 from attnlab.mixers.attention import Where, all_parts, append, axes_of, new_cache, together
 from attnlab.mixers.base import Cache, Context, Layer, Mixer, MixerOutput, register
 from attnlab.nn import Linear, RMSNorm
-from attnlab.settings import Natural
+from attnlab.settings import Natural, RopeScaling
 from pallas_kernels.rope import rope
 from pallas_kernels.softmax_attention import softmax_attention
 
@@ -22,7 +22,10 @@ from pallas_kernels.softmax_attention import softmax_attention
   family="softmax",
   paper="arXiv:2405.04434",
   title="latent attention: low-rank keys and values",
-  variants={"q_lora_nope": dict(q_lora_rank=8, rope_dim=0)},
+  variants={
+    "q_lora_nope": dict(q_lora_rank=8, rope_dim=0),
+    "yarn": dict(rope_scaling=("yarn", 4.0, 16, 1.0, 4.0)),
+  },
 )
 class MultiHeadLatentAttention(Mixer):
   """Keys and values of all heads come from one latent vector a token, which is all that is cached.
@@ -47,6 +50,9 @@ class MultiHeadLatentAttention(Mixer):
       rope: whether they are rotated at all (Kimi Linear keeps them, unrotated).
       value_dim: channels of a head's v.
       rope_theta: the base of RoPE.
+      rope_scaling: of its frequencies, for texts longer than those of the first training: ("llama3" or "yarn", factor,
+        length of those, and the turns within it below and above which a pair is wholly changed or kept)
+        (pallas_kernels/rope/frequencies.py); None: none.
       latent_eps: of the latents' norms; None: the model's norm_eps.
     """
 
@@ -58,6 +64,7 @@ class MultiHeadLatentAttention(Mixer):
     rope: bool = True
     value_dim: int = 128
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
     latent_eps: float | None = None
 
   def __init__(self, config: Config, layer: Layer, key: Array):
@@ -125,7 +132,9 @@ class MultiHeadLatentAttention(Mixer):
       k_rope = self.k_rope(x)
       if c.rope:
         # By XLA, as parts of something: a kernel would have them cut out first.
-        turn = functools.partial(rope, positions=ctx.positions, theta=c.rope_theta, backend="xla")
+        turn = functools.partial(
+          rope, positions=ctx.positions, theta=c.rope_theta, scaling=c.rope_scaling, backend="xla"
+        )
         q = jnp.concatenate([q[..., : c.nope_dim], turn(q[..., c.nope_dim :])], axis=-1)
         k_rope = turn(k_rope[:, :, None])[:, :, 0]
       latent = jnp.concatenate([latent, k_rope], axis=-1)

@@ -199,7 +199,7 @@ class NativeSparseAttention(NSABase):
       return y if norm is None else norm.heads(y)
 
     def turned(y):
-      return rope_heads(y, ctx.positions, self.K, c.rope_theta, c.rope_fraction)
+      return rope_heads(y, ctx.positions, self.K, c.rope_theta, c.rope_fraction, c.rope_scaling)
 
     def heads(y):
       return sharding.split(y, y.shape[-1] // self.K, self.K)

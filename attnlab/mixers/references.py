@@ -25,18 +25,41 @@ def rms(x, norm):
   return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + norm.eps) * array(norm.scale)
 
 
-def rotate(x, position, theta, fraction=1.0):
+def frequency(pair, size, theta, scaling=None):
+  """Radians a token of a pair of ``size`` channels: arXiv:2104.09864, changed as in arXiv:2407.21783 or 2309.00071."""
+  plain = theta ** (-2 * pair / size)
+  if scaling is None:
+    return plain
+  kind, factor, length, low, high = scaling
+  if kind == "llama3":
+    turns = length * plain / (2 * np.pi)
+    if turns < low:
+      return plain / factor
+    if turns > high:
+      return plain
+    smooth = (turns - low) / (high - low)
+    return (1 - smooth) * plain / factor + smooth * plain
+  # YaRN's ramp is over the numbers of pairs, from the whole one before that of ``high`` turns to that behind ``low``'s.
+  number = [
+    size * np.log(length / (turns * 2 * np.pi)) / (2 * np.log(theta)) for turns in (high, low)
+  ]
+  first, last = max(np.floor(number[0]), 0), min(np.ceil(number[1]), size - 1)
+  ramp = min(max((pair - first) / (last - first), 0), 1)
+  return ramp * plain / factor + (1 - ramp) * plain
+
+
+def rotate(x, position, theta, fraction=1.0, scaling=None):
   """RoPE (arXiv:2104.09864) of the first channels of [..., K] at a position; halves are paired."""
   size = int(x.shape[-1] * fraction) // 2 * 2
-  angle = position * theta ** (-np.arange(size // 2) / max(size // 2, 1))
+  angle = position * np.array([frequency(i, size, theta, scaling) for i in range(size // 2)])
   a, b, rest = np.split(x, [size // 2, size], axis=-1)
   cos, sin = np.cos(angle), np.sin(angle)
   return np.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
 
 
-def rotated(x, theta, fraction=1.0):
+def rotated(x, theta, fraction=1.0, scaling=None):
   """Of [T, ...], each token at its position."""
-  return np.stack([rotate(y, t, theta, fraction) for t, y in enumerate(x)])
+  return np.stack([rotate(y, t, theta, fraction, scaling) for t, y in enumerate(x)])
 
 
 def sigmoid(x):
@@ -62,7 +85,7 @@ def heads(layer, name, x, count, norm=None, rope=True):
   c, y = layer.config, project(layer, name, x, count)
   if c.qk_norm and norm is not None:
     y = rms(y, getattr(layer, norm))
-  return rotated(y, c.rope_theta, c.rope_fraction) if rope else y
+  return rotated(y, c.rope_theta, c.rope_fraction, c.rope_scaling) if rope else y
 
 
 def qkv(layer, x):
@@ -144,7 +167,7 @@ def latent_heads(layer, x):
   k = linear(layer.k_up, content).reshape(T, H, -1)
   v = linear(layer.v_up, content).reshape(T, H, -1)
   if c.rope_dim:
-    turn = (lambda y: rotated(y, c.rope_theta)) if c.rope else lambda y: y
+    turn = (lambda y: rotated(y, c.rope_theta, 1.0, c.rope_scaling)) if c.rope else lambda y: y
     q = np.concatenate([q[..., : c.nope_dim], turn(q[..., c.nope_dim :])], axis=-1)
     k_rope = turn(linear(layer.k_rope, x))[:, None]
     k = np.concatenate([k, np.repeat(k_rope, H, axis=1)], axis=-1)

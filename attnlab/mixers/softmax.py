@@ -13,7 +13,7 @@ from attnlab.mixers import references
 from attnlab.mixers.attention import Where, append, attend, new_cache, together
 from attnlab.mixers.base import Cache, Context, Layer, Mixer, MixerOutput, register
 from attnlab.nn import Linear, RMSNorm, param, rope
-from attnlab.settings import Fraction
+from attnlab.settings import Fraction, RopeScaling
 
 
 @register(
@@ -25,6 +25,7 @@ from attnlab.settings import Fraction
     "gqa": dict(
       num_heads=4, num_kv_heads=2, rope_fraction=0.5, qk_norm=True, output_gate="element"
     ),
+    "llama3": dict(rope_scaling=("llama3", 8.0, 32, 1.0, 4.0)),
     "mqa_nope": dict(num_kv_heads=1, rope_fraction=0.0, output_gate="head"),
     "sinks": dict(sinks=True),
   },
@@ -45,6 +46,9 @@ class SoftmaxAttention(Mixer):
       num_kv_heads: of keys and values, which num_heads / num_kv_heads query heads share; None: num_heads.
       rope_fraction: how much of each head RoPE (arXiv:2104.09864) rotates; 0: no position encoding.
       rope_theta: its base.
+      rope_scaling: of its frequencies, for texts longer than those of the first training: ("llama3" or "yarn", factor,
+        length of those, and the turns within it below and above which a pair is wholly changed or kept)
+        (pallas_kernels/rope/frequencies.py); None: none.
       qk_norm: RMSNorm of each head's q and k (arXiv:2302.05442), before RoPE.
       output_gate: ``sigmoid(W_g x)`` on what attention gives (arXiv:2505.06708), a number for each "element" or "head".
       sinks: a learned logit for each head that takes its share of the softmax (gpt-oss, arXiv:2508.10925).
@@ -55,6 +59,7 @@ class SoftmaxAttention(Mixer):
     num_kv_heads: int | None = None
     rope_fraction: Fraction = 1.0
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
     qk_norm: bool = False
     output_gate: Literal["none", "element", "head"] = "none"
     sinks: bool = False
@@ -120,7 +125,8 @@ class SoftmaxAttention(Mixer):
   ) -> Float[Array, "B T H K"]:
     """Queries or keys with their norm, if there is one, and RoPE."""
     y = y if norm is None else norm(y)
-    return rope(y, ctx.positions, self.config.rope_theta, self.config.rope_fraction)
+    c = self.config
+    return rope(y, ctx.positions, c.rope_theta, c.rope_fraction, c.rope_scaling)
 
   def output(self, o: Float[Array, "B T H K"], x: Float[Array, "B T D"]) -> Array:
     """What leaves the layer: the output gate, if there is one, and the projection."""

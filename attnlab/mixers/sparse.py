@@ -304,7 +304,7 @@ class SparseMixer(SparseCore, SoftmaxAttention):
     q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
     if c.qk_norm:
       q, k = self.q_norm.heads(q), self.k_norm.heads(k)
-    turn = (ctx.positions, self.K, c.rope_theta, c.rope_fraction)
+    turn = (ctx.positions, self.K, c.rope_theta, c.rope_fraction, c.rope_scaling)
     q, k = rope_heads(q, *turn), rope_heads(k, *turn)
     heads = (q, self.H), (k, self.Hkv), (v, self.Hkv)
     return tuple(sharding.split(y, count, self.K) for y, count in heads)

@@ -214,6 +214,7 @@ def minimax_m3(layer, x, dense=False):
       rms(project(layer, f"index_{n}_proj", x, h), getattr(layer, f"index_{n}_norm")),
       c.rope_theta,
       c.rope_fraction,
+      c.rope_scaling,
     )
     for n, h in (("q", layer.Hkv), ("k", 1))
   )
@@ -241,12 +242,12 @@ def dsa(layer, x, dense=False):
   q, k, v, q_input = latent_heads(layer, x)
   fraction = c.index_rope_dim / c.index_dim
   index_q = linear(i.q_proj, q_input).reshape(T, c.index_heads, c.index_dim)
-  index_q = rotated(index_q, c.rope_theta, fraction)
+  index_q = rotated(index_q, c.rope_theta, fraction, c.rope_scaling)
   w = linear(i.w_proj, x) * (c.index_heads * c.index_dim) ** -0.5
   y = linear(i.k_proj, x)
   y = (y - y.mean(-1, keepdims=True)) / np.sqrt(y.var(-1, keepdims=True) + i.k_norm.eps)
   y = y * array(i.k_norm.scale) + array(i.k_norm.bias)
-  index_k = rotated(y, c.rope_theta, fraction)
+  index_k = rotated(y, c.rope_theta, fraction, c.rope_scaling)
   P, keys = c.pool, []
   for j in range(T // P):
     pool = slice(j * P, (j + 1) * P)

@@ -1,5 +1,6 @@
 """Rotary position embedding."""
 
 from pallas_kernels.rope.api import rope, rope_heads
+from pallas_kernels.rope.frequencies import Scaling
 
-__all__ = ["rope", "rope_heads"]
+__all__ = ["Scaling", "rope", "rope_heads"]

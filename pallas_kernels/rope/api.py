@@ -5,6 +5,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
 from pallas_kernels.rope import tpu, xla
+from pallas_kernels.rope.frequencies import Scaling
 
 
 def rope(
@@ -12,6 +13,7 @@ def rope(
   positions: Int[Array, "B T"],
   theta: float = 10000.0,
   fraction: float = 1.0,
+  scaling: Scaling | None = None,
   *,
   backend: str = "auto",
 ) -> Float[Array, "B T H D"]:
@@ -21,6 +23,7 @@ def rope(
   ``position * theta^(-2 i / n)``. In float32, returned in x's dtype. Differentiable in x.
 
   Args:
+    scaling: of the frequencies (pallas_kernels/rope/frequencies.py), for texts longer than those of the first training.
     backend: "auto", "xla", "tpu" (a Pallas kernel, which reads and writes x once; for it heads come first, as for
       attention's), or "interpret": the same on any machine, slowly.
 
@@ -31,9 +34,10 @@ def rope(
   rotated = _rotated(D, fraction)
   name = dispatch.xla_or_tpu(backend, x.dtype, lambda: tpu.supports(x.dtype, T, D, D, rotated))
   if name == "xla" or not rotated:
-    return xla.rotate(x, positions, theta, rotated)
+    return xla.rotate(x, positions, theta, rotated, scaling)
   x = jnp.swapaxes(x, 1, 2)
-  return jnp.swapaxes(tpu.rotate(x, positions, D, theta, rotated, name == "interpret"), 1, 2)
+  y = tpu.rotate(x, positions, D, theta, rotated, scaling, name == "interpret")
+  return jnp.swapaxes(y, 1, 2)
 
 
 def rope_heads(
@@ -42,6 +46,7 @@ def rope_heads(
   size: int,
   theta: float = 10000.0,
   fraction: float = 1.0,
+  scaling: Scaling | None = None,
   *,
   backend: str = "auto",
 ) -> Float[Array, "B T D"]:
@@ -57,8 +62,9 @@ def rope_heads(
   rotated = _rotated(size, fraction)
   name = dispatch.xla_or_tpu(backend, x.dtype, lambda: tpu.supports(x.dtype, T, D, size, rotated))
   if name == "xla" or not rotated:
-    return xla.rotate(x.reshape(B, T, -1, size), positions, theta, rotated).reshape(x.shape)
-  return tpu.rotate(x[:, None], positions, size, theta, rotated, name == "interpret")[:, 0]
+    heads = x.reshape(B, T, -1, size)
+    return xla.rotate(heads, positions, theta, rotated, scaling).reshape(x.shape)
+  return tpu.rotate(x[:, None], positions, size, theta, rotated, scaling, name == "interpret")[:, 0]
 
 
 def _rotated(size: int, fraction: float) -> int:

@@ -17,6 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.rope import xla
+from pallas_kernels.rope.frequencies import Scaling
 
 _LANES = 128
 # Rows that are computed together: 4 registers an array.
@@ -41,13 +42,19 @@ def supports(dtype: jnp.dtype, T: int, D: int, size: int, rotated: int) -> None:
 
 
 def _tables(
-  positions: Array, size: int, lanes: int, theta: float, rotated: int, back: bool
+  positions: Array,
+  size: int,
+  lanes: int,
+  theta: float,
+  rotated: int,
+  scaling: Scaling | None,
+  back: bool,
 ) -> list[Array]:
   """Cosine and sine for each of these lanes, or, where a head's halves are whole registers, of each pair of channels.
 
   The sine of a first half is negative, as what comes from the second is taken away; what does not rotate has 1 and 0.
   """
-  angle = xla.angles(positions, theta, rotated)
+  angle = xla.angles(positions, theta, rotated, scaling)
   cos, sin = jnp.cos(angle), jnp.sin(angle)
   sin = -sin if back else sin
   if rotated > _LANES:
@@ -100,14 +107,14 @@ def _other(x: Array, size: int, half: int) -> Array:
   return jnp.where(lane < half, pltpu.roll(x, _LANES - half, 1), before)
 
 
-def _call(x, positions, size, theta, rotated, back, interpret):
+def _call(x, positions, size, theta, rotated, scaling, back, interpret):
   B, H, T, D = x.shape
   size_of_token = max(D, _LANES) * x.dtype.itemsize
   tokens = min(_TOKENS, _BLOCK // size_of_token, -(-T // _ROWS) * _ROWS)
   tokens = max(_ROWS, tokens // _ROWS * _ROWS)
   most = max(1, _BLOCK // (tokens * size_of_token))
   heads = max(h for h in range(1, min(most, H) + 1) if H % h == 0)
-  tables = _tables(positions, size, min(D, _LANES), theta, rotated, back)
+  tables = _tables(positions, size, min(D, _LANES), theta, rotated, scaling, back)
   # All heads of some tokens one after the other, for which the tables stay where they are.
   block = pl.BlockSpec((1, heads, tokens, D), lambda b, t, h: (b, h, t, 0))
   table = pl.BlockSpec((1, tokens, tables[0].shape[2]), lambda b, t, h: (b, t, 0))
@@ -128,25 +135,26 @@ def _call(x, positions, size, theta, rotated, back, interpret):
   )(x, *tables)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5, 6))
 def rotate(
   x: Float[Array, "B H T D"],
   positions: Int[Array, "B T"],
   size: int,
   theta: float,
   rotated: int,
+  scaling: Scaling | None = None,
   interpret: bool | pltpu.InterpretParams = False,
 ) -> Float[Array, "B H T D"]:
   """As ``xla.rotate``, of H times D / size heads of ``size`` channels; ``interpret`` runs the kernel on any machine."""
-  return _call(x, positions, size, theta, rotated, False, interpret)
+  return _call(x, positions, size, theta, rotated, scaling, False, interpret)
 
 
-def _forward(x, positions, size, theta, rotated, interpret):
-  return _call(x, positions, size, theta, rotated, False, interpret), positions
+def _forward(x, positions, size, theta, rotated, scaling, interpret):
+  return _call(x, positions, size, theta, rotated, scaling, False, interpret), positions
 
 
-def _backward(size, theta, rotated, interpret, positions, dy):
-  return _call(dy, positions, size, theta, rotated, True, interpret), None
+def _backward(size, theta, rotated, scaling, interpret, positions, dy):
+  return _call(dy, positions, size, theta, rotated, scaling, True, interpret), None
 
 
 rotate.defvjp(_forward, _backward)

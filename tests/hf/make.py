@@ -30,6 +30,23 @@ BASE = dict(
   bos_token_id=256,
   eos_token_id=257,
 )
+# Of few pairs of channels: some that are changed, some that are kept, and one between.
+LLAMA3 = dict(
+  rope_type="llama3",
+  rope_theta=1e4,
+  factor=8.0,
+  original_max_position_embeddings=64,
+  low_freq_factor=1.0,
+  high_freq_factor=4.0,
+)
+YARN = dict(
+  rope_type="yarn",
+  rope_theta=1e4,
+  factor=4.0,
+  original_max_position_embeddings=64,
+  beta_fast=8.0,
+  beta_slow=1.0,
+)
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8)
 LATENT = dict(
   kv_lora_rank=8,
@@ -44,12 +61,20 @@ LATENT = dict(
   n_shared_experts=1,
   routed_scaling_factor=2.5,
 )
-DEEPSEEK = BASE | LATENT | dict(q_lora_rank=8, n_group=4, topk_group=2, first_k_dense_replace=1)
+DEEPSEEK = (
+  BASE
+  | LATENT
+  | dict(q_lora_rank=8, n_group=4, topk_group=2, first_k_dense_replace=1)
+  | dict(rope_parameters=YARN | dict(mscale=1.0, mscale_all_dim=1.0))
+)
 KINDS = ["linear_attention", "full_attention"]
 CONFIGS = {
-  "llama": ("llama", BASE | dict(tie_word_embeddings=True, rms_norm_eps=1e-5)),
-  "mistral": ("mistral", BASE | dict(sliding_window=None)),
-  "qwen3": ("qwen3", BASE),
+  "llama": (
+    "llama",
+    BASE | dict(tie_word_embeddings=True, rms_norm_eps=1e-5, rope_parameters=LLAMA3),
+  ),
+  "mistral": ("mistral", BASE | dict(sliding_window=None, rope_parameters=YARN)),
+  "qwen3": ("qwen3", BASE | dict(rope_parameters=YARN)),
   "qwen3_moe": ("qwen3_moe", BASE | EXPERTS | dict(norm_topk_prob=True)),
   "qwen3_next": (
     "qwen3_next",
@@ -57,6 +82,8 @@ CONFIGS = {
     | EXPERTS
     | dict(
       num_hidden_layers=4,
+      head_dim=16,
+      rope_parameters=YARN | dict(partial_rotary_factor=0.25),
       shared_expert_intermediate_size=8,
       linear_key_head_dim=8,
       linear_value_head_dim=4,
