@@ -9,8 +9,8 @@ frozen (--warmup_steps, --warmup_rate; the run in WORKDIR/warmup), then all lear
 WORKDIR/conversion.json: the loss of the source, right after the conversion with everything seen and without, and after
 training; and the indexer's recall. The same command again goes on where it was stopped.
 
-Sizes are the source's, and so are all settings of its mixers that the new ones share: with others its parameters would
-mean something else. Without --train only checkpoint 0 is written, for `attnlab.train`.
+Sizes and tokenizer are the source's, and so are all settings of its mixers that the new ones share: with others its
+parameters would mean something else. Without --train only checkpoint 0 is written, for `attnlab.train`.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 from absl import flags
+from jaxtyping import PyTree
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
@@ -38,10 +39,12 @@ from attnlab.train import train
 
 # What a model's parameters depend on besides its mixers.
 _SIZES = ("d_model", "num_layers", "vocab_size", "mlp", "tie_embeddings", "norm_eps")
+# What their ids mean.
+_TOKENIZER = ("tokenizer", "eos_id", "vocab_size")
 
 
 def like(source: str | Path, config: ConfigDict) -> tuple[ConfigDict, dict[str, Any]]:
-  """A config with the sizes of another run, and the settings of its mixers that the config's mixers share.
+  """A config with the sizes and the tokenizer of another run, and the settings of its mixers that the config's share.
 
   A mixer shares them whose settings extend the other's, as InfLLM-V2's do softmax attention's, and DSA's latent
   attention's.
@@ -49,19 +52,22 @@ def like(source: str | Path, config: ConfigDict) -> tuple[ConfigDict, dict[str, 
   Returns:
     The config, complete, and by key the values that were others.
   """
-  old, config = run_config(source).model, complete(config)
-  before = dict(flatten(config.model))
+  run, config = run_config(source), complete(config)
+  old, before = run.model, dict(flatten(config))
   with config.unlocked():
+    for key in _TOKENIZER:
+      config.data[key] = run.data[key]
     for key in _SIZES:
       config.model[key] = old[key]
     for was, spec in zip(layer_specs(old), layer_specs(config.model), strict=True):
       a, b = mixer(was.mixer), mixer(spec.mixer)
-      if a is not b and issubclass(b.Config, a.Config):
-        shared = dataclasses.asdict(mixer_config(old, was))
-        config.model.mixers[b.name] = ConfigDict(dict(config.model.mixers[b.name]) | shared)
+      if issubclass(b.Config, a.Config):
+        # The layer's own settings too, which a mixer that stays has in the pattern.
+        shared = old.mixers[a.name] if a is b else dataclasses.asdict(mixer_config(old, was))
+        config.model.mixers[b.name] = ConfigDict(dict(config.model.mixers[b.name]) | dict(shared))
   config = complete(config)
-  after = flatten(config.model)
-  return config, {f"model.{k}": v for k, v in after if before[k] != v and k != "vocab_size"}
+  after = flatten(config)
+  return config, {k: v for k, v in after if before[k] != v and k != "model.vocab_size"}
 
 
 def convert(source: str | Path, config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
@@ -82,18 +88,26 @@ def convert(source: str | Path, config: ConfigDict, workdir: str | Path) -> dict
 
   def parameters(model: State, mesh: jax.sharding.Mesh) -> State:
     step, _, old = load_model(source, run_config(source), mesh)
-    has = dict(zip(paths(old["params"]), jax.tree.leaves(old["params"]), strict=True))
-    names, leaves = paths(model["params"]), jax.tree.leaves(model["params"])
-    for name, x in zip(names, leaves, strict=True):
-      if name in has and has[name].shape != x.shape:
-        raise UserError(f"{name} is {has[name].shape} in {source}, the config's {x.shape}")
-    new = [name for name in names if name not in has]
-    done.update(step=step, new=new, left=sorted(set(has) - set(names)))
-    leaves = [has.get(name, x) for name, x in zip(names, leaves, strict=True)]
-    return model | {"params": jax.tree.unflatten(jax.tree.structure(model["params"]), leaves)}
+    has = _by_path(old["params"]) | _by_path(old["rest"])
+
+    def taken(tree: PyTree) -> PyTree:
+      """What the source has of it, and what it has not as it is."""
+      for name, x in _by_path(tree).items():
+        if name in has and has[name].shape != x.shape:
+          raise UserError(f"{name} is {has[name].shape} in {source}, the config's {x.shape}")
+      leaves = [has.get(name, x) for name, x in _by_path(tree).items()]
+      return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+
+    names, others = (_by_path(m["params"]).keys() for m in (model, old))
+    done.update(step=step, new=sorted(names - others), left=sorted(others - names))
+    return {name: taken(tree) for name, tree in model.items()}
 
   begin(config, workdir, parameters)
   return done
+
+
+def _by_path(tree: PyTree) -> dict[str, jax.Array]:
+  return dict(zip(paths(tree), jax.tree.leaves(tree), strict=True))
 
 
 def begin(

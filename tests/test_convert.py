@@ -1,12 +1,13 @@
 """A run that begins from another one's parameters: full attention becomes sparse."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from attnlab.checkpoint import paths
 from attnlab.config import load
-from attnlab.convert import convert, convert_and_train, like
+from attnlab.convert import begin, convert, convert_and_train, like
 from attnlab.errors import UserError
 from attnlab.state import load_model, reading_mesh, run_config
 from attnlab.train import train
@@ -101,6 +102,32 @@ def test_softmax_attention_becomes_infllm2(source, tmp_path):
   np.testing.assert_allclose(rows[0]["nll"], before["eval/nll"], rtol=1e-6)
   np.testing.assert_allclose(rows[1]["nll"], rows[0]["nll"], rtol=1e-6)
   assert abs(rows[2]["nll"] - rows[1]["nll"]) > 1e-6
+
+
+def test_a_mixer_that_stays_keeps_its_settings(source):
+  """And ids mean what they meant."""
+  workdir, _ = source
+  c = config("softmax", dict(head_dim=16))
+  c.data.tokenizer = "other/tokenizer.json"
+  _, taken = like(workdir, c)
+  assert taken == {
+    "data.tokenizer": "bytes",
+    "model.mixers.softmax.head_dim": 8,
+    "model.mixers.softmax.num_heads": 4,
+    "model.mixers.softmax.rope_theta": 100.0,
+  }
+
+
+def test_constants_are_taken_too(tmp_path):
+  """By which experts are chosen, say: they are not trained, and not what they are at first."""
+  c = config("softmax", SOFTMAX)
+  c.model.mlp.update(dict(experts=4, top_k=2, expert_hidden=8, router="sigmoid"))
+  ones = lambda rest: jax.tree.map(jnp.ones_like, rest)  # noqa: E731
+  begin(c, tmp_path / "source", lambda model, mesh: model | {"rest": ones(model["rest"])})
+  c.model.pattern, c.model.mixers = "infllm2", {"infllm2": SOFTMAX | BLOCKS}
+  convert(tmp_path / "source", c, tmp_path / "sparse")
+  _, _, model = load_model(tmp_path / "sparse", run_config(tmp_path / "sparse"), reading_mesh())
+  assert [np.unique(x).tolist() for x in jax.tree.leaves(model["rest"])] == [[1.0]]
 
 
 def test_what_does_not_fit(source, tmp_path):
