@@ -38,7 +38,9 @@ _RANGES = {
   **dict.fromkeys(("num_layers", "d_model", "mlp.expert_hidden", "mlp.top_k"), Range(least=1)),
   **dict.fromkeys(("mlp.groups", "mlp.top_groups"), Range(least=1)),
   **dict.fromkeys(("vocab_size", "z_loss", "mlp.hidden", "mlp.experts"), Range(least=0)),
-  **dict.fromkeys(("mlp.shared_experts", "mlp.balance", "mlp.dense_layers"), Range(least=0)),
+  **dict.fromkeys(
+    ("mlp.shared_experts", "mlp.balance", "mlp.bias_rate", "mlp.dense_layers"), Range(least=0)
+  ),
   **dict.fromkeys(("norm_eps", "mlp.routed_scale"), Range(above=0)),
 }
 
@@ -87,6 +89,7 @@ class Block(nnx.Module):
         scale=m.routed_scale,
         balance=m.balance,
         shared_gate=m.shared_gate,
+        bias_rate=m.bias_rate,
         groups=m.groups,
         top_groups=m.top_groups,
       )

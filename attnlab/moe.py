@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from attnlab import sharding
 from attnlab.errors import UserError, unknown
-from attnlab.nn import Constant, Linear, SwiGLU, param
+from attnlab.nn import Linear, Stepped, SwiGLU, param
 
 
 class MoE(nnx.Module):
@@ -24,6 +24,8 @@ class MoE(nnx.Module):
     router: scores of the experts: softmax, or sigmoid (arXiv:2412.19437). The chosen ones are divided by their sum.
     scale: multiplies the routed part.
     balance: weight of the balance loss.
+    bias_rate: by how much an update raises the bias of experts that had less than their share of the tokens, and lowers
+      that of the others (balancing without a loss, arXiv:2408.15664); 0: it stays.
     groups, top_groups: experts lie in so many groups side by side, and only those of the best ``top_groups``, by the
       sum of a group's two best scores, are chosen among (DeepSeek-V3, arXiv:2412.19437).
   """
@@ -40,6 +42,7 @@ class MoE(nnx.Module):
     scale: float = 1.0,
     balance: float = 0.01,
     shared_gate: bool = False,
+    bias_rate: float = 0.0,
     groups: int = 1,
     top_groups: int = 1,
   ):
@@ -60,8 +63,8 @@ class MoE(nnx.Module):
     self.groups, self.top_groups = groups, top_groups
     self.scale, self.balance = scale, balance
     self.router = Linear(keys[0], d_model, experts, ("embed", None))
-    # Added to the scores to choose by, not to weigh with (arXiv:2408.15664); from a checkpoint, or zero.
-    self.bias = Constant(jnp.zeros(experts))
+    # Added to the scores to choose by, not to weigh with (arXiv:2408.15664).
+    self.bias = Stepped(jnp.zeros(experts), rate=bias_rate)
     init = jax.nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=0)
     into, out = ("experts", "embed", None), ("experts", None, "embed")
     self.gate = param(keys[1], init, (experts, d_model, hidden), into)
@@ -81,12 +84,16 @@ class MoE(nnx.Module):
     run = sharding.local(
       self._routed,
       (rows, rows, (None,), [("experts", None, None)] * 3),
-      (rows, {"balance_loss": (), "expert_load_max": ()}),
+      (rows, (None,), {"balance_loss": (), "expert_load_max": ()}),
     )
     # Scores in float32 at least: a tie broken by rounding would change a token's experts.
     with jax.default_matmul_precision("highest"):
       logits = self.router(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
-    y, aux = run(x, logits, self.bias[...], weights)
+    bias = self.bias[...]
+    y, load, aux = run(x, logits, jax.lax.stop_gradient(bias), weights)
+    # Nothing, whose gradient for the bias is how much more than their share the experts had.
+    excess = jnp.sum(jax.lax.stop_gradient(load - 1 / self.experts) * bias)
+    aux["balance_loss"] += excess - jax.lax.stop_gradient(excess)
     if self.shared is not None:
       shared = self.shared(x)
       if self.shared_gate is not None:
@@ -137,4 +144,4 @@ class MoE(nnx.Module):
     load = sharding.mean_over("batch", load)
     balance = E * jnp.sum(load * sharding.mean_over("batch", probability.mean(axis=0)))
     aux = {"balance_loss": self.balance * balance, "expert_load_max": E * load.max()}
-    return y.reshape(B, T, D).astype(x.dtype), aux
+    return y.reshape(B, T, D).astype(x.dtype), load, aux

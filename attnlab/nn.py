@@ -24,6 +24,10 @@ class Constant(nnx.Variable):
   """An array that belongs to a model and is not trained."""
 
 
+class Stepped(Constant):
+  """One that each update moves by its metadatum ``rate`` against the sign of its gradient; no optimizer knows of it."""
+
+
 def param(
   key: Array,
   init: Init,

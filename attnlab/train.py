@@ -60,6 +60,7 @@ from attnlab.checkpoint import (
 from attnlab.config import check, resolve, to_json
 from attnlab.errors import UserError
 from attnlab.evaluate import make_evaluate, placer
+from attnlab.nn import Stepped
 from attnlab.signals import Signals, Stopped
 from attnlab.state import State, make_init, parameter_count
 
@@ -227,9 +228,9 @@ def _programs(like: _Like) -> tuple[nnx.GraphDef, Callable[..., State], State, C
   """What `make_init` gives, and the update; runs one after the other in one process share them."""
   c = like.config
   graphdef, init, abstract = make_init(c, optim.optimizer(c.optim, c.train.steps), like.mesh)
-  update = make_update(
-    graphdef, functools.partial(optim.optimizer, c.optim, c.train.steps), abstract
-  )
+  tx = functools.partial(optim.optimizer, c.optim, c.train.steps)
+  # Where a part alone is trained, all else stays.
+  update = make_update(graphdef, tx, abstract, constants_step=not c.optim.only)
   return graphdef, init, abstract, update
 
 
@@ -237,10 +238,13 @@ def make_update(
   graphdef: nnx.GraphDef,
   tx: optax.GradientTransformation | Callable[[jax.Array], optax.GradientTransformation],
   abstract: State,
+  constants_step: bool = True,
 ) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
   """The compiled (state, batch [A, B, T]) -> (state, results), A being microbatches.
 
   `tx` may be a function of the learning rate, which is then the update's third argument: one program serves all rates.
+
+  `constants_step`: whether constants that updates move (`attnlab.nn.Stepped`) are moved.
 
   Results: the loss and all that the model reports, each the mean over the update's weighted
   targets; `grad_norm` before clipping; `norms`, one for each parameter's gradient. An update whose
@@ -251,29 +255,30 @@ def make_update(
   def apply(grads, optimizer, params, *rate):
     return (tx(*rate) if callable(tx) else tx).update(grads, optimizer, params)
 
-  def loss(params, rest, batch, total):
-    value, report = nnx.merge(graphdef, params, rest).loss(batch)
+  def loss(trained, rest, batch, total):
+    value, report = nnx.merge(graphdef, *trained, rest).loss(batch)
     # A microbatch counts by its targets, so that the sum is the mean over all of the update's.
     share = batch["weights"].sum() / total
     report = {k: v * share for k, v in report.items() if k != "weight"}
     return value * share, {"loss": value * share, **report}
 
-  def gradients(params, rest, batch):
+  def gradients(trained, rest, batch):
     total = jnp.maximum(batch["weights"].sum(), 1)
     gradient = jax.grad(loss, has_aux=True)
     if batch["inputs"].shape[0] == 1:
-      return gradient(params, rest, jax.tree.map(lambda x: x[0], batch), total)
+      return gradient(trained, rest, jax.tree.map(lambda x: x[0], batch), total)
 
     def add(sums, microbatch):
-      grads, report = gradient(params, rest, microbatch, total)
+      grads, report = gradient(trained, rest, microbatch, total)
       return jax.tree.map(jnp.add, sums, grads), report
 
-    grads, reports = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), batch)
+    grads, reports = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, trained), batch)
     return grads, jax.tree.map(lambda x: x.sum(0), reports)
 
   def update(state, batch, *rate):
     params, rest = state["model"]["params"], state["model"]["rest"]
-    grads, report = gradients(params, rest, batch)
+    stepped, others = nnx.split_state(rest, Stepped, ...)
+    (grads, directions), report = gradients((params, stepped), others, batch)
     norms = jnp.sqrt(jnp.stack([jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)]))
     norm = jnp.linalg.norm(norms)
     # optax is written for one device: the compiler, not we, decides how it runs on many.
@@ -281,6 +286,8 @@ def make_update(
       apply, out_sharding=(places["model"]["params"], places["optimizer"])
     )
     updates, optimizer = applied(grads, state["optimizer"], params, *rate)
+    if constants_step:
+      rest = nnx.merge_state(_step(stepped, directions), others)
     new = {
       "model": {"params": optax.apply_updates(params, updates), "rest": rest},
       "optimizer": optimizer,
@@ -291,6 +298,16 @@ def make_update(
     return state, {**report, **tokens, "grad_norm": norm, "norms": norms}
 
   return jax.jit(update, donate_argnums=0)
+
+
+def _step(stepped: nnx.State, directions: nnx.State) -> nnx.State:
+  """Constants after an update, by the gradients that they have."""
+
+  def one(constant: nnx.Variable, direction: nnx.Variable) -> nnx.Variable:
+    rate = constant.get_metadata()["rate"]
+    return jax.tree.map(lambda x, d: x - rate * jnp.sign(d), constant, direction)
+
+  return jax.tree.map(one, stepped, directions, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 def _due(step: int, every: int) -> bool:

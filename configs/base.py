@@ -45,6 +45,9 @@ def base() -> ConfigDict:
   c.model.mlp.router = "softmax"
   c.model.mlp.routed_scale = 1.0  # multiplies the routed experts' sum
   c.model.mlp.balance = 0.01  # weight of the balance loss
+  c.model.mlp.bias_rate = (
+    0.0  # of the bias that balances experts without a loss (DeepSeek-V3: 1e-3)
+  )
   c.model.mlp.dense_layers = 0  # leading layers that keep the dense MLP
   c.model.dense = False  # sparse mixers see everything, with the same weights
   c.model.tie_embeddings = True

@@ -9,6 +9,7 @@ from flax import nnx
 from attnlab import sharding
 from attnlab.errors import UserError
 from attnlab.moe import MoE
+from attnlab.nn import Stepped
 
 B, T, D, F = 4, 6, 8, 5
 
@@ -109,6 +110,21 @@ def test_load(float64):
   _, aux = moe(x)
   load = dense(moe, x)[2]
   np.testing.assert_allclose(aux["expert_load_max"], 6 * load.max(), rtol=1e-12)
+
+
+def test_the_gradient_of_the_bias_is_the_load_over_its_share(float64):
+  """What `attnlab.train` moves it by the sign of (arXiv:2408.15664, algorithm 1); the loss is what it was."""
+  moe, x = make(bias=[0, 0.1, 0, 0.2, 0, 0])
+  graph, bias, rest = nnx.split(moe, Stepped, ...)
+
+  def loss(bias):
+    y, aux = nnx.merge(graph, bias, rest)(x)
+    return aux["balance_loss"] + 0 * y.sum()
+
+  value, gradient = jax.value_and_grad(loss)(bias)
+  _, balance, load = dense(moe, x)
+  np.testing.assert_allclose(value, balance, rtol=1e-12)
+  np.testing.assert_allclose(jax.tree.leaves(gradient)[0], load - 1 / 6, atol=1e-15)
 
 
 def test_no_token_is_dropped():

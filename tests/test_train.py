@@ -306,6 +306,46 @@ def test_accumulated_gradients_are_the_whole_batchs():
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), one, two)
 
 
+EXPERTS = {
+  "model.mlp.experts": 4,
+  "model.mlp.expert_hidden": 16,
+  "model.mlp.dense_layers": 1,
+  "model.num_layers": 3,
+  "model.mlp.bias_rate": 0.01,
+}
+
+
+def biases(state):
+  return [x[...] for x in jax.tree.leaves(state["model"]["rest"])]
+
+
+def test_updates_move_the_bias_that_experts_are_chosen_by():
+  """By its rate and no other amount, in two microbatches as in one; until experts have about as many tokens each."""
+  config = resolve(load(f"{TINY}:pattern=softmax", EXPERTS))
+  mesh, tx = sharding.make_mesh(config.mesh, jax.devices()[:1]), optax.sgd(0.0)
+  batch = next(data.make_iterator(config.data, split="train", batch_size=4, seed=0))
+  token_bytes = data.tokenizer(config.data).token_bytes()
+  after, most = {}, []
+  with jax.set_mesh(mesh):
+    graphdef, init, abstract = make_init(config, tx, mesh)
+    update = make_update(graphdef, tx, abstract)
+    for microbatches in (1, 2):
+      state, _ = update(init(), placer(mesh, token_bytes, microbatches)(batch))
+      after[microbatches] = biases(jax.device_get(state))
+    still = make_update(graphdef, tx, abstract, constants_step=False)
+    kept, _ = still(init(), placer(mesh, token_bytes, 1)(batch))
+    for _ in range(40):
+      state, report = update(state, placer(mesh, token_bytes, 1)(batch))
+      most.append(float(report["expert_load_max"]))
+  (bias,) = after[1]
+  assert bias.shape == (2, 4)  # of two layers; the first has no experts
+  assert set(np.round(np.abs(bias / 0.01), 4).ravel()) <= {0, 1}
+  assert (bias.max(axis=1) > 0).all() and (bias.min(axis=1) < 0).all()
+  np.testing.assert_array_equal(after[2][0], bias)
+  assert not biases(jax.device_get(kept))[0].any()
+  assert min(most) < 1 + (most[0] - 1) / 3
+
+
 def test_a_tasks_logits_are_computed_where_labels_are():
   """The same loss and gradients as from all positions, on eight devices; float32 sums in another order."""
   c = load(

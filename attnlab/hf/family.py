@@ -7,7 +7,7 @@ that nothing reads, or a setting that the other side has no place for, is an err
 import importlib
 import math
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from ml_collections import ConfigDict
@@ -59,9 +59,6 @@ class Family:
   model_type: ClassVar[str]
   architecture: ClassVar[str]
   mixers: ClassVar[frozenset[str]]
-
-  # Tensors that are no part of the language model: layers that predict further tokens, tables made anew.
-  left_out: ClassVar[tuple[str, ...]] = ("mtp.", "rotary_emb.inv_freq")
 
   # Whether norms of the residual stream keep 1 + weight.
   around_one: ClassVar[bool] = False
@@ -117,6 +114,14 @@ class Family:
 
   # --- tensors ---
 
+  def weights(self, model: ConfigDict, layer: int | None) -> list[Weights]:
+    """Of a layer, or of the model itself."""
+    return self.outside(model) if layer is None else self.layer(model, layer)
+
+  def prefix(self, layer: int | None) -> str:
+    """What the names of a layer's tensors begin with."""
+    return "" if layer is None else f"{self.layers}.{layer}."
+
   def outside(self, model: ConfigDict) -> list[Weights]:
     """Of the model itself. Our embedding is of variance 1 / d_model, and what it gives is multiplied by its root; where
     the same table makes the logits the last norm's scale makes up for it."""
@@ -128,7 +133,7 @@ class Family:
     return [embedding, last, one("head", "lm_head.weight")]
 
   def layer(self, model: ConfigDict, index: int) -> list[Weights]:
-    """Of a layer; their names follow ``{layers}.{index}.``, ours the layer's own path."""
+    """Of a layer; their names follow ``prefix``, ours the layer's own path."""
     out = [
       norm("mixer_norm", "input_layernorm", around_one=self.around_one),
       *self.mixer(model, layer_specs(model)[index].mixer),
@@ -167,9 +172,24 @@ class Family:
       out.append(one("mlp.bias", f"{at}.gate.e_score_correction_bias"))
     return out
 
-  # What a tensor of a checkpoint is called here, where files differ.
   def canonical(self, name: str) -> str:
+    """What a tensor of a checkpoint is called here, where files differ."""
     return name
+
+  def left_out(self, model: ConfigDict, name: str) -> bool:
+    """Whether a tensor is no part of the language model: of layers that predict further tokens, or made anew."""
+    number, _, _ = name.removeprefix(f"{self.layers}.").partition(".")
+    further = number.isdigit() and int(number) >= model.num_layers
+    again = model.tie_embeddings and name == "lm_head.weight"
+    return further or again or name.startswith("mtp.") or name.endswith("rotary_emb.inv_freq")
+
+
+def named(kinds: Sequence[str], names: Mapping[str, str]) -> list[str]:
+  """Our mixers of the kinds of layers that a config.json lists; UserError for one that is not known."""
+  for kind in kinds:
+    if kind not in names:
+      raise unknown("kind of layer in config.json", kind, names)
+  return [names[kind] for kind in kinds]
 
 
 def shared_settings(model: ConfigDict, mixer: str) -> ConfigDict:
@@ -190,7 +210,6 @@ def rope(hf: HFConfig) -> Settings:
   theta = float(own("rope_theta", default=hf("rope_theta", default=10000.0)))
   if kind == "default":
     return dict(rope_theta=theta, rope_scaling=None)
-  length = lambda: own("original_max_position_embeddings")  # noqa: E731
   if kind == "llama3":
     turns = own("low_freq_factor"), own("high_freq_factor")
   elif kind == "yarn":
@@ -199,24 +218,23 @@ def rope(hf: HFConfig) -> Settings:
     turns = own("beta_slow", default=1), own("beta_fast", default=32)
   else:
     raise UserError(f"config.json: RoPE of type {kind!r} is not known here, only llama3 and yarn")
-  scaling = (kind, float(own("factor")), length(), *map(float, turns))
+  length = own("original_max_position_embeddings")
+  scaling = (kind, float(own("factor")), length, *map(float, turns))
   return dict(rope_theta=theta, rope_scaling=scaling)
 
 
 def rope_config(settings: ConfigDict, **more: Any) -> Settings:
   """The keys of a config.json that say a mixer's RoPE, in the newer form and in the older."""
-  values, theta = (
-    dict(rope_type="default", rope_theta=settings.rope_theta) | more,
-    settings.rope_theta,
-  )
+  theta = settings.rope_theta
+  values = dict(rope_type="default", rope_theta=theta) | more
   if settings.rope_scaling is None:
     return dict(rope_parameters=values, rope_theta=theta)
   kind, factor, length, low, high = settings.rope_scaling
-  names = (
-    ("low_freq_factor", "high_freq_factor") if kind == "llama3" else ("beta_slow", "beta_fast")
-  )
   values |= dict(rope_type=kind, factor=factor, original_max_position_embeddings=length)
-  values |= dict(zip(names, (low, high), strict=True))
+  if kind == "llama3":
+    values |= dict(low_freq_factor=low, high_freq_factor=high)
+  else:
+    values |= dict(beta_slow=low, beta_fast=high)
   return dict(rope_parameters=values, rope_theta=theta, rope_scaling=values)
 
 

@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 from attnlab.hf.deepseek import LatentFamily
-from attnlab.hf.family import HFConfig, Settings, shared_settings
+from attnlab.hf.family import HFConfig, Settings, named, shared_settings
 from attnlab.hf.weights import Weights, linear, norm, one, taps
 from attnlab.model import layer_specs
 
@@ -16,20 +16,25 @@ class KimiLinear(LatentFamily):
   mixers = frozenset({"kda", "mla"})
   turned = False
   moe = "block_sparse_moe"
+  _NAMES = {"linear_attention": "kda", "full_attention": "mla"}
   expert = {"gate": "w1", "up": "w3", "down": "w2"}
 
   def kinds(self, hf: HFConfig) -> list[str]:
-    layers, linear = hf("num_hidden_layers"), hf("linear_attn_config", default={})
-    kinds = hf("layer_types", default=None) or [
-      "full_attention" if i + 1 in linear["full_attn_layers"] else "linear_attention"
-      for i in range(layers)
-    ]
-    return ["mla" if kind == "full_attention" else "kda" for kind in kinds]
+    hf.only("mla_use_nope", True, default=True)
+    kinds = hf("layer_types", default=None)
+    if kinds is not None:
+      return named(kinds, self._NAMES)
+    full = self._linear(hf)("full_attn_layers")
+    return ["mla" if i + 1 in full else "kda" for i in range(hf("num_hidden_layers"))]
+
+  def _linear(self, hf: HFConfig) -> HFConfig:
+    """The section that published files have; transformers writes its keys flat, under other names."""
+    return HFConfig(hf("linear_attn_config", default={}), "linear_attn_config of config.json")
 
   def settings(self, hf: HFConfig) -> dict[str, Settings]:
     hf.only("moe_renormalize", True, default=True)
     hf.only("moe_router_activation_func", "sigmoid", default="sigmoid")
-    own = HFConfig(hf("linear_attn_config", default={}), "linear_attn_config of config.json")
+    own = self._linear(hf)
     either = lambda theirs, flat: own(theirs, default=hf(flat, default=None)) or own(theirs)  # noqa: E731
     kda = dict(
       num_heads=either("num_heads", "linear_num_heads"),
@@ -44,9 +49,9 @@ class KimiLinear(LatentFamily):
     heads = k.num_heads or max(1, model.d_model // k.head_dim)
     kinds = [spec.mixer for spec in layer_specs(model)]
     numbered = lambda name: [i + 1 for i, kind in enumerate(kinds) if kind == name]  # noqa: E731
-    names = {"mla": "full_attention", "kda": "linear_attention"}
+    theirs = {ours: name for name, ours in self._NAMES.items()}
     return super().config(model) | dict(
-      layer_types=[names[kind] for kind in kinds],
+      layer_types=[theirs[kind] for kind in kinds],
       linear_attn_config=dict(
         num_heads=heads,
         head_dim=k.head_dim,

@@ -102,7 +102,9 @@ class _Reader:
     self._tensors, self._directory = tensors, directory
     self._named = {kind.canonical(name): name for name in tensors.names}
     layers: list[int | None] = [None, *range(model.num_layers)]
-    self._weights = {i: by_parameter(kind, model, i) for i in layers}
+    self._weights = {
+      i: {path: w for w in kind.weights(model, i) for path in w.ours} for i in layers
+    }
     # What several parameters, or several devices' parts of one, are made of is read once.
     self._read = functools.lru_cache(maxsize=1)(self._read_now)
 
@@ -111,11 +113,8 @@ class _Reader:
     wanted = {
       name for i, w in self._weights.items() for one in w.values() for name in self._names(i, one)
     }
-    later = tuple(f"{self._kind.layers}.{i}." for i in range(self._model.num_layers, 10**4))
-    skipped = lambda name: (  # noqa: E731
-      name.startswith(later) or any(part in name for part in self._kind.left_out)
-    )
-    extra = [n for n in self._named if n not in wanted and not skipped(n)]
+    left_out = functools.partial(self._kind.left_out, self._model)
+    extra = [name for name in self._named if name not in wanted and not left_out(name)]
     for what, names in (
       ("has no tensor", sorted(wanted - self._named.keys())),
       ("has a tensor that is not known here,", sorted(extra)),
@@ -160,22 +159,11 @@ class _Reader:
     return jax.make_array_from_callback(x.shape, x.sharding, part, dtype=x.dtype)
 
   def _names(self, layer: int | None, weights: Weights) -> list[str]:
-    return [prefix(self._kind, layer) + name for name in weights.theirs]
+    return [self._kind.prefix(layer) + name for name in weights.theirs]
 
   def _read_now(self, layer: int | None, weights: Weights) -> Arrays:
     names = self._names(layer, weights)
     return weights.read([self._tensors[self._named[name]] for name in names])
-
-
-def by_parameter(kind: Family, model: ConfigDict, layer: int | None) -> dict[str, Weights]:
-  """By each parameter what it is made of; of a layer, or of the model itself."""
-  every = kind.outside(model) if layer is None else kind.layer(model, layer)
-  return {path: weights for weights in every for path in weights.ours}
-
-
-def prefix(kind: Family, layer: int | None) -> str:
-  """What the names of a layer's tensors begin with."""
-  return "" if layer is None else f"{kind.layers}.{layer}."
 
 
 def _shapes(tree: PyTree) -> PyTree:

@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 from attnlab.errors import UserError
-from attnlab.hf.family import HFConfig, Settings, rope_config, shared_settings
+from attnlab.hf.family import HFConfig, Settings, named, rope_config, shared_settings
 from attnlab.hf.llama import Qwen3MoE
 from attnlab.hf.weights import (
   Weights,
@@ -36,7 +36,7 @@ class Qwen3Next(Qwen3MoE):
       "linear_attention" if (i + 1) % every else "full_attention"
       for i in range(hf("num_hidden_layers"))
     ]
-    return [self._NAMES[kind] for kind in kinds]
+    return named(kinds, self._NAMES)
 
   def settings(self, hf: HFConfig) -> dict[str, Settings]:
     rope = hf("rope_parameters", default={})

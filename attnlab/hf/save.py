@@ -18,8 +18,7 @@ from attnlab.errors import UserError
 from attnlab.hf import files
 from attnlab.hf.family import Family, HFConfig, Settings, families, family
 from attnlab.hf.layout import place
-from attnlab.hf.load import prefix, with_model
-from attnlab.hf.weights import Weights
+from attnlab.hf.load import with_model
 from attnlab.mixers import mixer
 from attnlab.model import layer_specs
 from attnlab.pattern import parse_pattern
@@ -122,7 +121,7 @@ def fitting(
 
 
 # What is of training, or of no consequence where sizes are stated.
-_NOT_OF_THE_MODEL = ("dense", "remat", "dtype", "z_loss", "pattern", "mlp.balance")
+_NOT_OF_THE_MODEL = ("dense", "remat", "dtype", "z_loss", "pattern", "mlp.balance", "mlp.bias_rate")
 # Sizes that may be left to be derived, as families derive them.
 _DERIVED = ("num_heads", "num_kv_heads", "num_value_heads", "value_dim")
 
@@ -156,15 +155,11 @@ def _tensors(kind: Family, model: ConfigDict, state: State) -> Iterator[tuple[st
       at = place(path, model)
       for row, layer in enumerate(at.layers or (None,)):
         ours[layer, at.path] = functools.partial(_fetch, x, row if at.stacked else None)
-  every = [(i, w) for i in (None, *range(model.num_layers)) for w in _weights(kind, model, i)]
+  every = [(i, w) for i in (None, *range(model.num_layers)) for w in kind.weights(model, i)]
   for layer, weights in track(every, "writing", disable=len(every) < 64):
     made = weights.write([ours[layer, path]() for path in weights.ours])
     for name, x in zip(weights.theirs, made, strict=True):
-      yield prefix(kind, layer) + name, x
-
-
-def _weights(kind: Family, model: ConfigDict, layer: int | None) -> list[Weights]:
-  return kind.outside(model) if layer is None else kind.layer(model, layer)
+      yield kind.prefix(layer) + name, x
 
 
 def _fetch(x: jax.Array, row: int | None) -> np.ndarray:
