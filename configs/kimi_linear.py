@@ -27,8 +27,9 @@ def get_config(arg: str = ""):
       dict(experts=256, top_k=8, shared_experts=1, expert_hidden=1024, dense_layers=1)
     )
     kda, mla = dict(num_heads=32, head_dim=128), dict(num_heads=32, rope=False)
-    c.model.vocab_size, c.model.tie_embeddings, c.model.norm_eps = 163840, False, 1e-5
+    c.model.vocab_size, c.model.norm_eps = 163840, 1e-5
     c.model.mlp.routed_scale = 2.446
+  c.model.tie_embeddings = False
   # Balanced by the bias, as DeepSeek-V3's (arXiv:2412.19437).
   c.model.mlp.update(dict(router="sigmoid", bias_rate=1e-3, balance=1e-4))
   c.model.mixers = dict(kda=kda | dict(gate_bias=False), mla=mla | dict(latent_eps=1e-6))

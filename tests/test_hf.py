@@ -409,6 +409,11 @@ def test_names_of_the_hub(monkeypatch, tmp_path):
       "llama has no place for config.model.mixers.softmax.sinks",
     ),
     ({"model.pattern": "softmax + softmax(qk_norm=True)"}, "settings of their own"),
+    ({"model.mlp.hidden": 0}, "llama has no place for config.model.mlp.hidden = 0"),
+    ({"model.pattern": "mla", "model.mixers.mla.rope_dim": 0}, "no place for rope_dim = 0"),
+    ({"model.pattern": "dsa"}, "without q_lora_rank"),
+    ({"model.pattern": "kda + mla"}, "no place for config.model.tie_embeddings = True"),
+    ({"model.pattern": "mamba2"}, "mamba2 has no place for config.model.mlp.hidden = 192, only"),
   ],
 )
 def test_what_cannot_be_written(overrides, words):

@@ -39,6 +39,8 @@ class LatentFamily(Family):
   def latent_config(self, model: ConfigDict) -> Settings:
     s = shared_settings(model, self.latent)
     heads = s.num_heads or max(1, model.d_model // s.nope_dim)
+    if not s.rope_dim:
+      raise self.no_place(f"rope_dim = 0 of mixer {self.latent!r}")
     return dict(
       num_attention_heads=heads,
       num_key_value_heads=heads,
@@ -108,6 +110,7 @@ class LatentFamily(Family):
 
   def config(self, model: ConfigDict) -> Settings:
     m, layers = model.mlp, model.num_layers
+    dense = m.dense_layers if m.experts else layers
     return (
       super().config(model)
       | self.latent_config(model)
@@ -116,8 +119,8 @@ class LatentFamily(Family):
         num_experts_per_tok=m.top_k,
         moe_intermediate_size=m.expert_hidden,
         n_shared_experts=m.shared_experts,
-        first_k_dense_replace=m.dense_layers,
-        mlp_layer_types=["dense" if i < m.dense_layers else "sparse" for i in range(layers)],
+        first_k_dense_replace=dense,
+        mlp_layer_types=["dense" if i < dense else "sparse" for i in range(layers)],
         routed_scaling_factor=m.routed_scale,
         n_group=m.groups,
         topk_group=m.top_groups,
@@ -174,6 +177,8 @@ class DeepSeekV32(DeepSeekV3):
 
   def latent_config(self, model: ConfigDict) -> Settings:
     s = model.mixers.dsa
+    if s.q_lora_rank is None:
+      raise self.no_place("mixer 'dsa' without q_lora_rank")
     return super().latent_config(model) | dict(
       index_topk=s.top_k, index_n_heads=s.index_heads, index_head_dim=s.index_dim
     )

@@ -14,6 +14,9 @@ from ml_collections import ConfigDict
 
 from attnlab.errors import UserError, unknown
 from attnlab.hf.weights import Weights, linear, norm, one, stacked, times
+from attnlab.mixers import configure
+from attnlab.mixers import mixer as find_mixer
+from attnlab.mixers.linear import LinearMixer
 from attnlab.model import layer_specs
 from attnlab.pattern import write_pattern
 
@@ -63,6 +66,12 @@ class Family:
   # Whether norms of the residual stream keep 1 + weight.
   around_one: ClassVar[bool] = False
 
+  # Whether its layers have no MLP.
+  mixers_alone: ClassVar[bool] = False
+
+  # Whether one table may be both the embedding and the head.
+  ties: ClassVar[bool] = True
+
   # What a config.json calls the constant of its norms.
   norm_eps: ClassVar[str] = "rms_norm_eps"
 
@@ -100,7 +109,15 @@ class Family:
     return dict(hidden=hf("intermediate_size"), experts=0)
 
   def config(self, model: ConfigDict) -> Settings:
-    """The config.json of our ``model`` section. What it does not say is found by reading it again."""
+    """The config.json of our ``model`` section. What it does not say is found by reading it again.
+
+    Raises:
+      UserError: what would be found in no other way.
+    """
+    if not model.mlp.hidden and not self.mixers_alone:
+      raise self.no_place("config.model.mlp.hidden = 0")
+    if model.tie_embeddings and not self.ties:
+      raise self.no_place("config.model.tie_embeddings = True")
     return dict(
       architectures=[self.architecture],
       model_type=self.model_type,
@@ -111,6 +128,9 @@ class Family:
       intermediate_size=model.mlp.hidden,
       hidden_act="silu",
     ) | {self.norm_eps: model.norm_eps}
+
+  def no_place(self, what: str) -> UserError:
+    return UserError(f"{self.model_type} has no place for {what}")
 
   # --- tensors ---
 
@@ -200,6 +220,14 @@ def shared_settings(model: ConfigDict, mixer: str) -> ConfigDict:
         f"config.model.pattern = {model.pattern!r}: layers with settings of their own have no place in a config.json"
       )
   return model.mixers[mixer]
+
+
+def linear_sizes(model: ConfigDict, mixer: str) -> tuple[int, int, int, int]:
+  """Heads of keys, their channels, heads of values and theirs, of a linear mixer whose settings may leave some open."""
+  cls = find_mixer(mixer)
+  assert issubclass(cls, LinearMixer)
+  settings = dict(shared_settings(model, mixer))
+  return cls.sizes(configure(cls, settings), model.d_model)
 
 
 def rope(hf: HFConfig) -> Settings:

@@ -79,7 +79,9 @@ class Tensors:
       names = sorted(p.name for p in directory.glob("*.safetensors"))
     if not names:
       raise UserError(f"{directory} has no *.safetensors (weights in *.bin are not read)")
-    self._directory, self._files, self._paths = directory, {}, {}
+    self._directory = directory
+    self._files: dict[str, Any] = {}
+    self._paths: dict[str, Path] = {}
     for name in names:
       try:
         file = safe_open(directory / name, "numpy")

@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 from attnlab.hf.deepseek import LatentFamily
-from attnlab.hf.family import HFConfig, Settings, named, shared_settings
+from attnlab.hf.family import HFConfig, Settings, linear_sizes, named
 from attnlab.hf.weights import Weights, linear, norm, one, taps
 from attnlab.model import layer_specs
 
@@ -15,6 +15,7 @@ class KimiLinear(LatentFamily):
   architecture = "KimiLinearForCausalLM"
   mixers = frozenset({"kda", "mla"})
   turned = False
+  ties = False
   moe = "block_sparse_moe"
   _NAMES = {"linear_attention": "kda", "full_attention": "mla"}
   expert = {"gate": "w1", "up": "w3", "down": "w2"}
@@ -45,8 +46,8 @@ class KimiLinear(LatentFamily):
     return dict(mla=self.latent_settings(hf), kda=kda)
 
   def config(self, model: ConfigDict) -> Settings:
-    k, m = shared_settings(model, "kda"), model.mlp
-    heads = k.num_heads or max(1, model.d_model // k.head_dim)
+    m = model.mlp
+    heads, size, _, _ = linear_sizes(model, "kda")
     kinds = [spec.mixer for spec in layer_specs(model)]
     numbered = lambda name: [i + 1 for i, kind in enumerate(kinds) if kind == name]  # noqa: E731
     theirs = {ours: name for name, ours in self._NAMES.items()}
@@ -54,8 +55,8 @@ class KimiLinear(LatentFamily):
       layer_types=[theirs[kind] for kind in kinds],
       linear_attn_config=dict(
         num_heads=heads,
-        head_dim=k.head_dim,
-        short_conv_kernel_size=k.conv_size,
+        head_dim=size,
+        short_conv_kernel_size=model.mixers.kda.conv_size,
         full_attn_layers=numbered("mla"),
         kda_layers=numbered("kda"),
       ),

@@ -151,7 +151,8 @@ class _Reader:
         )
       return made
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+      assert index is not None
       if not at.stacked:
         return value(at.layers[0] if at.layers else None)[index]
       return np.stack([value(layer)[index[1:]] for layer in at.layers[index[0]]])

@@ -6,7 +6,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from attnlab.errors import UserError
-from attnlab.hf.family import Family, HFConfig, Settings, shared_settings
+from attnlab.hf.family import Family, HFConfig, Settings, linear_sizes
 from attnlab.hf.weights import (
   Weights,
   channels,
@@ -28,7 +28,7 @@ class Mamba2(Family):
   embedding = "backbone.embeddings.weight"
   final_norm = "backbone.norm_f"
   layers = "backbone.layers"
-
+  mixers_alone = True
   norm_eps = "layer_norm_epsilon"
 
   def model(self, hf: HFConfig) -> Settings:
@@ -57,8 +57,8 @@ class Mamba2(Family):
     )
 
   def config(self, model: ConfigDict) -> Settings:
-    s = shared_settings(model, "mamba2")
-    heads = s.num_heads or round(s.expand * model.d_model) // s.head_dim
+    s = model.mixers.mamba2
+    _, _, heads, _ = linear_sizes(model, "mamba2")
     if heads * s.head_dim % model.d_model:
       raise UserError(
         f"config.model.mixers.mamba2: {heads} heads of {s.head_dim} are no whole number of times"

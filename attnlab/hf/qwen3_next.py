@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 from attnlab.errors import UserError
-from attnlab.hf.family import HFConfig, Settings, named, rope_config, shared_settings
+from attnlab.hf.family import HFConfig, Settings, linear_sizes, named, rope_config
 from attnlab.hf.llama import Qwen3MoE
 from attnlab.hf.weights import (
   Weights,
@@ -62,17 +62,18 @@ class Qwen3Next(Qwen3MoE):
     return super().mlp(hf) | dict(shared_experts=width // expert, shared_gate=True)
 
   def config(self, model: ConfigDict) -> Settings:
-    g, s = (shared_settings(model, name) for name in ("gated_deltanet", "softmax"))
+    s, conv_size = model.mixers.softmax, model.mixers.gated_deltanet.conv_size
+    H, K, Hv, V = linear_sizes(model, "gated_deltanet")
     out, theirs = super().config(model), {ours: name for name, ours in self._NAMES.items()}
     out |= rope_config(s, partial_rotary_factor=s.rope_fraction)
     return out | dict(
       layer_types=[theirs[spec.mixer] for spec in layer_specs(model)],
       partial_rotary_factor=s.rope_fraction,
-      linear_num_key_heads=g.num_heads,
-      linear_num_value_heads=g.num_value_heads,
-      linear_key_head_dim=g.head_dim,
-      linear_value_head_dim=g.value_dim,
-      linear_conv_kernel_dim=g.conv_size,
+      linear_num_key_heads=H,
+      linear_num_value_heads=Hv,
+      linear_key_head_dim=K,
+      linear_value_head_dim=V,
+      linear_conv_kernel_dim=conv_size,
       shared_expert_intermediate_size=model.mlp.shared_experts * model.mlp.expert_hidden,
     )
 

@@ -4,6 +4,7 @@ import functools
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -111,7 +112,11 @@ def fitting(
     )
   errors = []
   for kind in fit:
-    theirs = kind.config(config.model)
+    try:
+      theirs = kind.config(config.model)
+    except UserError as error:
+      errors.append(str(error))
+      continue
     said = with_model(base(), kind.model(HFConfig(theirs))).model
     lost = _first_other(config.model, said)
     if lost is None:
@@ -120,10 +125,10 @@ def fitting(
   raise UserError("; ".join(errors))
 
 
-# What is of training, or of no consequence where sizes are stated.
-_NOT_OF_THE_MODEL = ("dense", "remat", "dtype", "z_loss", "pattern", "mlp.balance", "mlp.bias_rate")
+# What is of training, or said by the layers' mixers.
+_NOT_SAID = ("dense", "remat", "dtype", "z_loss", "pattern", "mlp.balance", "mlp.bias_rate")
 # Sizes that may be left to be derived, as families derive them.
-_DERIVED = ("num_heads", "num_kv_heads", "num_value_heads", "value_dim")
+_DERIVED = ("num_heads", "head_dim", "num_kv_heads", "num_value_heads", "value_dim")
 
 
 def _first_other(model: ConfigDict, said: ConfigDict) -> str | None:
@@ -131,20 +136,28 @@ def _first_other(model: ConfigDict, said: ConfigDict) -> str | None:
   if [s.mixer for s in layer_specs(model)] != [s.mixer for s in layer_specs(said)]:
     return f"config.model.pattern = {model.pattern!r}"
   read = dict(flatten(said))
-  experts = model.mlp.experts
-  for key, value in flatten(model):
-    last = key.split(".")[-1]
-    if key in _NOT_OF_THE_MODEL or last.startswith("expand"):
+  for key, value in _settings(model):
+    if read[key] == value:
       continue
-    if key.startswith("mlp.") and key not in ("mlp.hidden", "mlp.experts") and not experts:
-      continue
-    if value is None and (
-      last in _DERIVED or (last == "latent_eps" and read[key] == model.norm_eps)
-    ):
-      continue
-    if read[key] != value:
+    name = key.split(".")[-1]
+    derived = name in _DERIVED or (name == "latent_eps" and read[key] == model.norm_eps)
+    if value is not None or not derived:
       return f"config.model.{key} = {value!r}, only for {read[key]!r}"
   return None
+
+
+def _settings(model: ConfigDict) -> Iterator[tuple[str, Any]]:
+  """What decides what a model computes, by key: no expert's where there are none, and of mixers the layers' own."""
+  used = {mixer(spec.mixer).name for spec in layer_specs(model)}
+  for key, value in flatten(model):
+    section, _, name = key.partition(".")
+    if key in _NOT_SAID or name.split(".")[-1].startswith("expand"):  # of sizes that are stated
+      continue
+    if section == "mlp" and name not in ("hidden", "experts") and not model.mlp.experts:
+      continue
+    if section == "mixers" and name.split(".")[0] not in used:
+      continue
+    yield key, value
 
 
 def _tensors(kind: Family, model: ConfigDict, state: State) -> Iterator[tuple[str, np.ndarray]]:
