@@ -233,8 +233,13 @@ class _Worker:
       env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false"
       env |= {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
       # Otherwise an update gives the memory of its temporary arrays back, and the next one gets it anew, page by page:
-      # Gated DeltaNet's in head_to_head takes 93 ms then, and 58 so. (glibc's; nobody else reads them.)
-      env |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+      # Gated DeltaNet's in head_to_head takes 93 ms then, and 58 so. And in one arena: those of XLA's threads keep
+      # nothing, which in state_tracking was a fifth of the time. (glibc's; nobody else reads them.)
+      env |= {
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+        "MALLOC_ARENA_MAX": "1",
+      }
       more = [f"--core={device.removeprefix('core ')}"]
     elif device:
       env |= {"CUDA_VISIBLE_DEVICES": device, "TPU_VISIBLE_CHIPS": device}
