@@ -9,7 +9,6 @@ sharding and of the order of summation), and the checkpoint before is used.
 
 import contextlib
 import gc
-import json
 import logging as std_logging
 import sys
 import warnings
@@ -25,7 +24,7 @@ from jaxtyping import Bool, PyTree, UInt32
 from ml_collections import ConfigDict
 from orbax.checkpoint.experimental import v1 as ocp
 
-from attnlab.config import flatten, to_json
+from attnlab.config import flatten, read_json, to_json
 from attnlab.errors import UserError
 
 # A run may go on with any change but to these: what is learned from would be another, or the
@@ -192,10 +191,7 @@ def stored_run(workdir: Path) -> dict[str, Any] | None:
   path, saved = Path(workdir) / "config.json", Path(workdir) / "checkpoints"
   if not path.exists() or not any(p.name.isdigit() for p in saved.glob("*")):
     return None
-  try:
-    return json.loads(path.read_text())
-  except (OSError, ValueError) as error:
-    raise UserError(f"{path} is not readable as JSON: {error}") from error
+  return read_json(path)
 
 
 def first_non_finite(tree: PyTree) -> str | None:

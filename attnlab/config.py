@@ -213,7 +213,10 @@ def _read(spec: str) -> ConfigDict:
     near = sorted(str(p) for p in path.parent.glob("*.py") if p.stem not in ("base", "__init__"))
     raise unknown("config file", name, near)
   if path.suffix == ".json":
-    return _read_json(path)
+    values = read_json(path)
+    if not {"model", "data", "train"} <= values.keys():
+      raise UserError(f"{path} is not the config.json of a run")
+    return from_json(values)
   _import_configs()
   module_spec = importlib.util.spec_from_file_location(f"attnlab_config_{path.stem}", path)
   if module_spec is None or module_spec.loader is None:
@@ -228,14 +231,15 @@ def _read(spec: str) -> ConfigDict:
   return config
 
 
-def _read_json(path: Path) -> ConfigDict:
+def read_json(path: Path) -> dict[str, Any]:
+  """The JSON object of a file; UserError if it cannot be read, or is none."""
   try:
     values = json.loads(path.read_text("utf-8"))
   except (OSError, ValueError) as error:
     raise UserError(f"{path} is not readable as JSON: {error}") from error
-  if not isinstance(values, dict) or not {"model", "data", "train"} <= values.keys():
-    raise UserError(f"{path} is not the config.json of a run")
-  return from_json(values)
+  if not isinstance(values, dict):
+    raise UserError(f"{path} is not a JSON object")
+  return values
 
 
 def _import_configs() -> None:

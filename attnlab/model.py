@@ -127,6 +127,13 @@ def layer_specs(config) -> list[LayerSpec]:
   return [*(pattern.period[i % len(pattern.period)] for i in repeated), *pattern.tail]
 
 
+def scanned(config) -> tuple[int, int, int]:
+  """Layers before the scan, superblocks in it, and layers of a superblock; the layers that are left come after it."""
+  pattern = parse_pattern(config.pattern)
+  lead, period = config.mlp.dense_layers if config.mlp.experts else 0, len(pattern.period)
+  return lead, (config.num_layers - lead - len(pattern.tail)) // period, period
+
+
 def mixer_config(config, spec: LayerSpec) -> Any:
   """The settings of a mixer: its defaults, the config's, the layer's own."""
   cls = mixer(spec.mixer)
@@ -144,7 +151,7 @@ class Model(nnx.Module):
   def __init__(self, config, key: Array):
     check(config)
     pattern = parse_pattern(config.pattern)
-    specs, L, D, P = pattern.period, config.num_layers, config.d_model, len(pattern.period)
+    specs, L, D = pattern.period, config.num_layers, config.d_model
     if config.vocab_size < 1:
       raise UserError(f"config.model.vocab_size = {config.vocab_size} must be at least 1")
     self.dtype = config.dtype
@@ -159,8 +166,7 @@ class Model(nnx.Module):
     self.head = None if tied else param(keys[1], init, *vocabulary, weight_decay=False)
     self.norm = RMSNorm(D, config.norm_eps)
 
-    lead = config.mlp.dense_layers if config.mlp.experts else 0
-    periods = (L - lead - len(pattern.tail)) // P
+    lead, periods, P = scanned(config)
     after = lead + periods * P
     every = layer_specs(config)
     layer = Layer(D, 0, L, config.norm_eps)

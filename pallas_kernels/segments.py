@@ -13,9 +13,8 @@ def runs(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
   comes back later in a row is a new segment. The first segment of every row is run 0, to which an
   initial state belongs.
   """
-  changes = (
-    segment_ids[:, 1:] != segment_ids[:, :-1]
-  )  # As ``starts``, of which XLA made a copy here.
+  # As ``starts``, of which XLA made a copy here.
+  changes = segment_ids[:, 1:] != segment_ids[:, :-1]
   return jnp.pad(jnp.cumsum(changes, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
 
 

@@ -338,7 +338,7 @@ def test_task_batches(tmp_path):
   halves = [list(iterate(c, "validation", process_index=p, process_count=2)) for p in range(2)]
   joined = [{k: np.concatenate([a[k], b[k]]) for k in a} for a, b in zip(*halves, strict=True)]
   assert_same(held, joined)
-  assert data.vocab_size(c) == 64
+  assert data.tokenizer(c).vocab_size == 64
 
 
 def test_garbage_waits_for_nobody(docs):

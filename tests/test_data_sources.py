@@ -172,7 +172,7 @@ def test_flat_shards(tmp_path, monkeypatch, kind):
     np.save(tmp_path / f"{i}.npy", ids) if kind == "npy" else ids.tofile(tmp_path / f"{i}.bin")
   c = config(name="tokens", train=str(tmp_path), tokenizer="ids", vocab_size=5000, eos_id=0)
   c.validation_fraction = 0.4
-  assert data.vocab_size(c) == 5000
+  assert data.tokenizer(c).vocab_size == 5000
   names = {s: [data.open_source(c, s).name(0)] for s in ("train", "validation")}
   assert names["train"] != names["validation"]
   pairs, expected = [], []
@@ -436,7 +436,7 @@ def test_bad_input_is_one_clear_error(tmp_path, what):
 
 def test_unknown_key():
   with pytest.raises(UserError, match="'config.data.seqlen': did you mean 'config.data.seq_len'"):
-    data.vocab_size(dict(config()) | {"seqlen": 3})
+    data.tokenizer(dict(config()) | {"seqlen": 3})
 
 
 @pytest.mark.parametrize(

@@ -293,6 +293,37 @@ def test_models_of_our_own_are_written(file, tmp_path):
     np.testing.assert_allclose(again[name], x, rtol=3e-7, atol=8 * 2**-24, err_msg=name)
 
 
+@pytest.mark.parametrize("pattern, layers", [("softmax | softmax", 3), ("softmax + softmax", 3)])
+def test_layers_are_where_the_models_pattern_has_them(pattern, layers, tmp_path):
+  """A config.json says a pattern in its own way, in which other layers may be in the scan."""
+  c = resolve(
+    load_config("configs/softmax.py", {"model.pattern": pattern, "model.num_layers": layers})
+  )
+  mesh = sharding.make_mesh({"data": 1}, jax.devices()[:1])
+  with jax.set_mesh(mesh):
+    _, _, shapes = make_init(c, optax.identity(), mesh)
+  state = {"params": filled(shapes["model"]["params"], np.random.default_rng(0).standard_normal)}
+  write(c, state | {"rest": shapes["model"]["rest"]}, tmp_path, dtype="float32")
+  ours = dict(zip(paths(state["params"]), jax.tree.leaves(state["params"]), strict=True))
+  k = "mixer.k_proj.kernel"
+  want = {
+    "softmax | softmax": [
+      (f"blocks.layers.0.{k}", 0),
+      (f"blocks.layers.0.{k}", 1),
+      (f"tail.0.{k}",),
+    ],
+    "softmax + softmax": [
+      (f"blocks.layers.0.{k}", 0),
+      (f"blocks.layers.1.{k}", 0),
+      (f"tail.0.{k}",),
+    ],
+  }[pattern]
+  theirs = load_file(tmp_path / "model.safetensors")
+  for i, (path, *row) in enumerate(want):
+    x = np.asarray(ours[path])[tuple(row)]
+    np.testing.assert_array_equal(theirs[f"model.layers.{i}.self_attn.k_proj.weight"], x.T)
+
+
 def change(directory: Path, **values) -> None:
   """Sets keys of a config.json; None: without it."""
   path = directory / "config.json"

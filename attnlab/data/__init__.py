@@ -6,7 +6,7 @@ documents become rows: packing.py.
 
 from attnlab.data.packing import Batch
 from attnlab.data.pipeline import BatchIterator, make_iterator
-from attnlab.data.sources import data_config, open_source, record_name, tokenizer, vocab_size
+from attnlab.data.sources import data_config, open_source, record_name, tokenizer
 
 __all__ = [
   "Batch",
@@ -16,5 +16,4 @@ __all__ = [
   "open_source",
   "record_name",
   "tokenizer",
-  "vocab_size",
 ]

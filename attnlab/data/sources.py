@@ -124,11 +124,6 @@ def tokenizer(config: Mapping[str, Any]) -> Tokenizer:
   return tokenizers.load(config.tokenizer, config.eos_id, config.vocab_size)
 
 
-def vocab_size(config: Mapping[str, Any]) -> int:
-  """Size of the embedding for `config.data`: a tokenizer's ids rounded up to 64, or a task's."""
-  return tokenizer(config).vocab_size
-
-
 def open_source(config: Mapping[str, Any], split: str, seed: int = 0) -> Examples:
   """The records of a split.
 

@@ -9,10 +9,11 @@ from attnlab.hf.family import (
   Settings,
   rope,
   rope_config,
-  shared_settings,
+  shared_config,
   yarn_factor,
 )
 from attnlab.hf.weights import Weights, linear, norm, one, rows, times
+from attnlab.mixers.mla import MultiHeadLatentAttention
 
 _EPS = 1e-6  # of the norms of latents, whatever the model's
 
@@ -37,8 +38,8 @@ class LatentFamily(Family):
     )
 
   def latent_config(self, model: ConfigDict) -> Settings:
-    s = shared_settings(model, self.latent)
-    heads = s.num_heads or max(1, model.d_model // s.nope_dim)
+    s = shared_config(model, self.latent)
+    heads = MultiHeadLatentAttention.heads(s, model.d_model)
     if not s.rope_dim:
       raise self.no_place(f"rope_dim = 0 of mixer {self.latent!r}")
     return dict(
@@ -54,7 +55,6 @@ class LatentFamily(Family):
   def latent_attention(self, model: ConfigDict) -> list[Weights]:
     s, at = model.mixers[self.latent], "self_attn"
     heads = s.num_heads
-    pairs = self.turned and s.rope_dim
     if s.q_lora_rank:
       q = [
         linear("mixer.q_down", f"{at}.q_a_proj"),
@@ -68,7 +68,7 @@ class LatentFamily(Family):
       f"{at}.kv_a_proj_with_mqa.weight",
       (s.kv_lora_rank, s.rope_dim),
     )
-    if pairs:
+    if self.turned:
       down = _halved(down, slice(s.kv_lora_rank, None))
     return [
       *q,
@@ -86,9 +86,7 @@ class LatentFamily(Family):
   def _queries(self, name: str, heads: int, s: ConfigDict) -> Weights:
     plain = rows(("mixer.q_up",), name, (s.nope_dim + s.rope_dim,), groups=heads)
     plain = times(plain, yarn_factor(s))
-    if not (self.turned and s.rope_dim):
-      return plain
-    return _halved(plain, slice(s.nope_dim, None), heads)
+    return _halved(plain, slice(s.nope_dim, None), heads) if self.turned else plain
 
   def mlp(self, hf: HFConfig) -> Settings:
     hf.only("norm_topk_prob", True, default=True)

@@ -222,12 +222,16 @@ def shared_settings(model: ConfigDict, mixer: str) -> ConfigDict:
   return model.mixers[mixer]
 
 
+def shared_config(model: ConfigDict, mixer: str) -> Any:
+  """``shared_settings`` as the mixer's own ``Config``."""
+  return configure(find_mixer(mixer), dict(shared_settings(model, mixer)))
+
+
 def linear_sizes(model: ConfigDict, mixer: str) -> tuple[int, int, int, int]:
   """Heads of keys, their channels, heads of values and theirs, of a linear mixer whose settings may leave some open."""
   cls = find_mixer(mixer)
   assert issubclass(cls, LinearMixer)
-  settings = dict(shared_settings(model, mixer))
-  return cls.sizes(configure(cls, settings), model.d_model)
+  return cls.sizes(shared_config(model, mixer), model.d_model)
 
 
 def rope(hf: HFConfig) -> Settings:

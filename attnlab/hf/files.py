@@ -9,6 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from attnlab.config import read_json
 from attnlab.errors import UserError
 
 _INDEX = "model.safetensors.index.json"
@@ -44,17 +45,12 @@ def locate(source: str) -> Path:
     ) from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-  """A JSON object; UserError if it is not there, or none."""
-  try:
-    values = json.loads(path.read_text("utf-8"))
-  except FileNotFoundError as error:
-    raise UserError(f"{path} is missing: a checkpoint has it beside its weights") from error
-  except (OSError, ValueError) as error:
-    raise UserError(f"{path} is not readable as JSON: {error}") from error
-  if not isinstance(values, dict):
-    raise UserError(f"{path} is not a JSON object")
-  return values
+def read_config(directory: Path) -> dict[str, Any]:
+  """A checkpoint's config.json; UserError if it is not there, or not to be read."""
+  path = directory / "config.json"
+  if not path.exists():
+    raise UserError(f"{path} is missing: a checkpoint has it beside its weights")
+  return read_json(path)
 
 
 class Tensors:
@@ -89,7 +85,7 @@ class Tensors:
         raise UserError(f"{directory / name}: {error}") from error
       self._files |= dict.fromkeys(file.keys(), file)
       self._paths |= dict.fromkeys(file.keys(), directory / name)
-    quantised = read_json(directory / "config.json").get("quantization_config") or {}
+    quantised = read_config(directory).get("quantization_config") or {}
     self._block = tuple(quantised.get("weight_block_size") or (128, 128))
 
   @property

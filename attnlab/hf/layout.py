@@ -4,7 +4,7 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from attnlab.pattern import parse_pattern
+from attnlab.model import scanned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,12 +27,9 @@ def place(path: str, model: ConfigDict) -> Place:
 
   Args:
     path: its dotted path ("blocks.layers.0.mixer.q_proj.kernel").
-    model: the ``model`` section that it is of.
+    model: the ``model`` section of the model that has it.
   """
-  pattern = parse_pattern(model.pattern)
-  period, tail = len(pattern.period), len(pattern.tail)
-  lead = model.mlp.dense_layers if model.mlp.experts else 0
-  periods = (model.num_layers - lead - tail) // period
+  lead, periods, period = scanned(model)
   part, _, rest = path.partition(".")
   if part == "blocks":
     _, number, rest = rest.split(".", 2)

@@ -10,10 +10,11 @@ from attnlab.hf.family import (
   Settings,
   rope,
   rope_config,
-  shared_settings,
+  shared_config,
   yarn_factor,
 )
 from attnlab.hf.weights import Weights, linear, norm, times
+from attnlab.mixers.softmax import SoftmaxAttention
 
 
 class Llama(Family):
@@ -46,11 +47,11 @@ class Llama(Family):
     )
 
   def config(self, model: ConfigDict) -> Settings:
-    s = shared_settings(model, "softmax")
-    heads = s.num_heads or max(1, model.d_model // s.head_dim)
+    s = model.mixers.softmax
+    heads, kv_heads = SoftmaxAttention.sizes(shared_config(model, "softmax"), model.d_model)
     return super().config(model) | dict(
       num_attention_heads=heads,
-      num_key_value_heads=s.num_kv_heads or heads,
+      num_key_value_heads=kv_heads,
       head_dim=s.head_dim,
       **rope_config(s),
     )

@@ -30,8 +30,7 @@ def configured(directory: Path, config: ConfigDict) -> tuple[Family, ConfigDict]
   Raises:
     UserError: no config.json, a family that is not known, or a setting of it that is not.
   """
-  path = directory / "config.json"
-  hf = HFConfig(files.read_json(path), str(path))
+  hf = HFConfig(files.read_config(directory), str(directory / "config.json"))
   kind = family(hf("model_type"))
   config = with_model(config, kind.model(hf))
   tokenizer = directory / "tokenizer.json"

@@ -9,11 +9,11 @@ from attnlab.errors import UserError
 from attnlab.hf.family import Family, HFConfig, Settings, linear_sizes
 from attnlab.hf.weights import (
   Weights,
-  channels,
   linear,
   norm,
   one,
   our_taps,
+  parts,
   rows,
   their_taps,
 )
@@ -86,8 +86,8 @@ class Mamba2(Family):
     return [
       norm("mixer_norm", "norm"),
       rows(projections, "mixer.in_proj.weight", (inner, *sizes, s.num_heads)),
-      channels([f"{n}.weight" for n in xBC], "mixer.conv1d.weight", sizes, our_taps, their_taps),
-      channels([f"{n}.bias" for n in xBC], "mixer.conv1d.bias", sizes),
+      parts([f"{n}.weight" for n in xBC], "mixer.conv1d.weight", sizes, our_taps, their_taps),
+      parts([f"{n}.bias" for n in xBC], "mixer.conv1d.bias", sizes),
       *(one(f"mixer.{n}", f"mixer.{n}") for n in ("A_log", "D", "dt_bias")),
       one("mixer.out_norm.scale", "mixer.norm.weight", lambda x: x.reshape(shape), np.ravel),
       linear("mixer.out_proj", "mixer.out_proj"),

@@ -7,11 +7,11 @@ from attnlab.hf.family import HFConfig, Settings, linear_sizes, named, rope_conf
 from attnlab.hf.llama import Qwen3MoE
 from attnlab.hf.weights import (
   Weights,
-  channels,
   linear,
   norm,
   one,
   our_taps,
+  parts,
   rows,
   their_taps,
 )
@@ -95,7 +95,7 @@ class Qwen3Next(Qwen3MoE):
         (each, each),
         groups=g.num_heads,
       ),
-      channels(
+      parts(
         [f"mixer.{n}_conv.weight" for n in "qkv"],
         f"{at}.conv1d.weight",
         heads,

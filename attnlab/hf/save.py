@@ -86,7 +86,8 @@ def write(
   tokenizer = data.tokenizer(config.data)
   theirs |= dict(bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, pad_token_id=None)
   theirs |= dict(dtype=dtype, torch_dtype=dtype)
-  made = files.write(out, theirs, _tensors(kind, said, model), DTYPES[dtype])
+  tensors = _tensors(kind, said, _by_layer(config.model, model))
+  made = files.write(out, theirs, tensors, DTYPES[dtype])
   for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
     path = Path(config.data.tokenizer).with_name(name)
     if config.data.tokenizer.endswith("tokenizer.json") and path.is_file():
@@ -160,14 +161,23 @@ def _settings(model: ConfigDict) -> Iterator[tuple[str, Any]]:
     yield key, value
 
 
-def _tensors(kind: Family, model: ConfigDict, state: State) -> Iterator[tuple[str, np.ndarray]]:
-  """The tensors of a model by name, made one after the other."""
-  ours: dict[tuple[int | None, str], Callable[[], np.ndarray]] = {}
+# What gives each parameter, by its layer and its path there.
+_ByLayer = dict[tuple[int | None, str], Callable[[], np.ndarray]]
+
+
+def _by_layer(model: ConfigDict, state: State) -> _ByLayer:
+  """Of a model of this ``model`` section, whose pattern says which layers are stacked."""
+  ours: _ByLayer = {}
   for tree in (state["params"], state["rest"]):
     for path, x in zip(paths(tree), jax.tree.leaves(tree), strict=True):
       at = place(path, model)
       for row, layer in enumerate(at.layers or (None,)):
         ours[layer, at.path] = functools.partial(_fetch, x, row if at.stacked else None)
+  return ours
+
+
+def _tensors(kind: Family, model: ConfigDict, ours: _ByLayer) -> Iterator[tuple[str, np.ndarray]]:
+  """The tensors of a model by name, made one after the other."""
   every = [(i, w) for i in (None, *range(model.num_layers)) for w in kind.weights(model, i)]
   for layer, weights in track(every, "writing", disable=len(every) < 64):
     made = weights.write([ours[layer, path]() for path in weights.ours])

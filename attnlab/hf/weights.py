@@ -81,44 +81,38 @@ def stacked(ours: str, theirs: Sequence[str]) -> Weights:
   return Weights((ours,), tuple(f"{t}.weight" for t in theirs), read, lambda x: [e.T for e in x[0]])
 
 
-def rows(ours: Sequence[str], theirs: str, counts: Sequence[int], groups: int = 1) -> Weights:
-  """Several kernels whose outputs are one tensor's rows.
-
-  Args:
-    ours: the Linears.
-    theirs: the tensor [rows, inputs].
-    counts: how many of its rows each has, in turn, in every group.
-    groups: the rows are so many groups, of which each kernel has the same part (heads, say).
-  """
-  at = np.cumsum(counts)[:-1]
-
-  def read(tensors: Arrays) -> Arrays:
-    x = tensors[0].reshape(groups, sum(counts), -1)
-    return [part.reshape(-1, x.shape[2]).T for part in np.split(x, at, axis=1)]
-
-  def write(kernels: Arrays) -> Arrays:
-    parts = [k.T.reshape(groups, n, len(k)) for k, n in zip(kernels, counts, strict=True)]
-    return [np.concatenate(parts, axis=1).reshape(-1, parts[0].shape[2])]
-
-  return Weights(tuple(f"{name}.kernel" for name in ours), (theirs,), read, write)
-
-
-def channels(
+def parts(
   ours: Sequence[str],
   theirs: str,
   counts: Sequence[int],
   read: Callable[[np.ndarray], np.ndarray] = lambda x: x,
   write: Callable[[np.ndarray], np.ndarray] = lambda x: x,
+  groups: int = 1,
 ) -> Weights:
-  """Several parameters whose channels lie one after the other on a tensor's first axis.
+  """Several parameters that are one tensor's rows.
 
   Args:
-    read, write: what makes of a part of the tensor the parameter, and back.
+    ours: their paths.
+    theirs: the tensor [rows, ...].
+    counts: how many of its rows each has, in turn, in every group.
+    read, write: what makes of its rows a parameter, and back.
+    groups: the rows are so many groups, of which each parameter has the same part (heads, say).
   """
   at = np.cumsum(counts)[:-1]
-  return Weights(
-    tuple(ours),
-    (theirs,),
-    lambda x: [read(part) for part in np.split(x[0], at)],
-    lambda x: [np.concatenate([write(part) for part in x])],
-  )
+
+  def read_all(tensors: Arrays) -> Arrays:
+    x = tensors[0].reshape(groups, sum(counts), *tensors[0].shape[1:])
+    return [read(part.reshape(-1, *x.shape[2:])) for part in np.split(x, at, axis=1)]
+
+  def write_all(parameters: Arrays) -> Arrays:
+    made = [write(p) for p in parameters]
+    cut = [x.reshape(groups, n, *x.shape[1:]) for x, n in zip(made, counts, strict=True)]
+    return [np.concatenate(cut, axis=1).reshape(-1, *made[0].shape[1:])]
+
+  return Weights(tuple(ours), (theirs,), read_all, write_all)
+
+
+def rows(ours: Sequence[str], theirs: str, counts: Sequence[int], groups: int = 1) -> Weights:
+  """``parts`` that are the kernels of Linears, whose outputs the rows are."""
+  kernels = [f"{name}.kernel" for name in ours]
+  return parts(kernels, theirs, counts, np.transpose, np.transpose, groups)

@@ -70,7 +70,7 @@ class MultiHeadLatentAttention(Mixer):
   def __init__(self, config: Config, layer: Layer, key: Array):
     c, D = config, layer.d_model
     self.config = config
-    self.H = H = c.num_heads or max(1, D // c.nope_dim)
+    self.H = H = self.heads(c, D)
     self.scale = (c.nope_dim + c.rope_dim) ** -0.5
     keys = jax.random.split(key, 7)
     q_inputs, eps = c.q_lora_rank or D, c.latent_eps or layer.norm_eps
@@ -86,6 +86,11 @@ class MultiHeadLatentAttention(Mixer):
     self.k_up = Linear(keys[4], c.kv_lora_rank, H * c.nope_dim, (None, "heads"))
     self.v_up = Linear(keys[5], c.kv_lora_rank, H * c.value_dim, (None, "heads"))
     self.out_proj = Linear(keys[6], H * c.value_dim, D, ("heads", "embed"))
+
+  @staticmethod
+  def heads(config: Config, d_model: int) -> int:
+    """How many there are."""
+    return config.num_heads or max(1, d_model // config.nope_dim)
 
   def core_flops(self, length: int, decode: bool) -> float:
     """Of the logits and the weighted sum; in latent space where a token is decoded."""

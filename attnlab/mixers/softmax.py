@@ -68,8 +68,7 @@ class SoftmaxAttention(Mixer):
     c, D = config, layer.d_model
     self.config = config
     self.K = c.head_dim
-    self.H = c.num_heads or max(1, D // c.head_dim)
-    self.Hkv = c.num_kv_heads or self.H
+    self.H, self.Hkv = self.sizes(c, D)
     if self.H % self.Hkv:
       raise UserError(
         f"mixer {self.name!r}: num_heads={self.H} is not a multiple of num_kv_heads={self.Hkv}"
@@ -86,6 +85,12 @@ class SoftmaxAttention(Mixer):
     zeros = jax.nn.initializers.zeros
     self.sinks = param(keys[4], zeros, (self.H,), ("heads",)) if c.sinks else None
     self.out_proj = Linear(keys[4], self.H * self.K, D, ("heads", "embed"))
+
+  @staticmethod
+  def sizes(config: Config, d_model: int) -> tuple[int, int]:
+    """Heads of queries, and of keys and values."""
+    heads = config.num_heads or max(1, d_model // config.head_dim)
+    return heads, config.num_kv_heads or heads
 
   # How many positions a token sees, its own included; None: all.
   window: int | None = None
