@@ -1,4 +1,4 @@
-"""Projections to heads and from them, against sums written out in float64, also over devices."""
+"""Projections, also to heads and from them, against sums written out in float64, also over devices."""
 
 import contextlib
 
@@ -38,17 +38,20 @@ def gradients(layer, name, x, dy):
 
 
 @pytest.mark.parametrize("model", [0, 2, 4])
-@pytest.mark.parametrize("name", ["to_heads", "of_heads"])
+@pytest.mark.parametrize("name", ["__call__", "to_heads", "of_heads"])
 def test_projections(name, model):
-  inputs, outputs = (D, H * SIZE) if name == "to_heads" else (H * SIZE, D)
-  axes = ("embed", "heads") if name == "to_heads" else ("heads", "embed")
+  inputs, outputs = (H * SIZE, D) if name == "of_heads" else (D, H * SIZE)
+  axes = ("heads", "embed") if name == "of_heads" else ("embed", "heads")
   layer = Linear(jax.random.key(0), inputs, outputs, axes)
   flat, heads = (
     np.asarray(jax.random.normal(jax.random.key(i), (B, T, *shape)), np.float64)
     for i, shape in enumerate([(D,), (H, SIZE)], 1)
   )
   w = np.asarray(layer.kernel[...], np.float64)
-  if name == "to_heads":
+  if name == "__call__":
+    x, dy = flat, heads.reshape(B, T, H * SIZE)
+    sums = "btd,dn->btn", "btn,dn->btd", "btd,btn->dn"
+  elif name == "to_heads":
     x, dy, w = flat, heads, w.reshape(D, H, SIZE)
     sums = "btd,dhk->bthk", "bthk,dhk->btd", "btd,bthk->dhk"
   else:

@@ -15,7 +15,7 @@ channels for 128 heads, are 2.4 MB and 0.6 GFLOP a query; in tiles of 16 tokens 
 
 import dataclasses
 import functools
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,7 @@ def few(q, k, blocks: Blocks) -> bool:
   return q.shape[1] * chosen <= k.shape[1]
 
 
+@runtime_checkable
 class Core(Protocol):
   """What is made of the keys and values of some queries, [B, Hkv, groups, rows, keys, D]: v None are the keys.
 
