@@ -181,8 +181,8 @@ def _dot(x: jax.Array, kernel: jax.Array, n: int, out: PartitionSpec | None) -> 
   """``jnp.tensordot(x, kernel, n)``, which lies as ``out`` says.
 
   Its gradients are jax's own, but for the order of the kernel's: x before the output's gradient, which comes out as the
-  kernel lies. jax multiplies the other way round and transposes, for which XLA for CPUs transposes the output's gradient
-  first: that makes an MLP of 1024 tokens, 64 and 152 channels, with gradients, take twice as long.
+  kernel lies. jax multiplies the other way round and transposes, for which XLA for CPUs transposes the output's
+  gradient first: an MLP of 1024 tokens, 64 and 152 channels, with gradients, takes twice as long then.
   """
   return _plain(x, kernel, n, out)
 
