@@ -416,6 +416,31 @@ def test_tensors_of_no_use_are_left(copy):
   opened(tied)
 
 
+@pytest.mark.parametrize("name", ["qwen3_5_text", "qwen3_5_moe_text"])
+def test_beside_a_model_of_pictures(name, copy, model):
+  """As Qwen3.5 is published: text is a part of it, and its experts share tensors."""
+  directory = copy(name)
+  tensors = load_file(directory / "model.safetensors")
+  for layer in range(4 * ("moe" in name)):
+    at = f"model.layers.{layer}.mlp.experts"
+    of = {
+      kind: np.stack([tensors.pop(f"{at}.{e}.{kind}_proj.weight") for e in range(4)])
+      for kind in ("gate", "up", "down")
+    }
+    tensors[f"{at}.gate_up_proj"] = np.concatenate([of["gate"], of["up"]], axis=1)
+    tensors[f"{at}.down_proj"] = of["down"]
+  tensors = {k.replace("model.", "model.language_model.", 1): x for k, x in tensors.items()}
+  others = dict.fromkeys(("model.visual.blocks.0.mlp.linear_fc1.weight", "mtp.fc.weight"), ONES)
+  save_file(tensors | others, directory / "model.safetensors")
+  text = json.loads((directory / "config.json").read_text())
+  tied = {"tie_word_embeddings": text.pop("tie_word_embeddings")}
+  whole = dict(model_type=name.removesuffix("_text"), text_config=text, vision_config={}) | tied
+  (directory / "config.json").write_text(json.dumps(whole))
+  (was, _, _, want), (now, _, _, got) = model(name), opened(directory)
+  assert now.model.to_dict() == was.model.to_dict()
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(got), jax.device_get(want))
+
+
 def test_names_of_the_hub(monkeypatch, tmp_path):
   hub = pytest.importorskip("huggingface_hub")
   monkeypatch.setattr(hub, "snapshot_download", lambda name, **_: str(tmp_path / name))

@@ -280,7 +280,7 @@ def yarn_factor(settings: ConfigDict) -> float:
 
 
 def families() -> dict[str, Family]:
-  """All families by their model_type, sorted."""
+  """All families by their model_type, a family before those that are made of it."""
   import attnlab.hf as package
 
   for module in pkgutil.iter_modules(package.__path__):
@@ -289,8 +289,7 @@ def families() -> dict[str, Family]:
   found: list[type[Family]] = [Family]
   for cls in found:
     found.extend(cls.__subclasses__())
-  known = {cls.model_type: cls() for cls in found if "model_type" in vars(cls)}
-  return dict(sorted(known.items()))
+  return {cls.model_type: cls() for cls in found if "model_type" in vars(cls)}
 
 
 def family(model_type: str) -> Family:

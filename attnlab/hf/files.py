@@ -1,5 +1,6 @@
 """Checkpoints as Hugging Face's libraries keep them: a directory with config.json and safetensors files."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -17,6 +18,10 @@ _INDEX = "model.safetensors.index.json"
 _WANTED = ("*.safetensors", "*.json", "*.model", "*.txt")
 # Behind a quantised tensor's name: the scales of its blocks.
 _SCALES = "_scale_inv"
+# Of experts that share tensors: what each such tensor has of an expert.
+_EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+# Keys of a config.json that are beside "text_config" rather than in it.
+_OF_THE_WHOLE = ("tie_word_embeddings", "quantization_config")
 # Bytes of a file of a checkpoint that is written, about.
 _SHARD = 4 << 30
 
@@ -46,15 +51,30 @@ def locate(source: str) -> Path:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-  """A checkpoint's config.json; UserError if it is not there, or not to be read."""
+  """A checkpoint's config.json, of a model of text and pictures the part that is of text; UserError if it is not there,
+  or not to be read."""
   path = directory / "config.json"
   if not path.exists():
     raise UserError(f"{path} is missing: a checkpoint has it beside its weights")
-  return read_json(path)
+  values = read_json(path)
+  whole = {k: v for k, v in values.items() if k in _OF_THE_WHOLE}
+  return whole | values.get("text_config", values)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Expert:
+  """An expert's matrix in a tensor [experts, parts x rows, columns] of all of them: its name, and which it is."""
+
+  tensor: str
+  number: int
+  part: int
+  parts: int
 
 
 class Tensors:
   """The tensors of a checkpoint, read from its files when they are asked for.
+
+  Experts that share a tensor (``experts.gate_up_proj``, ``experts.down_proj``) have names as if each had its own.
 
   Args:
     directory: the checkpoint's.
@@ -85,13 +105,22 @@ class Tensors:
         raise UserError(f"{directory / name}: {error}") from error
       self._files |= dict.fromkeys(file.keys(), file)
       self._paths |= dict.fromkeys(file.keys(), directory / name)
+    self._shared: dict[str, _Expert] = {}
+    for name in self._files:
+      at, _, kind = name.rpartition(".")
+      parts = _EXPERTS.get(kind, ()) if at.endswith("experts") else ()
+      for e in range(self._shape(name)[0] if parts else 0):
+        for i, part in enumerate(parts):
+          self._shared[f"{at}.{e}.{part}.weight"] = _Expert(name, e, i, len(parts))
     quantised = read_config(directory).get("quantization_config") or {}
     self._block = tuple(quantised.get("weight_block_size") or (128, 128))
 
   @property
   def names(self) -> list[str]:
     """Of all tensors but the scales of others' blocks."""
-    return [n for n in self._files if n.removesuffix(_SCALES) == n]
+    whole = {shared.tensor for shared in self._shared.values()}
+    own = [n for n in self._files if n.removesuffix(_SCALES) == n and n not in whole]
+    return own + list(self._shared)
 
   def __getitem__(self, name: str) -> np.ndarray:
     """A tensor in float32.
@@ -101,8 +130,10 @@ class Tensors:
     Raises:
       UserError: a tensor that is quantised in another way.
     """
-    file = self._files[name]
-    dtype = file.get_slice(name).get_dtype()
+    shared = self._shared.get(name)
+    whole = shared.tensor if shared else name
+    file = self._files[whole]
+    dtype = file.get_slice(whole).get_dtype()
     if dtype == "F8_E4M3" and name + _SCALES in self._files:
       scales = self[name + _SCALES]
       for axis, size in enumerate(self._block):
@@ -114,7 +145,14 @@ class Tensors:
         f"{self._directory}: {name} is quantised ({dtype}), in a way that is not known here:"
         " take a checkpoint in bfloat16"
       )
-    return file.get_tensor(name).astype(np.float32)
+    if shared is None:
+      return file.get_tensor(name).astype(np.float32)
+    rows = self._shape(whole)[1] // shared.parts
+    at = slice(shared.part * rows, (shared.part + 1) * rows)
+    return file.get_slice(whole)[shared.number, at].astype(np.float32)
+
+  def _shape(self, name: str) -> list[int]:
+    return self._files[name].get_slice(name).get_shape()
 
   def _float8(self, name: str) -> np.ndarray:
     """A tensor that numpy has no type for, from the file's bytes: a header's length, the header, the tensors."""

@@ -95,12 +95,15 @@ class Qwen3MoE(Qwen3):
   model_type = "qwen3_moe"
   architecture = "Qwen3MoeForCausalLM"
 
+  # Whether the weights of a token's experts sum to one where a config.json does not say.
+  sums_to_one = False
+
   def mlp(self, hf: HFConfig) -> Settings:
-    hf.only("norm_topk_prob", True, default=False)
+    hf.only("norm_topk_prob", True, default=self.sums_to_one)
     hf.only("decoder_sparse_step", 1, default=1)
     hf.only("mlp_only_layers", [], default=[])
     return dict(
-      hidden=hf("intermediate_size"),
+      hidden=hf("intermediate_size", "moe_intermediate_size"),  # which no layer has
       experts=hf("num_experts", "num_local_experts"),
       top_k=hf("num_experts_per_tok"),
       expert_hidden=hf("moe_intermediate_size"),

@@ -8,7 +8,7 @@ from pallas_kernels.rope.frequencies import Scaling, scaled
 
 def angles(
   positions: Int[Array, "B T"], theta: float, rotated: int, scaling: Scaling | None = None
-) -> Float[Array, "B T rotated/2"]:
+) -> Float[Array, "B T {rotated}//2"]:
   """By how much each pair of channels turns, in radians."""
   if scaling is None:
     frequency = theta ** (-jnp.arange(0, rotated, 2, dtype=jnp.float32) / rotated)
