@@ -1,4 +1,4 @@
-"""DeepSeek-V3 and V3.2: latent attention, in V3.2 sparse, and experts in groups."""
+"""DeepSeek-V3 and V3.2, and GLM-5: latent attention, sparse but for the first, and experts in groups."""
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -193,16 +193,41 @@ class DeepSeekV32(DeepSeekV3):
     ]
 
 
+class GLM5(DeepSeekV32):
+  """Zhipu, 2026. In its indexer, too, pairs of channels that turn together are side by side."""
+
+  model_type = "glm_moe_dsa"
+  architecture = "GlmMoeDsaForCausalLM"
+
+  def kinds(self, hf: HFConfig) -> list[str]:
+    layers = hf("num_hidden_layers")
+    # Later ones have layers that take over what an earlier one has chosen (arXiv:2603.12201).
+    hf.only("index_topk_freq", 1, default=1)
+    hf.only("index_topk_pattern", "F" * layers, default="F" * layers)
+    hf.only("indexer_types", ["full"] * layers, default=["full"] * layers)
+    return super().kinds(hf)
+
+  def latent_attention(self, model: ConfigDict) -> list[Weights]:
+    s = model.mixers.dsa
+    heads = {"mixer.indexer.q_proj.kernel": s.index_heads}
+    return [
+      _halved(w, slice(s.index_rope_dim), heads.get(w.ours[0], 1))
+      if w.ours[0].startswith(("mixer.indexer.q", "mixer.indexer.k"))
+      else w
+      for w in super().latent_attention(model)
+    ]
+
+
 def _halved(weights: Weights, where: slice, groups: int = 1) -> Weights:
   """The same, of a tensor in which the rows ``where`` of each group are pairs of channels that turn together, side by
   side; ours has the first of every pair, then the second."""
 
   def reordered(x: np.ndarray, read: bool) -> np.ndarray:
-    x = x.reshape(groups, -1, x.shape[1]).copy()
+    x = x.reshape(groups, -1, *x.shape[1:]).copy()
     part = x[:, where]
     shape = (groups, -1, 2) if read else (groups, 2, -1)
-    x[:, where] = part.reshape(*shape, x.shape[2]).swapaxes(1, 2).reshape(part.shape)
-    return x.reshape(-1, x.shape[2])
+    x[:, where] = part.reshape(*shape, *x.shape[2:]).swapaxes(1, 2).reshape(part.shape)
+    return x.reshape(-1, *x.shape[2:])
 
   return Weights(
     weights.ours,

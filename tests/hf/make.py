@@ -137,6 +137,12 @@ CONFIGS = {
     # With few heads scores of zero are frequent, and which of equals is chosen is not the model's.
     DEEPSEEK | dict(index_n_heads=16, index_head_dim=8, index_topk=4),
   ),
+  "glm_moe_dsa": (
+    "glm_moe_dsa",
+    DEEPSEEK
+    | dict(n_group=1, topk_group=1, rope_parameters=dict(rope_type="default", rope_theta=1e4))
+    | dict(index_n_heads=16, index_head_dim=8, index_topk=4),
+  ),
   "mamba2": (
     "mamba2",
     dict(
