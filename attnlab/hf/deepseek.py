@@ -25,6 +25,10 @@ class LatentFamily(Family):
   latent = "mla"
   turned = True
 
+  # Where it is, and its last projection.
+  attention = "self_attn"
+  leaves = "o_proj"
+
   def latent_settings(self, hf: HFConfig) -> Settings:
     return dict(
       num_heads=hf("num_attention_heads"),
@@ -53,7 +57,7 @@ class LatentFamily(Family):
     )
 
   def latent_attention(self, model: ConfigDict) -> list[Weights]:
-    s, at = model.mixers[self.latent], "self_attn"
+    s, at = model.mixers[self.latent], self.attention
     heads = s.num_heads
     if s.q_lora_rank:
       q = [
@@ -80,7 +84,7 @@ class LatentFamily(Family):
         (s.nope_dim, s.value_dim),
         groups=heads,
       ),
-      linear("mixer.out_proj", f"{at}.o_proj"),
+      linear("mixer.out_proj", f"{at}.{self.leaves}"),
     ]
 
   def _queries(self, name: str, heads: int, s: ConfigDict) -> Weights:

@@ -175,6 +175,7 @@ class Family:
   moe: ClassVar[str] = "mlp"
   expert: ClassVar[Mapping[str, str]] = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
   shared_experts: ClassVar[str] = "shared_experts"
+  expert_bias: ClassVar[str] = "e_score_correction_bias"
 
   def experts(self, model: ConfigDict) -> list[Weights]:
     m, at = model.mlp, self.moe
@@ -189,7 +190,7 @@ class Family:
         for n in ("gate", "up", "down")
       ]
     if m.router == "sigmoid":
-      out.append(one("mlp.bias", f"{at}.gate.e_score_correction_bias"))
+      out.append(one("mlp.bias", f"{at}.gate.{self.expert_bias}"))
     return out
 
   def canonical(self, name: str) -> str:

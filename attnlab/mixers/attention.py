@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from attnlab import sharding
 from attnlab.errors import UserError
 from attnlab.mixers.base import Cache, Context
+from attnlab.nn import Linear
 from pallas_kernels import segments
 from pallas_kernels.softmax_attention import softmax_attention
 
@@ -51,6 +52,15 @@ def attend(
     heads,
   )
   return run(q, k, v, sinks, jnp.arange(q.shape[2]) // groups, where)
+
+
+def gated(o: Float[Array, "B T H V"], x: Float[Array, "B T D"], gate: Linear | None) -> Array:
+  """What attention gives, times the sigmoid of its output gate, if there is one (arXiv:2505.06708): a number for each
+  head or for each of its channels."""
+  if gate is None:
+    return o
+  number = gate.to_heads(x, o.shape[2]).astype(jnp.float32)
+  return (o * jax.nn.sigmoid(number)).astype(x.dtype)
 
 
 def all_parts(k: Array, v: Array, where: Where) -> tuple[Array, Array, Where]:

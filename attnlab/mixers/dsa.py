@@ -10,7 +10,7 @@ from flax import nnx
 from attnlab import sharding
 from attnlab.errors import UserError
 from attnlab.mixers import sparse_references
-from attnlab.mixers.attention import new_cache
+from attnlab.mixers.attention import gated, new_cache
 from attnlab.mixers.base import MixerOutput, register
 from attnlab.mixers.indexer import all_weights, chosen_weights, kl, recall, sampled
 from attnlab.mixers.mla import MultiHeadLatentAttention
@@ -96,6 +96,7 @@ class LightningIndexer(nnx.Module):
   paper="arXiv:2512.02556",
   title="latent attention to tokens chosen by an indexer",
   variants={
+    "gated": dict(output_gate="head"),
     "pooled_nope": dict(pool=2, top_k=4, q_lora_rank=8, rope_dim=0, index_rope_dim=0),
     "shared": dict(share="give"),
   },
@@ -196,7 +197,7 @@ class DeepSeekSparseAttention(SparseCore, MultiHeadLatentAttention):
         cache = cache | {"tail": tail}
     q = self.into_latent(q)
     o, cache, aux = self.sparse(q, signals, {"k": latent[:, :, None]}, index, ctx, cache)
-    o = self.out_of_latent(o)
+    o = gated(self.out_of_latent(o), x, self.gate_proj)
     # Numbers from 1: what no layer has handed on is zero.
     shared = {"dsa_chosen_ids": aux.pop("chosen") + 1} if c.share == "give" else {}
     return MixerOutput(self.out_proj(sharding.merge(o, 2)), cache, aux, shared)

@@ -23,10 +23,11 @@ from pallas_kernels import kda
   variants={
     "safe_gate": dict(decay_gate="safe"),
     "negative": dict(negative_eigenvalues=True),
+    "whole_gates": dict(low_rank_gates=False),
   },
 )
 class KDA(LinearMixer):
-  """Gated DeltaNet with a decay rate for each channel of the key; low-rank gates; sigmoid at the output."""
+  """Gated DeltaNet with a decay rate for each channel of the key; gates of low rank; sigmoid at the output."""
 
   erase = "key"
   core = staticmethod(kda)
@@ -39,12 +40,15 @@ class KDA(LinearMixer):
       ``lower_bound sigmoid(exp(A_log) (f + dt_bias))``. Different parameterisations: a trained model has one of them.
     lower_bound: the most negative log decay of the safe gate.
     negative_eigenvalues: beta in (0, 2) instead of (0, 1).
+    low_rank_gates: whether what decay and output gate are made of goes through as few channels as a head's value has;
+      False: through one projection each (Ling 3.0).
     gate_bias: whether the output gate has a bias, as in flash-linear-attention; Kimi Linear's has none.
     """
 
     decay_gate: Literal["softplus", "safe"] = "softplus"
     lower_bound: Annotated[float, Range(below=0)] = -5.0
     negative_eigenvalues: bool = False
+    low_rank_gates: bool = True
     gate_bias: bool = True
 
   def __init__(self, config: Config, layer: Layer, key):
@@ -52,7 +56,7 @@ class KDA(LinearMixer):
     D, keys = layer.d_model, jax.random.split(jax.random.fold_in(key, 1), 4)
     safe = config.decay_gate == "safe"
     rate = jax.nn.initializers.zeros if safe else log_uniform_rate(1, 16)
-    self.f_proj = LowRank(keys[0], D, self.V, self.Hv * self.K)
+    self.f_proj = self._gate(keys[0], D, self.Hv * self.K)
     self.b_proj = Linear(keys[1], D, self.Hv)
     self.A_log = param(keys[2], rate, (self.Hv,), ("heads",))
     shape, axes = (self.Hv, self.K), ("heads", None)
@@ -62,7 +66,12 @@ class KDA(LinearMixer):
 
   def make_gate(self, d_model, key):
     bias = jax.nn.initializers.zeros if self.config.gate_bias else None
-    return LowRank(key, d_model, self.V, self.Hv * self.V, bias=bias)
+    return self._gate(key, d_model, self.Hv * self.V, bias)
+
+  def _gate(self, key, inputs, outputs, bias=None):
+    if self.config.low_rank_gates:
+      return LowRank(key, inputs, self.V, outputs, bias=bias)
+    return Linear(key, inputs, outputs, bias=bias)
 
   def signals(self, x, recent, ctx):
     q, k, v = self.qkv(x, recent)

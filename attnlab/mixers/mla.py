@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from jaxtyping import Array, Float
 
 from attnlab import sharding
 from attnlab.mixers import references
-from attnlab.mixers.attention import Where, all_parts, append, axes_of, new_cache, together
+from attnlab.mixers.attention import Where, all_parts, append, axes_of, gated, new_cache, together
 from attnlab.mixers.base import Cache, Context, Layer, Mixer, MixerOutput, register
 from attnlab.nn import Linear, RMSNorm
 from attnlab.settings import Natural, RopeScaling
@@ -24,6 +25,7 @@ from pallas_kernels.softmax_attention import softmax_attention
   title="latent attention: low-rank keys and values",
   variants={
     "q_lora_nope": dict(q_lora_rank=8, rope_dim=0),
+    "gated": dict(output_gate="head"),
     "yarn": dict(rope_scaling=("yarn", 4.0, 16, 1.0, 4.0)),
   },
 )
@@ -54,6 +56,7 @@ class MultiHeadLatentAttention(Mixer):
         length of those, and the turns within it below and above which a pair is wholly changed or kept)
         (pallas_kernels/rope/frequencies.py); None: none.
       latent_eps: of the latents' norms; None: the model's norm_eps.
+      output_gate: "head": ``sigmoid(W_g x)``, a number for each head, on what it gives (arXiv:2505.06708; Ling 3.0).
     """
 
     num_heads: int | None = None
@@ -66,6 +69,7 @@ class MultiHeadLatentAttention(Mixer):
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     latent_eps: float | None = None
+    output_gate: Literal["none", "head"] = "none"
 
   def __init__(self, config: Config, layer: Layer, key: Array):
     c, D = config, layer.d_model
@@ -86,6 +90,8 @@ class MultiHeadLatentAttention(Mixer):
     self.k_up = Linear(keys[4], c.kv_lora_rank, H * c.nope_dim, (None, "heads"))
     self.v_up = Linear(keys[5], c.kv_lora_rank, H * c.value_dim, (None, "heads"))
     self.out_proj = Linear(keys[6], H * c.value_dim, D, ("heads", "embed"))
+    gate = None if c.output_gate == "none" else Linear(jax.random.fold_in(key, 7), D, H)
+    self.gate_proj = gate
 
   @staticmethod
   def heads(config: Config, d_model: int) -> int:
@@ -122,7 +128,7 @@ class MultiHeadLatentAttention(Mixer):
       cache, where = append(cache, {"latent": latent}, ctx)
       attend = self.absorbed if self.absorbs(x.shape[1]) else self.expanded
       o = attend(q, cache["latent"].astype(x.dtype), where)
-    return MixerOutput(self.out_proj.of_heads(o), cache)
+    return MixerOutput(self.out_proj.of_heads(gated(o, x, self.gate_proj)), cache)
 
   def query_input(self, x: Float[Array, "B T D"]) -> Array:
     """What queries are projected from: the tokens, or their latent."""

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from attnlab import sharding
 from attnlab.errors import UserError
 from attnlab.mixers import references
-from attnlab.mixers.attention import Where, append, attend, new_cache, together
+from attnlab.mixers.attention import Where, append, attend, gated, new_cache, together
 from attnlab.mixers.base import Cache, Context, Layer, Mixer, MixerOutput, register
 from attnlab.nn import Linear, RMSNorm, param, rope
 from attnlab.settings import Fraction, RopeScaling
@@ -135,10 +135,7 @@ class SoftmaxAttention(Mixer):
 
   def output(self, o: Float[Array, "B T H K"], x: Float[Array, "B T D"]) -> Array:
     """What leaves the layer: the output gate, if there is one, and the projection."""
-    if self.gate_proj is not None:
-      gate = self.gate_proj.to_heads(x, self.H).astype(jnp.float32)
-      o = (o * jax.nn.sigmoid(gate)).astype(x.dtype)
-    return self.out_proj.of_heads(o)
+    return self.out_proj.of_heads(gated(o, x, self.gate_proj))
 
   def remember(
     self, cache: Cache, k: Array, v: Array, ctx: Context

@@ -278,7 +278,7 @@ def dsa(layer, x, dense=False):
     if t in measured(T, dense):
       found.append(overlap(chosen, heaviest))
   scalars = {"indexer_loss": loss, "indexer_recall": np.mean(found)}
-  return linear(layer.out_proj, o.reshape(T, -1)), scalars
+  return leave(layer, o, x), scalars
 
 
 def rope_last(x, position, n, theta):

@@ -143,6 +143,22 @@ CONFIGS = {
     | dict(n_group=1, topk_group=1, rope_parameters=dict(rope_type="default", rope_theta=1e4))
     | dict(index_n_heads=16, index_head_dim=8, index_topk=4),
   ),
+  "bailing_hybrid": (
+    "bailing_hybrid",
+    BASE
+    | LATENT
+    | dict(
+      num_hidden_layers=4,
+      layer_types=[*KINDS, *KINDS],
+      head_dim=8,
+      num_experts_per_token=2,
+      num_shared_experts=1,
+      num_experts=8,
+      n_group=4,
+      topk_group=2,
+      first_k_dense_replace=1,
+    ),
+  ),
   "mamba2": (
     "mamba2",
     dict(
