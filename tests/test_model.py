@@ -161,6 +161,19 @@ def test_scan_and_recomputation_change_nothing(remat):
     assert np.any(b) and distance(a, b) < 1e-5, path
 
 
+def test_recomputation_saves_memory():
+  """What is not kept is computed again: the less memory, the more FLOPs."""
+  batch = batch_of(length=64)
+  cost = {}
+  for remat in REMAT:
+    model = jax.eval_shape(lambda: build("softmax", remat=remat))  # noqa: B023
+    compiled = jax.jit(jax.grad(lambda m: m.loss(batch)[0])).lower(model).compile()
+    memory = compiled.memory_analysis().temp_size_in_bytes
+    cost[remat] = memory, compiled.cost_analysis()["flops"]
+  assert cost["full"][0] < cost["dots"][0] < cost["none"][0]
+  assert cost["full"][1] > cost["dots"][1] > cost["none"][1]
+
+
 @pytest.mark.parametrize(
   "pattern, layers, dense, lead, scan, tail",
   [
