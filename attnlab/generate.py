@@ -202,7 +202,7 @@ def samples(
 
 
 def _encode(tokenizer: Tokenizer, prompts: Sequence[str]):
-  return pad_left([[tokenizer.bos_id, *tokenizer.encode(p)] for p in prompts])
+  return pad_left([[tokenizer.bos_id, *tokenizer.encode(p).tolist()] for p in prompts])
 
 
 def _text(tokenizer: Tokenizer, ids: Int[np.ndarray, " N"]) -> str:

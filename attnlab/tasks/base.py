@@ -30,7 +30,7 @@ class Example(NamedTuple):
 
 
 def labelled(
-  inputs: Int32[np.ndarray, " n"],
+  inputs: Int[np.ndarray, " n"],
   where: Int[np.ndarray, " labels"],
   values: Int[np.ndarray, " labels"],
 ) -> Example:

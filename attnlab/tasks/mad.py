@@ -110,7 +110,7 @@ class FuzzyRecall(Task):
 
     def motif(ids: int, first: int, size: int) -> tuple[int, ...]:
       length = int(rng.integers(1, size + 1))
-      return tuple(first + rng.choice(ids, length, replace=False))
+      return tuple((first + rng.choice(ids, length, replace=False)).tolist())
 
     known: dict[tuple[int, ...], tuple[int, ...]] = {}
     pieces: list[tuple[tuple[int, ...], bool]] = []  # motifs, and whether they are labelled
