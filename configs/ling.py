@@ -1,4 +1,4 @@
-"""Ling 3.0: five KDA layers, whose decay is bounded, to one gated latent-attention layer; experts in groups (Ant, 2026).
+"""Ling 3.0 (Ant, 2026): five KDA layers with a bounded decay to one gated latent-attention layer; experts in groups.
 
 python -m attnlab.train --config=configs/ling.py
   3.11 bits per byte on held-out files after 100 updates of the tiny size, about two minutes on two CPU cores
