@@ -135,7 +135,7 @@ def test_on_a_mesh(sizes, model):
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(got), jax.device_get(want))
 
 
-# What the published config.json has of what matters, and the parameters that are published, if they are; of some rounded.
+# What a published config.json has of what matters, and the parameters that are published, some rounded; None: not known.
 PUBLISHED = {
   "Llama-2-7B": (
     dict(
