@@ -135,7 +135,7 @@ def test_on_a_mesh(sizes, model):
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(got), jax.device_get(want))
 
 
-# What a published config.json has of what matters, and the parameters that are published, some rounded; None: not known.
+# What a published config.json has of what matters, and the parameters that are published (some rounded; None: unknown).
 PUBLISHED = {
   "Llama-2-7B": (
     dict(
@@ -508,7 +508,7 @@ def test_tensors_of_no_use_are_left(copy):
 
 @pytest.mark.parametrize("name", ["qwen3_5_text", "qwen3_5_moe_text"])
 def test_beside_a_model_of_pictures(name, copy, model):
-  """As Qwen3.5 is published: text is a part of it, and its experts share tensors."""
+  """Of a model of text and pictures text is a part; and its experts may share tensors."""
   directory = copy(name)
   tensors = load_file(directory / "model.safetensors")
   for layer in range(4 * ("moe" in name)):

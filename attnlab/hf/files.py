@@ -58,7 +58,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     raise UserError(f"{path} is missing: a checkpoint has it beside its weights")
   values = read_json(path)
   whole = {k: v for k, v in values.items() if k in _OF_THE_WHOLE}
-  return whole | values.get("text_config", values)
+  return whole | (values.get("text_config") or values)
 
 
 @dataclasses.dataclass(frozen=True)
