@@ -1,10 +1,11 @@
 """Runs an experiment's cells: a process an accelerator or, without any, a CPU core, which serves one run after another,
 if it can one of the model that it has compiled.
 
-A run is (cell, learning rate, seed). It is kept in WORKDIR/runs/KEY, where KEY is a hash of all that determines it, the
-resolved config and the tests: a run that is there is finished, whichever experiment, size or sitting it came from, and
-one whose settings have changed is another. A report has its runs' results in a file beside it, from which another
-machine goes on. A cell's learning rates are run on its first seed, then the best of them on the other seeds.
+A run is (cell, learning rate, seed). It is kept in WORKDIR/runs/KEY, where KEY is a hash of all that determines it but
+defaults and code, the resolved config and the tests: a run that is there is finished, whichever experiment, size or
+sitting it came from, and one whose settings have changed is another. A report has its runs' results in a file beside
+it, from which another machine goes on. A cell's learning rates are run on its first seed, then the best of them on the
+other seeds.
 """
 
 import dataclasses
@@ -31,8 +32,9 @@ from rich.table import Table
 from rich.text import Text
 
 from attnlab import accounting, cli, data, metrics
-from attnlab.config import check, resolve, to_json
+from attnlab.config import check, complete, flatten, resolve, to_json
 from attnlab.errors import UserError, unknown
+from configs.base import base
 from experiments.cells import Cell, Experiment
 
 flags.disclaim_key_flags()  # The flags are those of the experiment that calls `main`.
@@ -69,8 +71,11 @@ class Run:
 
   @functools.cached_property
   def key(self) -> str:
-    spec = self.spec
-    del spec["config"]["mesh"]  # How it is run, and not what.
+    """A hash of the spec, but for how it is run (the mesh) and for what has its default: a setting that comes to be
+    later changes no run that does without it."""
+    spec, usual = self.spec, _defaults()
+    stated = flatten({k: v for k, v in spec["config"].items() if k != "mesh"})
+    spec["config"] = {k: v for k, v in stated if k not in usual or usual[k] != v}
     text = json.dumps(spec, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
@@ -89,6 +94,12 @@ class Run:
   def __str__(self) -> str:
     c = self.config
     return f"{describe(self.axes)}, learning rate {c.optim.learning_rate:g}, seed {c.seed}"
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+  """Of every key of a config, mixers' too."""
+  return dict(flatten(to_json(complete(base()))))
 
 
 @functools.cache

@@ -9,6 +9,7 @@ import pkgutil
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -26,6 +27,8 @@ from configs.base import base
 from experiments import harness, report, worker
 from experiments.cells import Cell, Experiment, Prediction, Test
 from experiments.harness import Plan, Results, accelerators, choose, devices, run_all, select
+
+RESULTS = Path(experiments.__path__[0]) / "results"
 
 
 def tiny(task="parity", rates=(1e-2,)):
@@ -114,6 +117,26 @@ def test_a_key_is_of_all_that_determines_the_result():
   elsewhere.config.mesh.update(dict(data=2, context=2))
   assert key(elsewhere) == key(tiny())
   assert len({key(tiny()), key(fewer), key(longer)}) == 3
+
+
+def test_a_setting_that_comes_to_be_changes_no_key(monkeypatch):
+  run = Plan([tiny()], 1, {}).run(0, 1e-2, 0)
+  usual, spec = harness._defaults(), run.spec
+  monkeypatch.setattr(harness, "_defaults", lambda: usual | {"model.later": 1})
+  for later, same in ((1, True), (2, False)):
+    config = spec["config"] | {"model": spec["config"]["model"] | {"later": later}}
+    monkeypatch.setattr(harness.Run, "spec", spec | {"config": config})
+    assert (Plan([tiny()], 1, {}).run(0, 1e-2, 0).key == run.key) == same
+
+
+@pytest.mark.parametrize("name", sorted(p.parent.name for p in RESULTS.glob("*/runs.jsonl")))
+def test_results_are_of_what_would_be_run(name):
+  """With --out at a report that is kept here, what it tells is not run again. (Text is the sources of one Python.)"""
+  every = importlib.import_module(f"experiments.{name}").EXPERIMENT.cells("cpu")
+  cells = [cell for cell in every if cell.config.data.name == "task"]
+  told = harness.read_runs(RESULTS / name / harness.RUNS)
+  plan = Plan(cells, 3, {key: line["result"] for key, line in told.items()})
+  assert not [run for cell in range(len(cells)) for run in plan.needed(cell)]
 
 
 def test_a_task_that_means_something_else_is_run_again(monkeypatch):
