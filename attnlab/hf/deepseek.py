@@ -169,6 +169,9 @@ class DeepSeekV32(DeepSeekV3):
   mixers = frozenset({"dsa"})
   latent = "dsa"
 
+  # Whether in its indexer, too, pairs of channels that turn together are side by side.
+  index_pairs = False
+
   def latent_settings(self, hf: HFConfig) -> Settings:
     return super().latent_settings(hf) | dict(
       top_k=hf("index_topk"),
@@ -186,22 +189,27 @@ class DeepSeekV32(DeepSeekV3):
     )
 
   def latent_attention(self, model: ConfigDict) -> list[Weights]:
-    ours, at = "mixer.indexer", "self_attn.indexer"
+    s, ours, at = model.mixers.dsa, "mixer.indexer", "self_attn.indexer"
+
+    def turned(weights: Weights, heads: int = 1) -> Weights:
+      return _halved(weights, slice(s.index_rope_dim), heads) if self.index_pairs else weights
+
     return [
       *super().latent_attention(model),
-      linear(f"{ours}.q_proj", f"{at}.wq_b"),
-      linear(f"{ours}.k_proj", f"{at}.wk"),
+      turned(linear(f"{ours}.q_proj", f"{at}.wq_b"), s.index_heads),
+      turned(linear(f"{ours}.k_proj", f"{at}.wk")),
       linear(f"{ours}.w_proj", f"{at}.weights_proj"),
-      norm(f"{ours}.k_norm", f"{at}.k_norm"),
-      one(f"{ours}.k_norm.bias", f"{at}.k_norm.bias"),
+      turned(norm(f"{ours}.k_norm", f"{at}.k_norm")),
+      turned(one(f"{ours}.k_norm.bias", f"{at}.k_norm.bias")),
     ]
 
 
 class GLM5(DeepSeekV32):
-  """Zhipu, 2026. In its indexer, too, pairs of channels that turn together are side by side."""
+  """Zhipu, 2026."""
 
   model_type = "glm_moe_dsa"
   architecture = "GlmMoeDsaForCausalLM"
+  index_pairs = True
 
   def kinds(self, hf: HFConfig) -> list[str]:
     layers = hf("num_hidden_layers")
@@ -210,16 +218,6 @@ class GLM5(DeepSeekV32):
     hf.only("index_topk_pattern", "F" * layers, default="F" * layers)
     hf.only("indexer_types", ["full"] * layers, default=["full"] * layers)
     return super().kinds(hf)
-
-  def latent_attention(self, model: ConfigDict) -> list[Weights]:
-    s = model.mixers.dsa
-    heads = {"mixer.indexer.q_proj.kernel": s.index_heads}
-    return [
-      _halved(w, slice(s.index_rope_dim), heads.get(w.ours[0], 1))
-      if w.ours[0].startswith(("mixer.indexer.q", "mixer.indexer.k"))
-      else w
-      for w in super().latent_attention(model)
-    ]
 
 
 def _halved(weights: Weights, where: slice, groups: int = 1) -> Weights:

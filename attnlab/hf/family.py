@@ -213,6 +213,21 @@ def named(kinds: Sequence[str], names: Mapping[str, str]) -> list[str]:
   return [names[kind] for kind in kinds]
 
 
+def named_in_turn(hf: HFConfig, names: Mapping[str, str], every: int) -> list[str]:
+  """``named`` for the kinds that ``layer_types`` lists; without it, each ``every``-th layer has full attention."""
+  kinds = hf("layer_types", default=None) or [
+    "linear_attention" if (i + 1) % every else "full_attention"
+    for i in range(hf("num_hidden_layers"))
+  ]
+  return named(kinds, names)
+
+
+def layer_types(model: ConfigDict, names: Mapping[str, str]) -> list[str]:
+  """The inverse of ``named``."""
+  theirs = {ours: name for name, ours in names.items()}
+  return [theirs[spec.mixer] for spec in layer_specs(model)]
+
+
 def shared_settings(model: ConfigDict, mixer: str) -> ConfigDict:
   """The settings of a mixer, which all its layers must have alike; UserError otherwise."""
   for spec in layer_specs(model):

@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 from attnlab.hf.deepseek import LatentFamily
-from attnlab.hf.family import HFConfig, Settings, linear_sizes, named
+from attnlab.hf.family import HFConfig, Settings, layer_types, linear_sizes, named
 from attnlab.hf.weights import Weights, linear, norm, one, taps
 from attnlab.model import layer_specs
 
@@ -50,9 +50,8 @@ class KimiLinear(LatentFamily):
     heads, size, _, _ = linear_sizes(model, "kda")
     kinds = [spec.mixer for spec in layer_specs(model)]
     numbered = lambda name: [i + 1 for i, kind in enumerate(kinds) if kind == name]  # noqa: E731
-    theirs = {ours: name for name, ours in self._NAMES.items()}
     return super().config(model) | dict(
-      layer_types=[theirs[kind] for kind in kinds],
+      layer_types=layer_types(model, self._NAMES),
       linear_attn_config=dict(
         num_heads=heads,
         head_dim=size,

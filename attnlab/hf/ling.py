@@ -4,9 +4,16 @@ from ml_collections import ConfigDict
 
 from attnlab.errors import UserError
 from attnlab.hf.deepseek import LatentFamily
-from attnlab.hf.family import HFConfig, Settings, linear_sizes, named, rope, rope_config
+from attnlab.hf.family import (
+  HFConfig,
+  Settings,
+  layer_types,
+  linear_sizes,
+  named_in_turn,
+  rope,
+  rope_config,
+)
 from attnlab.hf.weights import Weights, linear, norm, one, taps
-from attnlab.model import layer_specs
 
 
 class Ling(LatentFamily):
@@ -25,12 +32,7 @@ class Ling(LatentFamily):
 
   def kinds(self, hf: HFConfig) -> list[str]:
     hf.only("attention_bias", False, default=False)
-    every = hf("layer_group_size", default=6)
-    kinds = hf("layer_types", default=None) or [
-      "linear_attention" if (i + 1) % every else "full_attention"
-      for i in range(hf("num_hidden_layers"))
-    ]
-    return named(kinds, self._NAMES)
+    return named_in_turn(hf, self._NAMES, hf("layer_group_size", default=6))
 
   def settings(self, hf: HFConfig) -> dict[str, Settings]:
     hf.only("moe_renormalize", True, default=True)
@@ -50,12 +52,11 @@ class Ling(LatentFamily):
 
   def config(self, model: ConfigDict) -> Settings:
     m, kda = model.mlp, model.mixers.kda
-    theirs = {ours: name for name, ours in self._NAMES.items()}
     return (
       super().config(model)
       | rope_config(model.mixers.mla)
       | dict(
-        layer_types=[theirs[spec.mixer] for spec in layer_specs(model)],
+        layer_types=layer_types(model, self._NAMES),
         head_dim=linear_sizes(model, "kda")[1],
         short_conv_kernel_size=kda.conv_size,
         kda_safe_gate=kda.decay_gate == "safe",

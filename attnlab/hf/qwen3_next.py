@@ -3,7 +3,14 @@
 from ml_collections import ConfigDict
 
 from attnlab.errors import UserError
-from attnlab.hf.family import HFConfig, Settings, linear_sizes, named, rope_config
+from attnlab.hf.family import (
+  HFConfig,
+  Settings,
+  layer_types,
+  linear_sizes,
+  named_in_turn,
+  rope_config,
+)
 from attnlab.hf.llama import Qwen3, Qwen3MoE
 from attnlab.hf.weights import (
   Weights,
@@ -15,7 +22,6 @@ from attnlab.hf.weights import (
   rows,
   their_taps,
 )
-from attnlab.model import layer_specs
 
 
 class Qwen3Hybrid(Qwen3):
@@ -28,12 +34,7 @@ class Qwen3Hybrid(Qwen3):
 
   def kinds(self, hf: HFConfig) -> list[str]:
     hf.only("attention_bias", False, default=False)
-    every = hf("full_attention_interval", default=4)
-    kinds = hf("layer_types", default=None) or [
-      "linear_attention" if (i + 1) % every else "full_attention"
-      for i in range(hf("num_hidden_layers"))
-    ]
-    return named(kinds, self._NAMES)
+    return named_in_turn(hf, self._NAMES, hf("full_attention_interval", default=4))
 
   def settings(self, hf: HFConfig) -> dict[str, Settings]:
     rope = hf("rope_parameters", default={})
@@ -53,10 +54,9 @@ class Qwen3Hybrid(Qwen3):
   def config(self, model: ConfigDict) -> Settings:
     s, conv_size = model.mixers.softmax, model.mixers.gated_deltanet.conv_size
     H, K, Hv, V = linear_sizes(model, "gated_deltanet")
-    out, theirs = super().config(model), {ours: name for name, ours in self._NAMES.items()}
-    out |= rope_config(s, partial_rotary_factor=s.rope_fraction)
-    return out | dict(
-      layer_types=[theirs[spec.mixer] for spec in layer_specs(model)],
+    turns = rope_config(s, partial_rotary_factor=s.rope_fraction)
+    return (super().config(model) | turns) | dict(
+      layer_types=layer_types(model, self._NAMES),
       partial_rotary_factor=s.rope_fraction,
       linear_num_key_heads=H,
       linear_num_value_heads=Hv,

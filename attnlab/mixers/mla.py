@@ -90,8 +90,8 @@ class MultiHeadLatentAttention(Mixer):
     self.k_up = Linear(keys[4], c.kv_lora_rank, H * c.nope_dim, (None, "heads"))
     self.v_up = Linear(keys[5], c.kv_lora_rank, H * c.value_dim, (None, "heads"))
     self.out_proj = Linear(keys[6], H * c.value_dim, D, ("heads", "embed"))
-    gate = None if c.output_gate == "none" else Linear(jax.random.fold_in(key, 7), D, H)
-    self.gate_proj = gate
+    gate = jax.random.fold_in(key, 7)
+    self.gate_proj = None if c.output_gate == "none" else Linear(gate, D, H)
 
   @staticmethod
   def heads(config: Config, d_model: int) -> int:
