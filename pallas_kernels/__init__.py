@@ -27,6 +27,7 @@ from pallas_kernels.mechanisms import (
   rwkv7,
   ssd,
 )
+from pallas_kernels.mesa import mesa
 from pallas_kernels.pool_attention import pool_attention, pool_weights
 from pallas_kernels.simplicial_attention import simplicial_attention
 from pallas_kernels.softmax_attention import softmax_attention
@@ -52,6 +53,7 @@ __all__ = [
   "log_linear_ssd",
   "mamba3",
   "merge_attention",
+  "mesa",
   "mixture_of_memories",
   "pool_attention",
   "pool_weights",

@@ -354,7 +354,10 @@ def test_equation(case):
   with jax.enable_x64(True):
     signals = jax.tree.map(lambda x: np.asarray(x, np.float64), signals)
     leaves, tree = jax.tree.flatten(state)
-    state = jax.tree.unflatten(tree, [random(20 + i, *x.shape) for i, x in enumerate(leaves)])
+    leaves = [random(20 + i, *x.shape) for i, x in enumerate(leaves)]
+    for i in case.cls.sums_of_squares:
+      leaves[i] = leaves[i] @ np.swapaxes(leaves[i], -1, -2)
+    state = jax.tree.unflatten(tree, leaves)
 
     def by_core(signals, state):
       return case.cls.core(**signals, initial_state=state, return_state=True, chunk_size=8)
@@ -512,12 +515,18 @@ def for_bfloat16(case):
   return Case(case.cls, case.settings | dict(top_k=8)) if case.cls.own_loss else case
 
 
+def bfloat16_bound(case):
+  """Of outputs. What a fit says of a query that is like no key is small, and the norm behind it makes its rounding
+  large: of fits it is three percent."""
+  return 0.03 if getattr(case.cls, "sums_of_squares", ()) else 0.02
+
+
 @of_shapes
 def test_bfloat16(case):
   case = for_bfloat16(case)
   y = case.outputs(case.x.astype(jnp.bfloat16))
   assert y.dtype == jnp.bfloat16
-  assert error(y, case.alone) < 0.02
+  assert error(y, case.alone) < bfloat16_bound(case)
 
 
 @of_few
@@ -527,7 +536,7 @@ def test_gradients_in_bfloat16(case):
   y, grads = case.packed
   z, low = case.gradients(case.x.astype(jnp.bfloat16), case.cotangent, SEGMENTS)
   assert z.dtype == jnp.bfloat16
-  assert error(z, y) < 0.02
+  assert error(z, y) < bfloat16_bound(case)
   assert_close(low, grads, 0.2, 0.98)
 
 

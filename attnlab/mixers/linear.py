@@ -55,6 +55,9 @@ class LinearMixer(Mixer):
   # Signals that say where a token is, and so have no gradient.
   without_gradient: ClassVar[frozenset[str]] = frozenset()
 
+  # Leaves of the state that are sums of ``k k^T``: symmetric, with no eigenvalue below zero. The core may rely on it.
+  sums_of_squares: ClassVar[tuple[int, ...]] = ()
+
   @dataclasses.dataclass(frozen=True, kw_only=True)
   class Config(Mixer.Config):
     """Shapes of a linear mixer.
