@@ -282,12 +282,17 @@ class ShortConv(nnx.Module):
 
 
 class TokenShift(nnx.Module):
-  """The token before each token, zero at a document's first."""
+  """The token before each token, zero at a document's first.
+
+  Args:
+    channels: of a token.
+    axis: their logical axis.
+  """
 
   width = 2
 
-  def __init__(self, channels: int):
-    self.channels = channels
+  def __init__(self, channels: int, axis: str | None = None):
+    self.channels, self.axis = channels, axis
 
   def __call__(
     self,
@@ -305,7 +310,7 @@ class TokenShift(nnx.Module):
         return before
       return jnp.where(segments.starts(segment_ids, axis_name)[..., None], 0, before)
 
-    rows, ids = ("batch", None, None), None if segment_ids is None else ("batch", None)
+    rows, ids = ("batch", None, self.axis), None if segment_ids is None else ("batch", None)
     return sharding.local(shift, (rows, rows, ids), rows)(x, first, segment_ids), x[:, -1:]
 
 

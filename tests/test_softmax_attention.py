@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.softmax_attention import cudnn, softmax_attention, splash, xla
+from pallas_kernels.softmax_attention.bias import as_channels
 from pallas_kernels.softmax_attention.visibility import Visibility
 
 B, H, HKV, D, V = 2, 4, 2, 6, 5
@@ -45,12 +46,14 @@ def definition(
   *,
   scale=None,
   window=None,
+  key_bias=None,
   query_positions=None,
   key_positions=None,
   segment_ids=None,
   key_segment_ids=None,
 ):
   """Each query's logits over the keys it sees, and the sink's, through a softmax."""
+  key_bias = np.zeros((*k.shape[:2], q.shape[2])) if key_bias is None else key_bias
   scale = q.shape[-1] ** -0.5 if scale is None else scale
   query_positions = range(q.shape[1]) if query_positions is None else query_positions
   key_positions = range(k.shape[1]) if key_positions is None else key_positions
@@ -65,10 +68,11 @@ def definition(
 
     g = h // (q.shape[2] // k.shape[2])
     seen = [s for s in range(k.shape[1]) if sees(s)]
-    logits = [scale * q[b, t, h] @ k[b, s, g] for s in seen]
+    logits = [scale * q[b, t, h] @ k[b, s, g] + key_bias[b, s, h] for s in seen]
     logits += [] if sinks is None else [sinks[h]]
     if logits:
-      lse[b, t, h] = np.log(np.sum(np.exp(logits)))
+      top = max(logits)
+      lse[b, t, h] = top + np.log(np.sum(np.exp(np.array(logits) - top)))
       for s, logit in zip(seen, logits, strict=False):
         o[b, t, h] += np.exp(logit - lse[b, t, h]) * v[b, s, g]
   return o, lse
@@ -156,6 +160,52 @@ def test_matches_the_definition(float64, small_blocks, name):
     np.testing.assert_allclose(np.vdot(gradient, direction), difference, rtol=1e-6, atol=1e-7)
     # Element by element, against JAX's derivative of the dense form.
     np.testing.assert_allclose(gradient, dense_gradients[i], rtol=1e-9, atol=1e-12)
+
+
+def forgotten(T, heads=H, each=-0.5, seed=4):
+  """Biases [B, T, heads] as forgetting attention has them: they grow along a row."""
+  return -np.cumsum(each * np.random.default_rng(seed).exponential(size=(B, T, heads)), axis=1)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (H, HKV)])
+def test_biases_of_keys(float64, small_blocks, heads):
+  """As test_matches_the_definition, for a bias of every key and query head."""
+  *args, sinks = inputs(40, heads=heads)
+  bias, case = forgotten(40), dict(window=7, segment_ids=SEGMENTS)
+  sinks = sinks + bias.mean()  # they have a share
+
+  def loss(bias, backend):
+    out = within(*args, sinks, key_bias=bias, **case, backend=backend)
+    return weighted(*out), out
+
+  run = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
+  want = definition(*args, sinks, key_bias=bias, **case)
+  direction = np.random.default_rng(2).normal(size=bias.shape)
+  ends = [
+    weighted(*definition(*args, sinks, key_bias=bias + e * direction, **case))
+    for e in (1e-5, -1e-5)
+  ]
+  for backend in ("xla", "reference"):
+    gradient, got = run(jnp.asarray(bias), backend)
+    for g, w in zip(got, want, strict=True):
+      np.testing.assert_allclose(g, w, rtol=1e-12, atol=1e-12)
+    difference = (ends[0] - ends[1]) / 2e-5
+    np.testing.assert_allclose(np.vdot(gradient, direction), difference, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype, bound", [("float32", 1e-4), ("bfloat16", 2**-7)])
+def test_large_biases_keep_their_differences(dtype, bound):
+  """Biases of up to 600, whose float32 spacing is 6e-5, where bfloat16's is 4. What is rounded in bfloat16 is scaled q,
+  p and o, each by 2^-9."""
+  q, k, v, _ = (np.asarray(jnp.asarray(x, dtype), np.float64) for x in inputs(300))
+  bias = forgotten(300, each=-2.0).astype(np.float32)
+  assert bias.max() > 500
+  o, lse = attend(*(jnp.asarray(x, dtype) for x in (q, k, v)), key_bias=bias)
+  assert o.dtype == dtype and lse.dtype == jnp.float32
+  want = definition(q, k, v, key_bias=np.float64(bias))
+  assert relative(np.asarray(o), want[0]) < bound
+  # Of numbers of up to 600: their spacing, and the roundings of scaled q.
+  np.testing.assert_allclose(lse, want[1], atol=2e-4 if dtype == "float32" else 2e-2)
 
 
 CACHES = {
@@ -350,7 +400,9 @@ LIBRARIES = {
   [
     ("cudnn", dict(window=5)),
     ("cudnn", dict(segments=True)),
+    ("cudnn", dict(bias=True)),
     ("splash", dict()),
+    ("splash", dict(bias=True)),
     ("splash", dict(sinks=True, segments=True, window=9)),
   ],
 )
@@ -360,20 +412,33 @@ def test_libraries_are_asked_for_the_same(name, options):
   ids = jnp.asarray(SEGMENTS) if options.get("segments") else None
   seen = Visibility(jnp.arange(T), jnp.arange(T), ids, ids, window, True)
 
-  def run(args):
+  bias = jnp.asarray(forgotten(T), jnp.float32) if options.get("bias") else None
+
+  def run(args, bias):
     q, k, v, *sinks = args
-    out = LIBRARIES[name](q, k, v, sinks[0] if sinks else None, seen, D**-0.5)
+    scale = D**-0.5
+    if bias is not None:
+      q, k, scale = *as_channels(q, k, bias, scale), 1.0
+    out = LIBRARIES[name](q, k, v, sinks[0] if sinks else None, seen, scale)
     return weighted(*out), out
 
-  def dense(args):
-    return weighted(*within(*args, window=window, segment_ids=ids, backend="reference"))
+  def dense(args, bias):
+    return weighted(
+      *within(*args, window=window, key_bias=bias, segment_ids=ids, backend="reference")
+    )
 
-  args = [jnp.asarray(x, jnp.float32) for x in args]
-  gradients, out = jax.jit(jax.grad(run, has_aux=True))(args)
-  want = definition(*map(np.asarray, args), window=window, segment_ids=ids)
+  args = [jnp.asarray(x, jnp.float32) for x in args], bias
+  of = 0 if bias is None else (0, 1)
+  gradients, out = jax.jit(jax.grad(run, of, has_aux=True))(*args)
+  gradients = jax.tree.leaves(gradients)
+  arrays_ = [np.asarray(x) for x in args[0]]
+  want = definition(
+    *arrays_, window=window, key_bias=None if bias is None else np.asarray(bias), segment_ids=ids
+  )
   for g, w in zip(out, want, strict=True):
     np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5)
-  for g, w in zip(gradients, jax.jit(jax.grad(dense))(args), strict=True):
+  of_dense = jax.tree.leaves(jax.jit(jax.grad(dense, of))(*args))
+  for g, w in zip(gradients, of_dense, strict=True):
     np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-4)
 
 
@@ -460,6 +525,7 @@ def test_higher_derivatives_of_the_reference():
     ("q", dict(k=np.zeros((B, 7, HKV, D)), v=np.zeros((B, 7, HKV, V)))),
     ("window", dict(window=0)),
     ("sinks", dict(sinks=np.zeros(HKV))),
+    ("key_bias", dict(key_bias=np.zeros((B, 6, HKV)))),
     ("query_positions", dict(query_positions=np.zeros(5, int))),
     ("key_positions", dict(key_positions=np.arange(6))),
     ("segment_ids", dict(segment_ids=np.zeros((B, 5), int))),

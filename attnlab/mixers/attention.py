@@ -28,6 +28,7 @@ def attend(
   where: Where,
   *,
   sinks: Float[Array, " H"] | None = None,
+  key_bias: Float[Array, "B Tk H"] | None = None,
   window: int | None = None,
   parts: int = 1,
 ) -> Float[Array, "B Tq H V"]:
@@ -39,19 +40,19 @@ def attend(
   """
   groups = q.shape[2] // k.shape[2]
 
-  def core(q, k, v, sinks, key_heads, where):
+  def core(q, k, v, sinks, bias, key_heads, where):
     k, v = own_heads(q, groups, key_heads, k, v)
     if parts > 1:
       k, v, where = all_parts(k, v, where)
-    return softmax_attention(q, k, v, sinks=sinks, window=window, **where)[0]
+      bias = None if bias is None else sharding.gather("context", bias, axis=1)
+    return softmax_attention(q, k, v, sinks=sinks, key_bias=bias, window=window, **where)[0]
 
   heads = ("batch", None, "heads", None)
-  run = sharding.local(
-    core,
-    (heads, heads, heads, None if sinks is None else ("heads",), ("heads",), axes_of(where)),
-    heads,
-  )
-  return run(q, k, v, sinks, jnp.arange(q.shape[2]) // groups, where)
+  of_sinks = None if sinks is None else ("heads",)
+  of_bias = None if key_bias is None else heads[:3]
+  axes = (heads, heads, heads, of_sinks, of_bias, ("heads",), axes_of(where))
+  key_heads = jnp.arange(q.shape[2]) // groups
+  return sharding.local(core, axes, heads)(q, k, v, sinks, key_bias, key_heads, where)
 
 
 def gated(o: Float[Array, "B T H V"], x: Float[Array, "B T D"], gate: Linear | None) -> Array:
@@ -61,6 +62,29 @@ def gated(o: Float[Array, "B T H V"], x: Float[Array, "B T D"], gate: Linear | N
     return o
   number = gate.to_heads(x, o.shape[2]).astype(jnp.float32)
   return (o * jax.nn.sigmoid(number)).astype(x.dtype)
+
+
+def running_sum(
+  x: Float[Array, "B T H"], initial: Float[Array, "B H"] | None = None, parts: int = 1
+) -> Float[Array, "B T H"]:
+  """Of each head's numbers, up to each token and with its own, over whole rows where these are in parts.
+
+  Args:
+    initial: what was summed before the first token.
+    parts: of each row, ``Context.parts``.
+  """
+
+  def core(x, initial):
+    y = jnp.cumsum(x, axis=1)
+    if parts > 1:
+      sums = sharding.gather("context", y[:, -1:], axis=1)
+      before = jnp.arange(parts) < sharding.part("context")
+      y += jnp.sum(jnp.where(before[:, None], sums, 0), axis=1, keepdims=True)
+    return y if initial is None else y + initial[:, None]
+
+  heads = ("batch", None, "heads")
+  of_initial = None if initial is None else ("batch", "heads")
+  return sharding.local(core, (heads, of_initial), heads)(x, initial)
 
 
 def all_parts(k: Array, v: Array, where: Where) -> tuple[Array, Array, Where]:

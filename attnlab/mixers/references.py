@@ -129,6 +129,34 @@ def sliding_window(layer, x, dense=False):
   return attend(layer, x, lambda t, h: range(max(0, t - layer.config.window + 1), t + 1)), {}
 
 
+def forgetting_attention(layer, x, dense=False):
+  """arXiv:2503.02130, eqs. 5 to 9: the logit of token s at token t has the sum of log f over s + 1 to t."""
+  c = layer.config
+  log_f = np.log(sigmoid(linear(layer.f_proj, x) + array(layer.f_proj.bias)))
+
+  def shifted(name):
+    y = project(layer, f"{name}_proj", x, layer.Hkv)
+    if not c.kv_shift:
+      return y
+    a = sigmoid(linear(getattr(layer, f"{name}_shift_proj"), x))[..., None]
+    before = np.concatenate([np.zeros_like(y[:1]), y[:-1]])
+    return a * before + (1 - a) * y
+
+  q, k, v = heads(layer, "q_proj", x, layer.H, "q_norm"), shifted("k"), shifted("v")
+  k = rotated(rms(k, layer.k_norm) if c.qk_norm else k, c.rope_theta, c.rope_fraction)
+  o, groups = np.zeros_like(q), layer.H // layer.Hkv
+  for t, h in np.ndindex(*q.shape[:2]):
+    logits = [
+      q[t, h] @ k[s, h // groups] / np.sqrt(layer.K) + log_f[s + 1 : t + 1, h].sum()
+      for s in range(t + 1)
+    ]
+    o[t, h] = softmax(logits) @ v[: t + 1, h // groups]
+  if c.output_norm:
+    o = o / np.sqrt(np.mean(o * o, axis=-1, keepdims=True) + layer.out_norm.eps)
+    o = o * array(layer.out_norm.scale)
+  return leave(layer, o, x), {}
+
+
 def deltaformer(layer, x, dense=False):
   """arXiv:2505.19488: attention to values, of each of which attention to those before it has been taken away."""
   (q, k, v), c = qkv(layer, x), layer.config
@@ -180,6 +208,33 @@ def latent_attention(layer, x, dense=False):
   o = np.zeros((len(x), layer.H, v.shape[-1]))
   for t, h in np.ndindex(*o.shape[:2]):
     o[t, h] = attention(q[t, h], k[: t + 1, h], v[: t + 1, h])
+  return leave(layer, o, x), {}
+
+
+def temporal_latent_attention(layer, x, dense=False):
+  """arXiv:2505.13544, section 3: latents are summed within chunks, each with a weight of its own, and a query sees the
+  sums at the ends of chunks before it and the one at itself."""
+  c, s = layer.config, layer.config.compress
+  q, content = latent_heads(layer, x)[0], rms(linear(layer.kv_down, x), layer.kv_norm)
+  rank = c.kv_lora_rank
+  for t in range(len(x)):
+    sines = [
+      (np.cos if j % 2 else np.sin)((t // s) * 10000.0 ** (-(j - j % 2) / rank))
+      for j in range(rank)
+    ]
+    chunk = linear(layer.chunk_proj, np.array(sines)) + array(layer.chunk_proj.bias)
+    token = linear(layer.token_proj, content[t]) + array(layer.token_proj.bias)
+    content[t] = sigmoid(chunk @ token) * content[t]
+  merged = np.stack([content[t - t % s : t + 1].sum(axis=0) for t in range(len(x))])
+  k, v = (linear(up, merged).reshape(len(x), layer.H, -1) for up in (layer.k_up, layer.v_up))
+  if c.rope_dim:
+    k_rope = linear(layer.k_rope, x)
+    k_rope = rotated(k_rope, c.rope_theta, scaling=c.rope_scaling) if c.rope else k_rope
+    k = np.concatenate([k, np.repeat(k_rope[:, None], layer.H, axis=1)], axis=-1)
+  o = np.zeros((len(x), layer.H, c.value_dim))
+  for t, h in np.ndindex(*o.shape[:2]):
+    seen = [m for m in range(t + 1) if m == t or (m + 1) % s == 0]
+    o[t, h] = attention(q[t, h], k[seen, h], v[seen, h])
   return leave(layer, o, x), {}
 
 

@@ -1,4 +1,4 @@
-"""Causal softmax attention: one call for grouped heads, windows, sinks, caches and packed documents."""
+"""Causal softmax attention: one call for grouped heads, windows, sinks, biases of keys, caches and packed documents."""
 
 import functools
 
@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch, segments
 from pallas_kernels.softmax_attention import cudnn, reference, splash, xla
+from pallas_kernels.softmax_attention.bias import as_channels
 from pallas_kernels.softmax_attention.visibility import Visibility
 
 _BACKENDS = {"reference": reference, "xla": xla, "cudnn": cudnn, "splash": splash}
@@ -21,6 +22,7 @@ def softmax_attention(
   scale: float | None = None,
   window: int | None = None,
   sinks: Float[Array, " H"] | None = None,
+  key_bias: Float[Array, "B Tk H"] | None = None,
   query_positions: Int[Array, " Tq"] | None = None,
   key_positions: Int[Array, " Tk"] | None = None,
   segment_ids: Int[Array, "B Tq"] | None = None,
@@ -31,7 +33,8 @@ def softmax_attention(
 
   Query head h reads key head ``h // (H / Hkv)``: H == Hkv is multi-head, Hkv == 1 multi-query attention. The softmax is
   float32 (float64 for float64 inputs) whatever the inputs are. Differentiable in q, k, v and sinks; the backward pass
-  keeps the inputs, o and lse, and computes the rest again, so that memory grows linearly with Tq and Tk.
+  keeps the inputs, o and lse, and computes the rest again, so that memory grows linearly with Tq and Tk. So is it in
+  key_bias, which every backend serves as channels of k (``bias.py``), in the precision of k.
 
   Without positions this is self-attention: Tq == Tk, query t and key t are one token. With them, queries meet a cache:
   a query sees keys at positions up to its own. Slots not filled yet have later positions, or negative ones.
@@ -42,6 +45,9 @@ def softmax_attention(
     window: a query sees this many positions, its own included; ``None``: all up to its own. The cost is then Tq times
       the window.
     sinks: a logit for each head that takes its share of the softmax and has no value (gpt-oss, arXiv:2508.10925).
+    key_bias: a number for each key and query head that is added to the key's logits. With ``-cumsum(log f)`` logits are
+      ``q_t . k_s + sum_{s < r <= t} log f_r``, but for a number of the query's, which the softmax does not see (but lse
+      and sinks do): forgetting attention (arXiv:2503.02130).
     query_positions: of the queries, ascending; the same for all rows.
     key_positions: of the keys, in any order, -1 for none; ``None`` is 0, 1, ... where there are query_positions.
     segment_ids: without ``key_segment_ids``: a query sees the keys of its own run of equal ids. With them: it sees the
@@ -59,8 +65,12 @@ def softmax_attention(
     ValueError: arguments that do not fit.
     NotImplementedError: a backend that was named cannot serve the call.
   """
-  _check(q, k, v, window, sinks, query_positions, key_positions, segment_ids, key_segment_ids)
+  _check(
+    q, k, v, window, sinks, key_bias, query_positions, key_positions, segment_ids, key_segment_ids
+  )
   scale = q.shape[-1] ** -0.5 if scale is None else scale
+  if key_bias is not None:
+    q, k, scale = *as_channels(q, k, key_bias, scale), 1.0
   if segment_ids is not None and key_segment_ids is None:
     segment_ids = key_segment_ids = segments.runs(segment_ids)
   aligned = query_positions is None and key_positions is None
@@ -81,7 +91,9 @@ def softmax_attention(
   return _BACKENDS[name].forward(q, k, v, sinks, seen, scale)
 
 
-def _check(q, k, v, window, sinks, query_positions, key_positions, segment_ids, key_segment_ids):
+def _check(
+  q, k, v, window, sinks, key_bias, query_positions, key_positions, segment_ids, key_segment_ids
+):
   for name, x in (("q", q), ("k", k), ("v", v)):
     if x.ndim != 4:
       raise ValueError(f"{name} must be [batch, time, heads, dim]; got {x.shape}")
@@ -108,6 +120,7 @@ def _check(q, k, v, window, sinks, query_positions, key_positions, segment_ids, 
     raise ValueError("key_segment_ids must come with segment_ids")
   for name, x, shape in (
     ("sinks", sinks, (H,)),
+    ("key_bias", key_bias, (B, Tk, H)),
     ("query_positions", query_positions, (Tq,)),
     ("key_positions", key_positions, (Tk,)),
     ("segment_ids", segment_ids, (B, Tq)),
