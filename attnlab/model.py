@@ -306,7 +306,7 @@ class Model(nnx.Module):
   def _embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     # Unit variance at the start, whether or not the same rows make the logits.
     table = self.embedding[...] * self.d_model**0.5
-    return sharding.look_up(table.astype(self.dtype), tokens)
+    return sharding.look_up(table, tokens, self.dtype)
 
   def _head(self) -> Float[Array, "V D"]:
     return (self.embedding if self.head is None else self.head)[...]

@@ -339,8 +339,30 @@ def unflatten_tokens(x: jax.Array, B: int, T: int) -> jax.Array:
   return jax.lax.reshape(x, shape, out_sharding=spec)
 
 
-def look_up(table: jax.Array, ids: jax.Array) -> jax.Array:
-  """Rows of ``table`` [V, D] by ids [B, T]: [B, T, D], split over the batch's devices."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def look_up(table: jax.Array, ids: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+  """Rows of ``table`` [V, D] by ids [B, T], in ``dtype``: [B, T, D], split over the batch's devices.
+
+  The gradient is summed in the table's own dtype: a row that thousands of tokens share would lose most of a sum of
+  bfloat16, to which small numbers add nothing.
+  """
+  return _looked_up(table.astype(dtype), ids)
+
+
+def _look_up_forward(table, ids, dtype):
+  return look_up(table, ids, dtype), (table, ids)
+
+
+def _look_up_backward(dtype, kept, dy):
+  table, ids = kept
+  (dtable,) = jax.linear_transpose(lambda t: _looked_up(t, ids), table)(dy.astype(table.dtype))
+  return dtable, None
+
+
+look_up.defvjp(_look_up_forward, _look_up_backward)
+
+
+def _looked_up(table: jax.Array, ids: jax.Array) -> jax.Array:
   mesh = _mesh()
   if mesh is None:
     return table[ids]

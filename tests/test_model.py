@@ -360,3 +360,16 @@ def test_the_loss_on_a_mesh():
   for (path, a), b in zip(flat, jax.tree.leaves(nnx.state(want[1], nnx.Param)), strict=True):
     # Behind a projection that is zero at the start there is no gradient.
     assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b), path
+
+
+def test_a_row_that_many_tokens_share_gets_the_whole_sum_of_their_gradients():
+  """Of 30000 tokens' bfloat16 gradients: 2^-9 each, and no more of their sum (in bfloat16 it would stop at 256)."""
+  table = jnp.ones((3, 4))
+  ids = jnp.asarray(np.random.default_rng(0).integers(0, 2, (2, 15000)))
+  dy = jnp.asarray(np.random.default_rng(1).uniform(0, 2, (2, 15000, 4)), jnp.bfloat16)
+  rows, pull = jax.vjp(lambda table: sharding.look_up(table, ids, jnp.bfloat16), table)
+  assert rows.dtype == jnp.bfloat16
+  (got,) = pull(dy)
+  want = np.zeros((3, 4))
+  np.add.at(want, np.asarray(ids), np.asarray(dy, np.float64))
+  np.testing.assert_allclose(got, want, rtol=1e-5)

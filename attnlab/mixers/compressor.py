@@ -50,7 +50,7 @@ class Compressor(nnx.Module):
   def tokens(self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]) -> Arrays:
     """What entries are made of: values and gates, [B, T, 1, width]."""
     numbers = jnp.asarray(positions, jnp.int32) % self.m
-    place = sharding.look_up(jnp.asarray(self.places[...], x.dtype), numbers)
+    place = sharding.look_up(self.places[...], numbers, x.dtype)
     return {"c": self.kv_proj(x)[:, :, None], "z": (self.gate_proj(x) + place)[:, :, None]}
 
   def with_before(self, tokens: Arrays) -> Arrays:
