@@ -101,7 +101,7 @@ class Block(nnx.Module):
     if self.mlp is not None and self.mlp_norm is not None:
       y = self.mlp_norm(x)
       if isinstance(self.mlp, MoE):
-        y, router = self.mlp(y)
+        y, router = self.mlp(y, None if ctx.segment_ids is None else ctx.segment_ids > 0)
         aux |= router
       else:
         y = self.mlp(y)

@@ -5,11 +5,11 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from attnlab import sharding
 from attnlab.errors import UserError, unknown
-from attnlab.nn import Linear, Stepped, SwiGLU, param
+from attnlab.nn import Linear, Stepped, SwiGLU, fan_in, param
 
 
 class MoE(nnx.Module):
@@ -65,7 +65,7 @@ class MoE(nnx.Module):
     self.router = Linear(keys[0], d_model, experts, ("embed", None))
     # Added to the scores to choose by, not to weigh with (arXiv:2408.15664).
     self.bias = Stepped(jnp.zeros(experts), rate=bias_rate)
-    init = jax.nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=0)
+    init = fan_in(stacked=1)
     into, out = ("experts", "embed", None), ("experts", None, "embed")
     self.gate = param(keys[1], init, (experts, d_model, hidden), into)
     self.up = param(keys[2], init, (experts, d_model, hidden), into)
@@ -74,8 +74,15 @@ class MoE(nnx.Module):
     key = jax.random.fold_in(keys[4], 1)
     self.shared_gate = Linear(key, d_model, 1, ("embed", None)) if shared_gate else None
 
-  def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
-    """The mixed tokens, and scalars: ``balance_loss`` (weighted) and ``expert_load_max`` (1 when all get the same)."""
+  def __call__(
+    self, x: Float[Array, "B T D"], counted: Bool[Array, "B T"] | None = None
+  ) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
+    """The mixed tokens, and scalars: ``balance_loss`` (weighted) and ``expert_load_max`` (1 when all get the same).
+
+    Args:
+      counted: the tokens whose experts are to be balanced, which padding is not; None: all.
+    """
+    counted = sharding.zeros(x.shape[:2], bool) | True if counted is None else counted
     weights = [
       sharding.put(w[...], "experts", None, None).astype(x.dtype)
       for w in (self.gate, self.up, self.down)
@@ -83,14 +90,14 @@ class MoE(nnx.Module):
     rows = ("batch", None, None)
     run = sharding.local(
       self._routed,
-      (rows, rows, (None,), [("experts", None, None)] * 3),
+      (rows, rows, rows[:2], (None,), [("experts", None, None)] * 3),
       (rows, (None,), {"balance_loss": (), "expert_load_max": ()}),
     )
     # Scores in float32 at least: a tie broken by rounding would change a token's experts.
     with jax.default_matmul_precision("highest"):
       logits = self.router(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
     bias = self.bias[...]
-    y, load, aux = run(x, logits, jax.lax.stop_gradient(bias), weights)
+    y, load, aux = run(x, logits, counted, jax.lax.stop_gradient(bias), weights)
     # Nothing, whose gradient for the bias is how much more than their share the experts had.
     excess = jnp.sum(jax.lax.stop_gradient(load - 1 / self.experts) * bias)
     aux["balance_loss"] += excess - jax.lax.stop_gradient(excess)
@@ -111,7 +118,7 @@ class MoE(nnx.Module):
       scores = jnp.where(among[..., None], each, -jnp.inf).reshape(scores.shape)
     return jax.lax.top_k(scores, self.top_k)[1]
 
-  def _routed(self, x, logits, bias, weights):
+  def _routed(self, x, logits, counted, bias, weights):
     """Each device's own tokens through its own experts, summed over devices."""
     gate, up, down = weights
     B, T, D = x.shape
@@ -138,10 +145,15 @@ class MoE(nnx.Module):
     out = jnp.where(grouped, out, 0) * weight.reshape(-1)[order][:, None]
     y = sharding.sum_over("experts", jnp.zeros((N, D), out.dtype).at[token].add(out))
 
-    # Switch Transformer's balance loss (arXiv:2101.03961, eq. 4) over all tokens of the batch.
+    # Switch Transformer's balance loss (arXiv:2101.03961, eq. 4) over all counted tokens of the batch.
+    counted = counted.reshape(N, 1).astype(scores.dtype)
+    number = jnp.maximum(sharding.sum_over("batch", counted.sum()), 1)
+
+    def mean(x):
+      return sharding.sum_over("batch", x) / number
+
+    load = mean(jnp.zeros(E).at[chosen].add(counted)) / k
     probability = scores / scores.sum(axis=1, keepdims=True)
-    load = jnp.zeros(E).at[chosen.reshape(-1)].add(1.0) / (N * k)
-    load = sharding.mean_over("batch", load)
-    balance = E * jnp.sum(load * sharding.mean_over("batch", probability.mean(axis=0)))
+    balance = E * jnp.sum(load * mean(jnp.sum(counted * probability, axis=0)))
     aux = {"balance_loss": self.balance * balance, "expert_load_max": E * load.max()}
     return y.reshape(B, T, D).astype(x.dtype), load, aux

@@ -54,9 +54,12 @@ def is_matrix(p: nnx.Param) -> bool:
   return meta["weight_decay"] and len(meta["axes"]) >= 2 and "vocab" not in meta["axes"]
 
 
-def fan_in(scale: float = 1.0) -> Init:
-  """Truncated normal of variance ``scale^2 / inputs``."""
-  return jax.nn.initializers.variance_scaling(scale**2, "fan_in", "truncated_normal")
+def fan_in(scale: float = 1.0, stacked: int = 0) -> Init:
+  """Truncated normal of variance ``scale^2 / inputs``, of matrices along ``stacked`` leading axes."""
+  axes = tuple(range(stacked))
+  return jax.nn.initializers.variance_scaling(
+    scale**2, "fan_in", "truncated_normal", batch_axis=axes
+  )
 
 
 class Linear(nnx.Module):

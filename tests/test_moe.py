@@ -112,6 +112,25 @@ def test_load(float64):
   np.testing.assert_allclose(aux["expert_load_max"], 6 * load.max(), rtol=1e-12)
 
 
+def test_padding_is_not_balanced(float64):
+  """Balance loss, load, and the gradients of bias and router are those of the other tokens alone."""
+  moe, x = make(shared=0)
+  counted = jnp.arange(T) < jnp.array([6, 3, 0, 5])[:, None]
+  some = x.reshape(-1, D)[np.flatnonzero(counted)][None]
+  graph, params, rest = nnx.split(moe, (nnx.Param, Stepped), ...)
+
+  def run(x, counted):
+    def loss(params):
+      aux = nnx.merge(graph, params, rest)(x, counted)[1]
+      return aux["balance_loss"], aux
+
+    return jax.jit(jax.grad(loss, has_aux=True))(params)
+
+  got, want = run(x, counted), run(some, None)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), got, want)
+  assert abs(run(x, None)[1]["balance_loss"] - want[1]["balance_loss"]) > 1e-5
+
+
 def test_the_gradient_of_the_bias_is_the_load_over_its_share(float64):
   """What `attnlab.train` moves it by the sign of (arXiv:2408.15664, algorithm 1); the loss is what it was."""
   moe, x = make(bias=[0, 0.1, 0, 0.2, 0, 0])

@@ -40,7 +40,8 @@ class CompressedAttention(SparseCore, Mixer):
 
   @dataclasses.dataclass(frozen=True, kw_only=True)
   class Config(Mixer.Config):
-    """Sizes, by default those of the released model, but for ``out_groups``: it has 8, of 8 heads each.
+    """Sizes, by default those of the released model, but for ``out_groups``: it has 8, of 8 heads each. Its YaRN, for
+    rows longer than 65536 tokens, is not here.
 
     Attributes:
       num_heads: None: ``d_model / head_dim``, at least one.
@@ -86,7 +87,7 @@ class CompressedAttention(SparseCore, Mixer):
     sizes = (c.compress, self.overlap, c.rope_dim, layer.norm_eps)
     self.compressor = Compressor(keys[4], D, self.K, *sizes)
     shape = (c.out_groups, self.H // c.out_groups * self.K, c.out_rank)
-    self.group_proj = param(keys[5], fan_in(), shape, ("heads", None, None))
+    self.group_proj = param(keys[5], fan_in(stacked=1), shape, ("heads", None, None))
     self.out_proj = Linear(keys[6], c.out_groups * c.out_rank, D, ("heads", "embed"))
 
   def core_flops(self, length, decode):
