@@ -239,20 +239,22 @@ def temporal_latent_attention(layer, x, dense=False):
 
 
 def window_linear(layer, x, dense=False):
-  """arXiv:2410.10254, section 3.3: the window's weights and the features' products over one sum."""
+  """arXiv:2410.10254, section 3.3: the window's weights, over its greatest, and the features' products over one sum."""
   q, k, v = qkv(layer, x)
-  gamma = np.exp(array(layer.log_gamma))
+  gamma = sigmoid(array(layer.raw_gamma))
   w_q, w_k = array(layer.q_features), array(layer.k_features)
 
   def phi(y, w):
-    return softmax(np.concatenate([y @ w, -(y @ w)]))
+    return np.concatenate([softmax(y @ w), softmax(-(y @ w))])
 
   o = np.zeros_like(q)
   for t, h in np.ndindex(*q.shape[:2]):
     weight = np.zeros(t + 1)
+    near = [s for s in range(t + 1) if t - s < layer.config.window]
+    top = max(q[t, h] @ k[s, h] / np.sqrt(layer.K) for s in near)
     for s in range(t + 1):
-      if t - s < layer.config.window:
-        weight[s] = gamma[h] * np.exp(q[t, h] @ k[s, h] / np.sqrt(layer.K))
+      if s in near:
+        weight[s] = gamma[h] * np.exp(q[t, h] @ k[s, h] / np.sqrt(layer.K) - top)
       else:
         weight[s] = phi(q[t, h], w_q[h]) @ phi(k[s, h], w_k[h])
     o[t, h] = weight @ v[: t + 1, h] / weight.sum()

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from attnlab import sharding
 from attnlab.errors import UserError
@@ -15,6 +16,9 @@ from attnlab.mixers.sparse import Place, extend_tails
 from attnlab.nn import param
 from pallas_kernels import linear_attention, merge_attention
 
+# Queries whose logits with the window are there at a time, where the window is not longer.
+_QUERIES = 128
+
 
 @register(
   "window_linear",
@@ -23,8 +27,11 @@ from pallas_kernels import linear_attention, merge_attention
   title="a window exactly, what lies before it as a linear state",
 )
 class WindowLinear(SoftmaxAttention):
-  """Near tokens have the weights ``gamma exp(q . k / sqrt(K))``, far ones ``phi(q) . phi(k)``, and one sum of both is
-  the denominator (section 3.3). phi is ``softmax([W x; -W x])``; W, for q and k, and gamma are each head's own.
+  """Near tokens have the weights ``gamma exp(l - c)``, ``l = q . k / sqrt(K)`` with c the greatest l of the window, far
+  ones ``phi(q) . phi(k)``, and one sum of both is the denominator (section 3.3).
+
+  phi is ``[softmax(W x); softmax(-W x)]``; W, for q and k, and ``gamma = sigmoid(w)`` are each head's own. As in the
+  authors' code gradients go through c too.
 
   The cache is the window's tokens, and the sum of ``phi(k) [v; 1]`` over those that have left it.
   """
@@ -48,10 +55,15 @@ class WindowLinear(SoftmaxAttention):
       )
     a, b = jax.random.split(jax.random.fold_in(key, 1))
     shape, axes = (self.H, self.K, self.K), ("heads", None, None)
-    orthogonal = jax.nn.initializers.orthogonal(self.K**-0.25)
-    self.q_features = param(a, orthogonal, shape, axes)
-    self.k_features = param(b, orthogonal, shape, axes)
-    self.log_gamma = param(b, jax.nn.initializers.zeros, (self.H,), ("heads",))
+    self.q_features = param(a, self.orthogonal, shape, axes)
+    self.k_features = param(b, self.orthogonal, shape, axes)
+    self.raw_gamma = param(b, jax.nn.initializers.zeros, (self.H,), ("heads",))
+
+  @staticmethod
+  def orthogonal(key, shape, dtype):
+    """A matrix for each head, such that products of features at the start are like the logits."""
+    init = jax.nn.initializers.orthogonal(shape[-1] ** -0.25)
+    return jax.vmap(lambda key: init(key, shape[1:], dtype))(jax.random.split(key, shape[0]))
 
   def core_flops(self, length, decode):
     """Of the window; the state's reading and writing. The features' matrices are parameters."""
@@ -80,7 +92,7 @@ class WindowLinear(SoftmaxAttention):
       where["segment_ids"] = ids[:, w:]
       state = cache["state"]
     put = lambda p: sharding.put(p[...], *p.get_metadata()["axes"])  # noqa: E731
-    weights = [put(p) for p in (self.q_features, self.k_features, self.log_gamma)]
+    weights = [put(p) for p in (self.q_features, self.k_features, self.raw_gamma)]
     heads, state_axes = ("batch", None, "heads", None), None
     if state is not None:
       state_axes = ("batch", "heads", None, None)
@@ -98,16 +110,16 @@ class WindowLinear(SoftmaxAttention):
 
   def core(self, q, tokens, weights, where, state):
     B, T = q.shape[:2]
-    *features, log_gamma = weights
+    *features, raw_gamma = weights
     w, k, v = self.config.window, tokens["k"], tokens["v"]
     place = Place.of(where, B, T)
     o, lse = place.full(q, k, v, window=w)
-    near = o, lse + log_gamma
-    # The token that leaves the window as each query comes; none that is of another document.
     if state is None:
-      k, v = (jnp.pad(y, ((0, 0), (w, 0), (0, 0), (0, 0)))[:, :T] for y in (k, v))
-    else:
-      k, v = k[:, :T], v[:, :T]
+      k, v = (jnp.pad(y, ((0, 0), (w, 0), (0, 0), (0, 0))) for y in (k, v))
+    top = greatest_logit(q, k, jnp.minimum(place.layout.within + 1, w))
+    near = o, lse - top + jax.nn.log_sigmoid(raw_gamma)
+    # The token that leaves the window as each query comes; none that is of another document.
+    k, v = k[:, :T], v[:, :T]
     leaves = (place.layout.within >= w)[..., None, None]
     phi_q, phi_k = (feature_map(y, f) for y, f in zip((q, k), features, strict=True))
     dtype = phi_k.dtype
@@ -130,7 +142,41 @@ class WindowLinear(SoftmaxAttention):
 
 
 def feature_map(x, w):
-  """``softmax([W x; -W x])`` of each head, float32: [B, T, H, 2 K]."""
+  """``[softmax(W x); softmax(-W x)]`` of each head, float32: [B, T, H, 2 K]."""
   dtype = jnp.promote_types(x.dtype, jnp.float32)
   y = jnp.einsum("bthk,hkj->bthj", x.astype(dtype), w.astype(dtype), precision="highest")
-  return jax.nn.softmax(jnp.concatenate([y, -y], axis=-1), axis=-1)
+  return jnp.concatenate([jax.nn.softmax(y, axis=-1), jax.nn.softmax(-y, axis=-1)], axis=-1)
+
+
+def greatest_logit(
+  q: Float[Array, "B T H K"], k: Float[Array, "B S H K"], count: Int[Array, "B T"]
+) -> Float[Array, "B T H"]:
+  """The greatest ``q . k / sqrt(K)`` of each query with the last ``count`` keys up to its own, in float32.
+
+  Args:
+    k: keys, those of the queries behind ``S - T`` earlier ones: at most so many of these are seen.
+    count: 0: nothing is seen, and any number is given.
+  """
+  B, T, H, K = q.shape
+  before = k.shape[1] - T
+  dtype = jnp.promote_types(q.dtype, jnp.float32)
+  size = min(max(before, _QUERIES), T)
+  blocks = -(-T // size)
+  pad = lambda x: jnp.pad(x, ((0, 0), (0, blocks * size - T)) + ((0, 0),) * (x.ndim - 2))  # noqa: E731
+  q_, k_, count_ = (jax.lax.stop_gradient(pad(x)) for x in (q, k, count))
+  ahead = jnp.arange(before + size) - before - jnp.arange(size)[:, None]  # of a key, of its query
+
+  def of_block(i):
+    own, keys, seen = (
+      jax.lax.dynamic_slice_in_dim(x, i * size, n, axis=1)
+      for x, n in ((q_, size), (k_, before + size), (count_, size))
+    )
+    logits = jnp.einsum("bthk,bshk->bhts", own, keys, preferred_element_type=dtype)
+    visible = (ahead <= 0) & (ahead > -seen[:, None, :, None])
+    best = jnp.argmax(jnp.where(visible, logits, -jnp.inf), axis=-1)
+    return i * size + jnp.swapaxes(best, 1, 2)
+
+  best = jnp.moveaxis(jax.lax.map(of_block, jnp.arange(blocks)), 0, 1).reshape(B, -1, H)[:, :T]
+  # The key again, for the gradient, and for no other rounding than attention's.
+  key = jnp.take_along_axis(k, best[..., None], axis=1)
+  return K**-0.5 * jnp.sum(q.astype(dtype) * key.astype(dtype), axis=-1)
