@@ -279,6 +279,8 @@ def test_flops():
     ("deltaformer", dict(num_kv_heads=2, **SOFTMAX), "num_kv_heads=2 must be num_heads=4"),
     ("deltaformer", dict(sinks=True, **SOFTMAX), "sinks=False"),
     ("simplicial", dict(sinks=True, **SOFTMAX), "has no sinks"),
+    ("fox", dict(sinks=True, **SOFTMAX), "a sink forgets nothing"),
+    ("comba", dict(negative_eigenvalues=True, head_dim=8), "would grow without bound"),
   ],
 )
 def test_bad_settings(name, settings, words):

@@ -6,6 +6,7 @@ from typing import Annotated
 import jax
 import jax.numpy as jnp
 
+from attnlab.errors import UserError
 from attnlab.mixers.base import Layer, register
 from attnlab.mixers.gated_deltanet import GatedDeltaNet
 from attnlab.nn import by_channel, param
@@ -18,15 +19,14 @@ from pallas_kernels import comba
   family="linear",
   paper="arXiv:2506.02475",
   title="delta rule on the undecayed state, corrected output",
-  variants={
-    "negative": dict(negative_eigenvalues=True),
-    "grouped": dict(num_heads=2, num_value_heads=4),
-  },
+  variants={"grouped": dict(num_heads=2, num_value_heads=4)},
 )
 class Comba(GatedDeltaNet):
   """Gated DeltaNet that erases under a weaker key ``p = sigmoid(c) k``, reads with ``q - D p``, and gates by a sigmoid.
 
   q and k are normalised first. fla normalises p as well, and q after its correction, so that c has no effect there.
+  Eigenvalues of ``alpha - beta sigmoid(c)`` are above -1 for steps up to 1 alone: what is erased is read from the state
+  before its decay, so with steps up to 2 the state of one token that comes again grows without bound.
   """
 
   core = staticmethod(comba)
@@ -42,6 +42,10 @@ class Comba(GatedDeltaNet):
 
   def __init__(self, config: Config, layer: Layer, key):
     super().__init__(config, layer, key)
+    if config.negative_eigenvalues:
+      raise UserError(
+        f"mixer {self.name!r}: negative_eigenvalues=True is not possible: its state would grow without bound"
+      )
     constant = jax.nn.initializers.constant
     self.c = param(key, constant(1.0), (self.H,), ("heads",))
     self.D = param(key, constant(config.correction), (self.H,), ("heads",))
