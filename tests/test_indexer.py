@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from attnlab.mixers.dsa import LightningIndexer
+from attnlab.mixers.indexer import chosen_weights
 from pallas_kernels import dispatch
 from pallas_kernels.index_scores import index_scores, tpu
 
@@ -105,3 +107,23 @@ def test_memory_is_of_a_tile():
   assert (
     compiled.memory_analysis().temp_size_in_bytes < 4 * scores + 5 * dispatch._CPU < 64 * scores / 4
   )
+
+
+def test_what_indexers_learn_from_is_not_rounded():
+  """Of bfloat16 queries and keys, teacher and student are float32 throughout, as they are where all is seen: logits
+  rounded to bfloat16 would be wrong by 2^-9 of themselves, and weights by as much of the logits' size."""
+  rng = np.random.default_rng(3)
+  H, D, S = 4, 16, 6
+  q, k = (jnp.asarray(3 * rng.normal(size=s), jnp.bfloat16) for s in ((B, t, H, D), (B, N, 1, D)))
+  chosen = jnp.asarray(rng.integers(0, N, (B, t, 1, S)))
+  lse, nowhere = jnp.full((B, t, H), 40.0), jnp.zeros((B, t), int)
+  p, _ = chosen_weights(q, k, lse, chosen, 1, nowhere, nowhere + N, 1.0)
+  own = np.stack([np.asarray(k, np.float64)[b, chosen[b, :, 0], 0] for b in range(B)])
+  logits = np.einsum("bthd,btsd->bhts", np.asarray(q, np.float64), own)
+  want = np.exp(logits - 40).mean(axis=1)
+  np.testing.assert_allclose(p[:, :, 0, :, 0], want, rtol=1e-4)
+
+  w = jnp.asarray(rng.normal(size=(B, t, H)), jnp.float32)
+  scores = LightningIndexer.scores_of_own(q, w, jnp.asarray(own, jnp.bfloat16))
+  want = np.einsum("bhts,bth->bts", np.maximum(logits, 0), np.asarray(w, np.float64))
+  np.testing.assert_allclose(scores, want, rtol=1e-4, atol=1e-4)

@@ -86,8 +86,8 @@ class LightningIndexer(nnx.Module):
   @staticmethod
   def scores_of_own(q, w, k):
     """[B, t, n] of queries [B, t, heads, dim] and their weights with keys that each has for itself, [B, t, n, dim]."""
-    dot = jnp.einsum("bthd,btnd->bthn", q, k, precision="highest")
-    return jnp.einsum("bthn,bth->btn", jax.nn.relu(dot).astype(w.dtype), w)
+    dot = jnp.einsum("bthd,btnd->bthn", q, k, precision="highest", preferred_element_type=w.dtype)
+    return jnp.einsum("bthn,bth->btn", jax.nn.relu(dot), w, precision="highest")
 
 
 @register(

@@ -66,11 +66,17 @@ def chosen_weights(
   """The weights that attention gives to its chosen blocks, the mean over the heads of a group, and what is seen."""
   G = k.shape[2]
   keys = chosen_keys(k, indices, size, starts)
-  logits = scale * jnp.einsum("btgrd,btgspd->btgrsp", grouped(q, G), keys, precision="highest")
+  logits = scale * jnp.einsum(
+    "btgrd,btgspd->btgrsp",
+    grouped(q, G),
+    keys,
+    precision="highest",
+    preferred_element_type=lse.dtype,
+  )
   inside = indices[..., None] * size + jnp.arange(size)
   seen = (indices[..., None] >= 0) & (inside <= within[:, :, None, None, None])
   lse = lse.reshape(*lse.shape[:2], G, -1)[..., None, None]
-  p = jnp.where(seen[:, :, :, None], jnp.exp(logits.astype(lse.dtype) - lse), 0)
+  p = jnp.where(seen[:, :, :, None], jnp.exp(logits - lse), 0)
   return p.mean(axis=3), seen
 
 

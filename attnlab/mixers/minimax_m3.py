@@ -129,9 +129,11 @@ class MiniMaxM3(SparseMixer):
       p, seen = chosen_weights(q, k, lse, *spot, within, scale)
       keys = jnp.broadcast_to(index_k, (*index_k.shape[:2], G, c.index_dim))
       keys = chosen_keys(keys, *spot)
-      scores = jnp.einsum("btgd,btgspd->btgsp", index_q, keys, precision="highest")
+      scores = jnp.einsum(
+        "btgd,btgspd->btgsp", index_q, keys, precision="highest", preferred_element_type=p.dtype
+      )
       flat = lambda x: x.reshape(*x.shape[:3], -1)  # noqa: E731
-      return kl(flat(p), flat(scores.astype(p.dtype)) * c.index_dim**-0.5, flat(seen))
+      return kl(flat(p), flat(scores) * c.index_dim**-0.5, flat(seen))
 
     columns, first = layout.table(c.block_size, c.block_size)
     rows = columns[..., None] + jnp.arange(c.block_size)
