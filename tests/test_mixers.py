@@ -387,6 +387,45 @@ def test_equation(case):
         assert_close(a, b, 1e-9, 1 - 1e-9)
 
 
+# ``std sqrt(inputs)`` of matrices at the start that is not 1: the RWKV authors' and TTT's, their W of std 0.02.
+STARTS = {
+  ("rwkv6", "mix_down"): 0,
+  ("rwkv6", "mix_up"): 0.01 * 32**0.5 / 3**0.5,
+  ("rwkv6", "lora.down"): 0,
+  ("rwkv6", "lora.up"): 0.01 * 64**0.5 / 3**0.5,
+  ("rwkv7", "k_proj"): 0.1,
+  ("rwkv7", "lora.down"): 0,
+  ("rwkv7", "lora.up"): 0.1,
+  ("ttt_linear", "W1"): 0.02 * 8**0.5,
+  ("ttt_mlp", "W1"): 0.02 * 8**0.5,
+  ("ttt_mlp", "W2"): 0.02 * 32**0.5,
+}
+
+
+def test_start(case):
+  """Where parameters begin: a matrix with a variance of one over its inputs, of heads or groups each by itself; decays
+  and steps in their ranges; taps as PyTorch's. (So few numbers have a standard deviation within a quarter.)"""
+  built = nnx.state(case.built, nnx.Param)
+  for path, p in jax.tree_util.tree_leaves_with_path(built):
+    name = ".".join(str(getattr(k, "key", getattr(k, "name", ""))) for k in path)
+    name, x = name.removesuffix(".value"), np.float64(p)[1]
+    if name.endswith("A_log"):
+      assert np.all((np.exp(x) >= 1e-4) & (np.exp(x) <= 16.01)), name
+    elif name.endswith("dt_bias") and np.any(x):
+      assert np.all((np.log1p(np.exp(x)) >= 9.9e-4) & (np.log1p(np.exp(x)) <= 0.101)), name
+    elif name.endswith("conv.weight"):
+      assert np.abs(x).max() <= len(x) ** -0.5, name
+      np.testing.assert_allclose(x.std() * len(x) ** 0.5, 3**-0.5, rtol=0.25, err_msg=name)
+    elif name.endswith("_features"):
+      for W in x:
+        np.testing.assert_allclose(W @ W.T * len(W) ** 0.5, np.eye(len(W)), atol=1e-5)
+    elif name.endswith(("kernel", "group_proj", "mix_up", "W1", "W2")):
+      own = [v for (n, part), v in STARTS.items() if n == case.cls.name and part in name]
+      for matrix in x.reshape(-1, *x.shape[-2:]):
+        got = matrix.std() * len(matrix) ** 0.5
+        np.testing.assert_allclose(got, *own or [1], rtol=0.25, atol=1e-9, err_msg=name)
+
+
 # The whole layer.
 
 
@@ -559,6 +598,16 @@ def sharded_gradients(case, **sizes):
   batch = case.x, case.cotangent, positions(SEGMENTS), SEGMENTS
   grads, y = jax.device_get(on_a_mesh(case, run, *batch, **sizes))
   return y, case.reached(by_name(grads))
+
+
+def test_matrices_of_heads_are_not_taken_for_tokens():
+  """TTT's W1 [H, K, K], where there are as many rows as heads and as many tokens as channels."""
+  case = Case(mixers()["ttt_linear"], dict(num_heads=4, head_dim=8))
+  x = random(1, 4, 8, D)
+  run = traced(
+    lambda params, x: case.forward(params, x, jnp.tile(jnp.arange(8, dtype=jnp.int32), (4, 1)))[0]
+  )
+  assert on_a_mesh(case, run, x, data=2, model=2).shape == x.shape
 
 
 @of_few

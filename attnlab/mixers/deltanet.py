@@ -36,7 +36,7 @@ class DeltaNet(LinearMixer):
 
   def __init__(self, config: Config, layer: Layer, key):
     super().__init__(config, layer, key)
-    self.b_proj = Linear(jax.random.fold_in(key, 1), layer.d_model, self.Hv)
+    self.b_proj = Linear(jax.random.fold_in(key, 8), layer.d_model, self.Hv)
 
   def signals(self, x, recent, ctx):
     q, k, v = self.qkv(x, recent)

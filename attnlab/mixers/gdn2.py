@@ -24,7 +24,10 @@ from pallas_kernels import gdn2
   },
 )
 class GatedDeltaNet2(LinearMixer):
-  """KDA whose step size is two gates: what is erased, a key channel, and what is written, a value channel."""
+  """KDA whose step size is two gates: what is erased, a key channel, and what is written, a value channel.
+
+  Where several value heads share a key head each has rates and gates of its own, as in our KDA.
+  """
 
   erase = "low_rank"
   core = staticmethod(gdn2)

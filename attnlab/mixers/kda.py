@@ -27,7 +27,10 @@ from pallas_kernels import kda
   },
 )
 class KDA(LinearMixer):
-  """Gated DeltaNet with a decay rate for each channel of the key; gates of low rank; sigmoid at the output."""
+  """Gated DeltaNet with a decay rate for each channel of the key; gates of low rank; sigmoid at the output.
+
+  Where several value heads share a key head each has rates of its own (in flash-linear-attention they share them).
+  """
 
   erase = "key"
   core = staticmethod(kda)

@@ -55,6 +55,9 @@ class LinearMixer(Mixer):
   # Signals that say where a token is, and so have no gradient.
   without_gradient: ClassVar[frozenset[str]] = frozenset()
 
+  # Signals of three axes and more that are the same for all tokens, as are all of fewer.
+  constant: ClassVar[frozenset[str]] = frozenset()
+
   # Leaves of the state that are sums of ``k k^T``: symmetric, with no eigenvalue below zero. The core may rely on it.
   sums_of_squares: ClassVar[tuple[int, ...]] = ()
 
@@ -282,8 +285,8 @@ class LinearMixer(Mixer):
 
     signals = {k: per_device(x) for k, x in signals.items() if k not in self.output_only}
 
-    def axes(x):
-      by_token = x.ndim >= 3 and x.shape[:2] == ctx.positions.shape
+    def axes(name, x):
+      by_token = x.ndim >= 3 and name not in self.constant
       lead = ("batch", None, "heads") if by_token else ("heads",)
       return lead + (None,) * (x.ndim - len(lead))
 
@@ -302,7 +305,8 @@ class LinearMixer(Mixer):
     state_axes = jax.tree.map(lambda s: ("batch", "heads") + (None,) * (s.ndim - 2), state)
     ids = None if ctx.segment_ids is None else ("batch", None)
     out = ("batch", None, "heads") + (None,) * self.output_rank
-    run = sharding.local(core, (jax.tree.map(axes, signals), ids, state_axes), (out, state_axes))
+    in_axes = {name: axes(name, x) for name, x in signals.items()}
+    run = sharding.local(core, (in_axes, ids, state_axes), (out, state_axes))
     return run(signals, ctx.segment_ids, state)
 
   # Axes of an output after [B, T, H].

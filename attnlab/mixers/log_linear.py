@@ -23,7 +23,7 @@ class LogLinear(LinearMixer):
 
   def __init__(self, config, layer: Layer, key):
     super().__init__(config, layer, key)
-    key, n = jax.random.fold_in(key, 2), config.levels
+    key, n = jax.random.fold_in(key, 8), config.levels
     self.level_proj = Linear(key, layer.d_model, self.Hv * n)
     ones = jax.nn.initializers.ones
     self.level_scale = param(key, ones, (self.Hv, n), ("heads", None), weight_decay=False)

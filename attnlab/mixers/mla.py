@@ -54,7 +54,8 @@ class MultiHeadLatentAttention(Mixer):
       rope_theta: the base of RoPE.
       rope_scaling: of its frequencies, for texts longer than those of the first training: ("llama3" or "yarn", factor,
         length of those, and the turns within it below and above which a pair is wholly changed or kept)
-        (pallas_kernels/rope/frequencies.py); None: none.
+        (pallas_kernels/rope/frequencies.py); None: none. YaRN's factor on logits (arXiv:2309.00071, eq. 22) is not in
+        it: in a model that is read (attnlab.hf) it is in the weights.
       latent_eps: of the latents' norms; None: the model's norm_eps.
       output_gate: "head": ``sigmoid(W_g x)``, a number for each head, on what it gives (arXiv:2505.06708; Ling 3.0).
     """

@@ -54,7 +54,7 @@ class NSABase(SparseMixer):
         f"mixer {self.name!r}: its three branches have softmaxes of their own; sinks=True is not possible"
       )
     super().__init__(config, layer, key)
-    self.branch_proj = Linear(jax.random.fold_in(key, 1), layer.d_model, self.H * 3)
+    self.branch_proj = Linear(jax.random.fold_in(key, 8), layer.d_model, self.H * 3)
 
   def gate_input(self, x):
     """What the gates are projected from."""

@@ -48,7 +48,8 @@ class SoftmaxAttention(Mixer):
       rope_theta: its base.
       rope_scaling: of its frequencies, for texts longer than those of the first training: ("llama3" or "yarn", factor,
         length of those, and the turns within it below and above which a pair is wholly changed or kept)
-        (pallas_kernels/rope/frequencies.py); None: none.
+        (pallas_kernels/rope/frequencies.py); None: none. YaRN's factor on logits (arXiv:2309.00071, eq. 22) is not in
+        it: in a model that is read (attnlab.hf) it is in the weights.
       qk_norm: RMSNorm of each head's q and k (arXiv:2302.05442), before RoPE.
       output_gate: ``sigmoid(W_g x)`` on what attention gives (arXiv:2505.06708), a number for each "element" or "head".
       sinks: a learned logit for each head that takes its share of the softmax (gpt-oss, arXiv:2508.10925).

@@ -34,6 +34,7 @@ class TTTLinear(LinearMixer):
   in_parts = False
   gate_activation = staticmethod(gelu)
   without_gradient = frozenset({"place"})
+  constant = frozenset({"W1", "W2"})
   # Channels of a model's hidden layer over those of a head; 0: there is none.
   hidden: ClassVar[int] = 0
 
