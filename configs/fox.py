@@ -2,6 +2,9 @@
 (arXiv:2503.02130).
 
 python -m attnlab.train --config=configs/fox.py
+  2.88 bits per byte on held-out files after 100 updates of the tiny size, about a minute on two CPU cores
+python -m attnlab.train --config=configs/fox.py:size=1.3b,recipe=pretrain
+  the 1.3b size: 10 billion tokens, for accelerators; not run here
 """
 
 from configs.base import single

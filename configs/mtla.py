@@ -1,6 +1,9 @@
 """Multi-head temporal latent attention in every layer: one latent for every two tokens (arXiv:2505.13544).
 
 python -m attnlab.train --config=configs/mtla.py
+  3.48 bits per byte on held-out files after 100 updates of the tiny size, about a minute on two CPU cores
+python -m attnlab.train --config=configs/mtla.py:size=1.3b,recipe=pretrain
+  the 1.3b size: 10 billion tokens, for accelerators; not run here
 """
 
 from configs.base import single
