@@ -184,6 +184,10 @@ PALLAS = {
     block_size=48, groups=4, sinks=True,
     segment_ids=np.stack([np.repeat([1, 2, 3], [5, 104, 41]), np.repeat([3, 1, 2], [72, 1, 77])]),
   ),
+  "3 heads a group": dict(block_size=16, heads=(3, 1), groups=1, segment_ids=SEGMENTS),
+  "5 heads a group": dict(block_size=16, heads=(10, 1), groups=2),
+  "6 heads a group": dict(block_size=64, heads=(6, 1), groups=1, length=80),
+  "7 heads a group": dict(block_size=16, heads=(7, 1), groups=1, query_block=3),
   "tokens": dict(block_size=1, heads=(6, 1), groups=2, slots=256, length=40),
   "pairs of tokens": dict(block_size=2, slots=64, segment_ids=SEGMENTS, window=5, sinks=True),
 }  # fmt: skip

@@ -159,6 +159,14 @@ def test_block_sparse_compiles(chip, monkeypatch):
 
 
 @pytest.mark.compile
+def test_block_sparse_of_any_group_compiles(monkeypatch):
+  """Heads that are no power of two: block by block, query by query, and of chosen tokens."""
+  monkeypatch.chdir(ROOT)
+  groups = ("3:64:8", "5:64:8", "6:1024:2", "7:64:8", "12:64:8", "5:1:512")
+  compiled("v5e", [f"tests.sparse_programs:of_group:{group}" for group in groups])
+
+
+@pytest.mark.compile
 @pytest.mark.parametrize("chip", CHIPS)
 def test_every_specialisation_compiles(chip, monkeypatch):
   """With packed segments, initial and final state, and every gradient."""

@@ -64,7 +64,8 @@ class Plan:
   """Static facts of a call.
 
   Attributes:
-    unit: neighbouring queries that are gathered together, and ``rows``: of them and all their heads, padded.
+    unit: neighbouring queries that are gathered together, a power of two, and ``rows``: of them and all their heads,
+      of which each query has as many, padded.
     tile: queries of a step.
     most: visitors of an item.
     size: of a block; span: keys of a slice around it; ``piece``: those of them at once.
@@ -97,7 +98,7 @@ class Plan:
     (_, Tq, H, D), Tk, V = q.shape, k.shape[1], v.shape[3]
     G, S = blocks.indices.shape[1], blocks.indices.shape[3]
     heads = H // G
-    unit = max(1, TILE // heads)
+    unit = 1 << (max(1, TILE // heads).bit_length() - 1)
     rows = next((n for n in (16, 32, 64, 128) if n >= unit * heads), None)
     if rows is None:
       raise NotImplementedError(f"the Pallas kernel has up to 128 heads a group; got {heads}")
@@ -146,15 +147,17 @@ class Plan:
     x = jnp.pad(x, ((0, 0), (0, tiles * self.tile - T)) + ((0, 0),) * (x.ndim - 2))
     x = x.reshape(B, tiles, self.tile // self.unit, self.unit, G, H // G, *x.shape[3:])
     x = jnp.moveaxis(x, 4, 1)
-    x = x.reshape(B * G * tiles, self.tile // self.unit, -1, *x.shape[6:])
-    return jnp.pad(x, ((0, 0), (0, 0), (0, self.rows - x.shape[2])) + ((0, 0),) * (x.ndim - 3))
+    pad = (0, self.rows // self.unit - H // G)
+    x = jnp.pad(x, ((0, 0),) * 5 + (pad,) + ((0, 0),) * (x.ndim - 6))
+    return x.reshape(B * G * tiles, self.tile // self.unit, self.rows, *x.shape[6:])
 
   def from_units(self, x: Array, like: Array, G: int) -> Array:
     """The inverse of ``units``, for an array of the first axes of another."""
     B, T, H = like.shape[:3]
-    x = x[:, :, : self.unit * H // G]
-    x = x.reshape(B, G, -1, self.tile // self.unit, self.unit, H // G, *x.shape[3:])
-    return jnp.moveaxis(x, 1, 4).reshape(B, -1, H, *x.shape[6:])[:, :T]
+    each = self.rows // self.unit
+    x = x.reshape(B, G, -1, self.tile // self.unit, self.unit, each, *x.shape[3:])
+    x = jnp.moveaxis(x[:, :, :, :, :, : H // G], 1, 4)
+    return x.reshape(B, -1, H, *x.shape[6:])[:, :T]
 
   def row(self, x: Array, G: int) -> Array:
     """[B, T, H] -> [B G tiles, units, lanes]: the numbers of a unit's rows, again and again."""
