@@ -1,5 +1,6 @@
 """Rows of which each device has a part of the tokens, against the same rows whole, token by token."""
 
+import dataclasses
 import functools
 
 import jax
@@ -72,6 +73,15 @@ def test_recurrence(case, ids):
   r, S = make(*case, T=T)
   do, dS = cotangents(r, S)
   assert_close(run(r, S, ids, do, dS), reference(r, S, ids, do, dS), 1e-11)
+
+
+def test_decay_that_leaves_nothing():
+  """With a bonus, what is read before a token of such a decay is not what its decay can be taken from again."""
+  r, S = make("scalar", None, "decayed", True, T=T)
+  g = r.log_decay.at[0, 12].set(-1e6).at[1, 19].set(-jnp.inf).at[:, 5, 1:].set(-1e4)
+  r = dataclasses.replace(r, log_decay=g)
+  do, dS = cotangents(r, S)
+  assert_close(run(r, S, None, do, dS), reference(r, S, None, do, dS), 1e-11)
 
 
 @pytest.mark.parametrize("case", FEW[-2:], ids=["key", "low"])

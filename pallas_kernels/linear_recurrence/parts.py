@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import segments
 from pallas_kernels.linear_recurrence.recurrence import Recurrence
+from pallas_kernels.linear_recurrence.xla import strongest
 
 # A part's M: a matrix, or where channels do not mix its diagonal, the same for all or not.
 Transition = Float[Array, "B Hv K K"] | Float[Array, "B Hv #K 1"]
@@ -76,11 +77,10 @@ def _decay(r: Recurrence, runs: Int[Array, "B T"] | None) -> tuple[Transition, A
     g = jnp.broadcast_to(one[:, None], (B, T, Hv, 1))
   else:
     g = r.log_decay
-  g = g.astype(dtype)
-  total = jnp.cumsum(g, axis=1)
-  kept = jnp.exp(total)
-  # With a bonus a token reads the state before it.
-  read = kept if r.bonus is None else jnp.exp(total - g)
+  total = jnp.cumsum(jnp.maximum(g.astype(dtype), strongest(dtype)), axis=1)
+  kept = read = jnp.exp(total)
+  if r.bonus is not None:  # a token reads the state before it
+    read = jnp.pad(kept[:, :-1], ((0, 0), (1, 0), (0, 0), (0, 0)), constant_values=1)
   if runs is not None:
     first = (runs == 0)[..., None, None]
     kept, read = jnp.where(first, kept, 0), jnp.where(first, read, 0)
