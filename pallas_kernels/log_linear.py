@@ -53,7 +53,10 @@ def log_linear(
 
   Raises:
     ValueError: T, or the state, has more levels than there are weights.
+    NotImplementedError: rows are in parts (``axis_name``), whose tokens do not know the blocks of those before.
   """
+  if options.get("axis_name") is not None:
+    raise NotImplementedError("log-linear attention takes rows that are whole, without axis_name")
   T, given = position.shape[1], initial_state is not None
   n = initial_state.shape[2] if given else levels_of(T)
   if n > weights.shape[3]:

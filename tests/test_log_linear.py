@@ -75,3 +75,12 @@ def test_longer_than_its_levels(name):
   assert layer.init_cache(1, 3)["state"].shape[2] == 3
   with pytest.raises(UserError, match="9 tokens need levels=5; got 4"):
     layer.init_cache(1, 9)
+
+
+@pytest.mark.parametrize("mechanism", ["log_linear_ssd", "log_linear_gated_delta_rule"])
+def test_parts_of_rows_are_refused(mechanism):
+  """A part would count its tokens' blocks from its own first one."""
+  x, g = jnp.zeros((1, 4, H, K)), jnp.zeros((1, 4, H))
+  args = (x, g, jnp.ones(H), x, x) if mechanism == "log_linear_ssd" else (x, x, x, g, g)
+  with pytest.raises(NotImplementedError, match="rows that are whole"):
+    getattr(pk, mechanism)(*args, jnp.ones((1, 4, H, 3)), g, axis_name="context")
