@@ -1,12 +1,14 @@
 """Softmax attention against a dense definition in numpy, float64, one query at a time."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import dispatch
 from pallas_kernels.softmax_attention import cudnn, softmax_attention, splash, xla
 from pallas_kernels.softmax_attention.bias import as_channels
 from pallas_kernels.softmax_attention.visibility import Visibility
@@ -478,16 +480,25 @@ def test_what_cudnn_refuses(change, words):
     cudnn.limitations(q, k, v, sinks if c["sinks"] else None, seen, max_dim)
 
 
-def test_splash_knows_documents_of_keys_from_those_of_queries():
-  """Keys that are padding, say, among tokens of one document."""
+@pytest.mark.parametrize("backend, platform", [("splash", "tpu"), ("cudnn", "gpu")])
+def test_libraries_refuse_queries_that_may_see_nothing(monkeypatch, backend, platform):
+  """Keys that are padding, say: before the first of a query's id the library has a mean of values, not zero."""
+  monkeypatch.setattr(dispatch, "platform", lambda: platform)
+  card = types.SimpleNamespace(compute_capability="9.0")
+  monkeypatch.setattr(jax, "local_devices", lambda: [card])
   T = 40
-  q, k, v, _ = (jnp.asarray(x, jnp.float32) for x in inputs(T))
-  ids, of_keys = jnp.ones((B, T), int), jnp.tile(jnp.arange(T) >= 8, (B, 1)).astype(int)
-  seen = Visibility(jnp.arange(T), jnp.arange(T), ids, of_keys, None, True)
-  got = jax.jit(lambda *args: LIBRARIES["splash"](*args, None, seen, D**-0.5))(q, k, v)
-  documents = dict(segment_ids=ids, key_segment_ids=of_keys)
-  for g, w in zip(got, definition(q, k, v, **documents), strict=True):
-    np.testing.assert_allclose(g[:, 8:], w[:, 8:], rtol=1e-5, atol=1e-5)
+  args = [jnp.asarray(x, jnp.bfloat16) for x in inputs(T)[:3]]
+  documents = dict(
+    segment_ids=jnp.ones((B, T), int),
+    key_segment_ids=jnp.tile(jnp.arange(T) >= 8, (B, 1)).astype(int),
+  )
+  with pytest.raises(NotImplementedError, match="key_segment_ids"):
+    attend(*args, backend=backend, **documents)
+  o, lse = attend(*args, **documents)
+  want, want_lse = definition(*(np.asarray(x, np.float64) for x in args), **documents)
+  assert not np.any(o[:, :8]) and np.all(lse[:, :8] == -np.inf)
+  np.testing.assert_allclose(np.asarray(o, np.float64), want, rtol=2**-7, atol=2**-7)
+  np.testing.assert_allclose(lse[:, 8:], want_lse[:, 8:], rtol=1e-2, atol=1e-2)
 
 
 def test_splash_gives_sinks_a_gradient_of_their_dtype():

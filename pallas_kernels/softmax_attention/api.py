@@ -52,7 +52,7 @@ def softmax_attention(
     key_positions: of the keys, in any order, -1 for none; ``None`` is 0, 1, ... where there are query_positions.
     segment_ids: without ``key_segment_ids``: a query sees the keys of its own run of equal ids. With them: it sees the
       keys whose id is its own.
-    key_segment_ids: of the keys.
+    key_segment_ids: of the keys. Libraries do not take them: a query might see no key.
     backend: "auto", "xla" (in blocks, any platform), "cudnn" (jax.nn's, on GPUs), "splash" (JAX's Pallas kernel, on
       TPUs) or "reference" (all logits at once). Derivatives of higher order: "reference" alone.
 
@@ -71,7 +71,8 @@ def softmax_attention(
   scale = q.shape[-1] ** -0.5 if scale is None else scale
   if key_bias is not None:
     q, k, scale = *as_channels(q, k, key_bias, scale), 1.0
-  if segment_ids is not None and key_segment_ids is None:
+  apart = key_segment_ids is not None
+  if segment_ids is not None and not apart:
     segment_ids = key_segment_ids = segments.runs(segment_ids)
   aligned = query_positions is None and key_positions is None
   seen = Visibility(
@@ -82,6 +83,7 @@ def softmax_attention(
     # One that reaches past the first key is none: a kernel then has less to compare.
     None if aligned and window is not None and window >= k.shape[1] else window,
     aligned,
+    apart,
   )
   supports = {
     name: functools.partial(module.check, q, k, v, sinks, seen)

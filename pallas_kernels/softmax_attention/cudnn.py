@@ -24,6 +24,10 @@ def limitations(q, k, v, sinks, seen: Visibility, max_dim: int) -> None:
   T, H, D = q.shape[1:]
   if not seen.aligned:
     raise NotImplementedError("jax.nn's cuDNN attention takes no positions of cached keys")
+  if seen.apart:  # of nothing the kernel makes a mean of values, not zero
+    raise NotImplementedError(
+      "jax.nn's cuDNN attention takes no key_segment_ids: a query might see no key"
+    )
   if sinks is not None:
     raise NotImplementedError("jax.nn's cuDNN attention has no sinks")
   if not q.dtype == k.dtype == v.dtype or q.dtype not in (jnp.bfloat16, jnp.float16):

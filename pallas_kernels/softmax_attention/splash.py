@@ -24,6 +24,8 @@ def limitations(q, k, v, sinks, seen: Visibility) -> None:
   """The part of ``check`` that does not look at the machine."""
   if not seen.aligned:
     raise NotImplementedError("splash attention takes no positions of cached keys")
+  if seen.apart:  # of nothing the kernel makes a mean of values, not zero
+    raise NotImplementedError("splash attention takes no key_segment_ids: a query might see no key")
   if not q.dtype == k.dtype == v.dtype or q.dtype not in (jnp.bfloat16, jnp.float32):
     raise NotImplementedError(
       f"splash attention takes bfloat16 or float32; got {q.dtype}, {k.dtype}, {v.dtype}"

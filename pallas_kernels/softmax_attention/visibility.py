@@ -17,6 +17,7 @@ class Visibility:
     query_segments, key_segments: equal where a query may see a key; None: everywhere.
     window: how many positions a query sees, its own included; None: all up to its own.
     aligned: query t and key t are the same token, and positions count up from 0: what libraries' kernels take.
+    apart: segments of keys were given beside those of queries, so that a query may not see its own token, nor any.
   """
 
   query_positions: Int[Array, " Tq"]
@@ -25,6 +26,7 @@ class Visibility:
   key_segments: Int[Array, "B Tk"] | None = None
   window: int | None = dataclasses.field(default=None, metadata=dict(static=True))
   aligned: bool = dataclasses.field(default=False, metadata=dict(static=True))
+  apart: bool = dataclasses.field(default=False, metadata=dict(static=True))
 
   def mask(self) -> Bool[Array, "#B Tq Tk"]:
     """True where the query sees the key."""
