@@ -74,7 +74,8 @@ def mesa(
 
 def _matrices(options, k, written, g, lam, S, segment_ids) -> Callable[[Array], Array]:
   """``(H_t + diag(lam)) p_t`` as a function of p [B, T, Hv, K]."""
-  if k.shape[1] == 1:  # H itself, once for all steps
+  whole = dict(options).get("axis_name") is None
+  if k.shape[1] == 1 and whole:  # H itself, once for all steps
     H = jnp.exp(g[:, 0, :, None, None]) * S + k[:, 0, ..., None] * written[:, 0, :, None]
     einsum = functools.partial(jnp.einsum, precision="highest")
     return lambda p: einsum("bhij,bthi->bthj", H, p) + lam * p

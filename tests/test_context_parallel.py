@@ -22,7 +22,7 @@ from recurrences import (
 )
 from recurrences import run as run_whole
 
-from pallas_kernels import gated_delta_rule
+from pallas_kernels import gated_delta_rule, mesa
 from pallas_kernels.linear_recurrence import linear_recurrence
 from pallas_kernels.short_conv import short_conv
 
@@ -128,6 +128,30 @@ def test_what_parts_tell_each_other():
   assert sent(64)["all_gather"] == PARTS * (
     4 * state + 2 * B
   )  # twice M, and which parts are joined
+
+
+def test_mesa_of_a_token_a_part():
+  """A part of one token is no step of decoding: what its queries are solved for begins with the first part."""
+  B, H, K, V = 2, 2, 3, 2
+  rng = np.random.default_rng(0)
+  q, k, v = (rng.normal(size=(B, PARTS, H, n)) for n in (K, K, V))
+  g, beta = -rng.uniform(0.1, 1, (B, PARTS, H)), rng.uniform(0.5, 1, (B, PARTS, H))
+  half = rng.normal(size=(B, H, K, K))
+  S = half @ half.swapaxes(2, 3), rng.normal(size=(B, H, K, V))
+  lam, ids = np.ones((H, K)), np.array([[1] * PARTS, [1, 1, 2, 2]])
+  do = rng.normal(size=v.shape)
+
+  def call(*args, **options):
+    *args, S, ids = args
+    return mesa(*args, initial_state=S, segment_ids=ids, return_state=True, **options)
+
+  def results(run):
+    (o, final), vjp = jax.vjp(lambda *args: run(*args, ids), q, k, v, g, beta, lam, S)
+    return {"o": o, "final": final, "d": vjp((do, jax.tree.map(jnp.ones_like, final)))}
+
+  parts = over_parts(functools.partial(call, axis_name="context"), *[True] * 5, False, (False,) * 2, True)  # fmt: skip
+  got, want = (jax.jit(functools.partial(results, run))() for run in (parts, call))
+  assert_close(got, want, 1e-9)
 
 
 @pytest.mark.parametrize("ids", [None, SEGMENTS], ids=["one document", "packed"])
