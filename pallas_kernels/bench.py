@@ -37,7 +37,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels import bench_gpu, bench_workers, sources
 from pallas_kernels.linear_recurrence import KeyErase, Recurrence, linear_recurrence
@@ -99,9 +98,7 @@ def check(shape: Shape, dtype: str, length: int) -> float:
     with jax.enable_x64(True):
       exact = jax.tree.map(lambda x: x.astype(jnp.float64), r)
       want = jax.jit(run(forward("reference")))(exact)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-      a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-      worst = max(worst, float(np.linalg.norm(a - b) / np.linalg.norm(b)))
+    worst = max(worst, bench_gpu.worst(got, want))
   return worst
 
 
@@ -246,13 +243,20 @@ _PACKAGES = (
 )
 
 
+def _now() -> datetime.datetime:
+  """Of one clock, wherever the machine is: times of records are compared."""
+  return datetime.datetime.now(datetime.UTC)
+
+
 def _write(
   out: pathlib.Path, suffix: str, rows: list[dict], more: dict, *, say: bool = True
 ) -> None:
   """A dated record of this machine."""
-  today = datetime.date.today().isoformat()
+  now = _now()
+  today = now.date().isoformat()
   record = {
     "date": today,
+    "time": now.isoformat(timespec="seconds"),
     "commit": sources.commit("pallas_kernels"),
     "command": "python -m pallas_kernels.bench " + " ".join(sys.argv[1:]),
     "device": f"{jax.devices()[0].device_kind}, {len(jax.devices())} x {jax.default_backend()}",
@@ -287,7 +291,7 @@ def on_gpu(
   copy = bench_gpu.copy_bandwidth(bench_gpu.device_clock)
   suffix = ""
   if out and only:  # some rows are not the record of a GPU
-    suffix = bench_gpu.some_rows(out, datetime.date.today().isoformat())
+    suffix = bench_gpu.some_rows(out, _now().date().isoformat())
 
   def keep(records: list[dict], *, say: bool = False) -> None:
     failures = bench_gpu.failures(records)

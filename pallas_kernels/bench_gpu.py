@@ -177,16 +177,18 @@ def _size(tree) -> int:
   return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def _worst(got, want) -> float:
-  """The largest relative error of the arrays of a tree; infinities must be where they should."""
-  worst = 0.0
+def worst(got, want) -> float:
+  """The largest relative error of the arrays of a tree; what is not finite must be the same infinity."""
+  largest = 0.0
   for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
     g, w = np.asarray(g, np.float64), np.asarray(w, np.float64)
     seen = np.isfinite(w)
-    if not np.array_equal(np.isfinite(g), seen):
+    if not (np.array_equal(np.isfinite(g), seen) and np.array_equal(g[~seen], w[~seen])):
       return math.inf
-    worst = max(worst, float(np.linalg.norm(g[seen] - w[seen]) / np.linalg.norm(w[seen])))
-  return worst
+    error, size = np.linalg.norm(g[seen] - w[seen]), np.linalg.norm(w[seen])
+    if error:
+      largest = max(largest, float(error / size) if size else math.inf)
+  return largest
 
 
 def against_reference(run: Callable, backend: str, args: tuple) -> float:
@@ -197,7 +199,7 @@ def against_reference(run: Callable, backend: str, args: tuple) -> float:
       lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x, args
     )
     want = jax.jit(run("reference"))(*wide)
-    return _worst(got, jax.tree.map(np.asarray, want))
+    return worst(got, jax.tree.map(np.asarray, want))
 
 
 def with_gradients(run: Callable, count: int) -> Callable:
@@ -575,20 +577,26 @@ def with_table(text: str, record: dict | None) -> str:
 
 
 def newest_record(folder: pathlib.Path) -> dict | None:
-  """The last record of a GPU, by date, with what some of its rows were timed at since; each row has its commit."""
+  """The last record of a GPU, with what some of its rows were timed at since; each row has its commit."""
   paths = sorted(folder.glob("*-gpu.json"))
   if not paths:
     return None
   whole = json.loads(paths[-1].read_text())
   rows = {}
-  later = sorted(folder.glob("*-gpu-only*.json"), key=lambda path: (path.name[:10], number(path)))
-  for path in [paths[-1], *(path for path in later if path.name[:10] >= whole["date"])]:
-    record = json.loads(path.read_text())
+  some = {path: json.loads(path.read_text()) for path in folder.glob("*-gpu-only*.json")}
+  later = [path for path, record in some.items() if _when(record) >= _when(whole)]
+  later.sort(key=lambda path: (_when(some[path]), number(path)))
+  for record in [whole, *(some[path] for path in later)]:
     for row in record["rows"]:
-      if record["device"] == whole["device"] and (path == paths[-1] or "bytes_per_second" in row):
+      if record["device"] == whole["device"] and (record is whole or "bytes_per_second" in row):
         more = {name: record.get(name) for name in ("date", "commit", "copy_bytes_per_second")}
         rows[row["kernel"], row["shape"], row["phase"]] = row | more
   return whole | {"rows": list(rows.values())}
+
+
+def _when(record: dict) -> str:
+  """When a record was made; the first ones have no time of the day, and are before those of their day that have one."""
+  return record.get("time", record["date"])
 
 
 def number(path: pathlib.Path) -> int:

@@ -72,13 +72,14 @@ def test_the_readme_has_the_newest_record():
 def test_records_of_some_rows_are_newer_than_the_whole(tmp_path):
   """The newest time of each row, with its commit; not what an older day timed, nor another GPU, nor what failed."""
 
-  def write(name, date, commit, device="an H200", **rows):
+  def write(name, date, commit, device="an H200", time=None, **rows):
     rows = [
       {"kernel": "k", "shape": shape, "phase": "p", "seconds": {"gpu": x}}
       | ({"bytes_per_second": 1} if x else {})
       for shape, x in rows.items()
     ]
     record = dict(date=date, commit=commit, device=device, copy_bytes_per_second=2, rows=rows)
+    record |= {} if time is None else {"time": f"{date}T{time}+00:00"}
     (tmp_path / f"{date}-{name}.json").write_text(json.dumps(record))
 
   assert bench_gpu.newest_record(tmp_path) is None
@@ -95,6 +96,17 @@ def test_records_of_some_rows_are_newer_than_the_whole(tmp_path):
     ("a", 10.0, "only 10"),
     ("b", 2.0, "two"),
     ("c", 1.0, "one"),
+  ]
+  # A whole one that has its time, after one of the same day, and before others.
+  write("gpu", "2026-01-02", "new", time="12:00:00", a=1.0, b=1.0, c=1.0)
+  write("gpu-only-11", "2026-01-02", "before", time="09:59:59", a=9.0, b=9.0)
+  write("gpu-only-12", "2026-01-02", "after", time="12:34:56", b=12.0)
+  write("gpu-only", "2026-01-03", "a day without times", c=13.0)
+  record = bench_gpu.newest_record(tmp_path)
+  assert [(r["seconds"]["gpu"], r["commit"]) for r in record["rows"]] == [
+    (1.0, "new"),
+    (12.0, "after"),
+    (13.0, "a day without times"),
   ]
 
 
@@ -212,9 +224,23 @@ def test_medians_are_taken_in_turns():
 
 
 def test_errors_are_relative_and_infinities_must_agree():
-  assert bench_gpu._worst([[1.0, 2.0]], [[1.0, 2.0]]) == 0
+  assert bench_gpu.worst([[1.0, 2.0]], [[1.0, 2.0]]) == 0
   got, want = bench_gpu.np.array([1.0, -math.inf]), bench_gpu.np.array([1.0, 2.0])
-  assert bench_gpu._worst([got], [want]) == math.inf
+  assert bench_gpu.worst([got], [want]) == bench_gpu.worst([got], [-got]) == math.inf
+  assert bench_gpu.worst([0 * want], [0 * want]) == 0 < bench_gpu.worst([want], [0 * want])
+
+
+def test_a_kernel_whose_outputs_are_no_numbers_is_wrong(monkeypatch):
+  """The largest of an error and of what is no number is that error."""
+  whole = bench.forward
+
+  def forward(backend):
+    right = whole("reference")
+    wrong = lambda r: jax.tree.map(lambda x: x * math.nan, right(r))  # noqa: E731
+    return wrong if backend == "auto" else right
+
+  monkeypatch.setattr(bench, "forward", forward)
+  assert bench.check(Shape(1, 4, 1, 4, "scalar"), "float32", 8) == math.inf
 
 
 def test_the_shapes_are_the_issue_s():
@@ -397,7 +423,8 @@ def test_what_there_is_is_kept_when_time_runs_out(monkeypatch, tmp_path):
   records, left = _measure(keep=keep)
   assert len(records) == 2 and left == 7 and ended == ["workers"]
   (path,) = tmp_path.iterdir()
-  assert json.loads(path.read_text())["rows"] == records
+  record = json.loads(path.read_text())
+  assert record["rows"] == records and record["time"].startswith(f"{record['date']}T")
 
 
 def test_only_some_rows_are_chosen(monkeypatch):
