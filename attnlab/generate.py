@@ -202,7 +202,12 @@ def samples(
 
 
 def _encode(tokenizer: Tokenizer, prompts: Sequence[str]):
-  return pad_left([[tokenizer.bos_id, *tokenizer.encode(p).tolist()] for p in prompts])
+  """Prompts as they were trained on: after what begins a document, where there are documents."""
+  begin = [tokenizer.bos_id] if tokenizer.bos_id >= 0 else []
+  rows = [begin + tokenizer.encode(p).tolist() for p in prompts]
+  if not all(rows):
+    raise UserError("a task's rows begin with no id of their own: give ids, --prompt='3 14 15'")
+  return pad_left(rows)
 
 
 def _text(tokenizer: Tokenizer, ids: Int[np.ndarray, " N"]) -> str:

@@ -36,9 +36,10 @@ class Tokenizer(Protocol):
   Attributes:
     ids: how many there are.
     vocab_size: that rounded up: the size of the embedding and of the logits, if a model has no other.
-    bos_id: the first input of every document; never part of a text's own ids.
+    bos_id: the first input of every document; never part of a text's own ids. -1: there are no
+      documents, and none begins or ends: a task's.
     eos_id: the last target of every document. The same as bos_id where a tokenizer has one
-      separator for both.
+      separator for both, or none.
   """
 
   ids: int
@@ -190,10 +191,10 @@ class IdTokenizer:
 
   Args:
     vocab_size: ids are below it; not rounded.
-    eos_id: what separates documents, if there are any.
+    eos_id: what separates documents; -1: there are none.
   """
 
-  def __init__(self, vocab_size: int, eos_id: int = 0):
+  def __init__(self, vocab_size: int, eos_id: int = -1):
     self.ids = self.vocab_size = vocab_size
     self.bos_id = self.eos_id = eos_id
 

@@ -8,6 +8,7 @@ import pytest
 
 from attnlab import data, tokenizer
 from attnlab.data.parquet import ShuffleBlocks
+from attnlab.data.source import shifted
 from attnlab.errors import UserError
 
 TEXTS = [f"document {i}: " + "x" * (7 * i % 50) for i in range(60)]
@@ -211,6 +212,23 @@ def test_flat_shard_alone_is_cut_at_a_document(tmp_path):
   targets = [np.concatenate([s.pairs(i)[:, 1] for i in range(len(s))]) for s in (train, held)]
   np.testing.assert_array_equal(targets[0], ids[:871])
   np.testing.assert_array_equal(targets[1], ids[871:])
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_flat_shards_begin_documents_as_texts_do(tmp_path, monkeypatch, bos):
+  """With the tokenizer's bos, which prompts begin with too, whether the shards have it or not."""
+  monkeypatch.setattr("attnlab.data.tokens.PIECE_TOKENS", 7)
+  texts = ["one", "", "three hundred", "four"]
+  tok = tokenizer.ByteTokenizer()
+  ids = [[tok.bos_id] * bos + tok.encode(t).tolist() + [tok.eos_id] for t in texts]
+  for name in ("train", "validation"):
+    np.save(tmp_path / f"{name}.npy", np.concatenate(ids).astype(np.uint16))
+  c = config(name="tokens", train=f"{tmp_path}/train.npy", validation=f"{tmp_path}/validation.npy")
+  source = data.open_source(c, "train")
+  pairs = np.concatenate([source.pairs(i) for i in range(len(source))])
+  expected = [shifted(tok.encode(t), tok.bos_id, tok.eos_id) for t in texts]
+  np.testing.assert_array_equal(pairs, np.concatenate(expected))
+  assert source.start_id == tok.bos_id
 
 
 def test_array_record_text(tmp_path):

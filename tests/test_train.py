@@ -4,6 +4,7 @@ Whole runs are processes of their own, as users start them, on one device; what 
 in this process has the suite's eight virtual devices.
 """
 
+import functools
 import json
 import os
 import random
@@ -441,6 +442,25 @@ def test_generation_is_the_training_forward_pass(whole):
         row[0, : len(ids)] = ids
         ids.append(int(forward(jnp.asarray(row))[0, len(ids) - 1].argmax()))
       assert tokenizer.decode(ids[1:]) == prompt + text
+
+
+def test_a_task_has_no_beginning_and_no_end():
+  """A prompt is read as training reads rows, and 0 is an id like others."""
+  config = load(TINY, {"data.name": "task", "model.num_layers": 1, "model.pattern": "softmax"})
+  config = resolve(config)
+  mesh = sharding.make_mesh({}, jax.devices()[:1])
+  with jax.set_mesh(mesh):
+    graphdef, init, _ = make_init(config, optax.sgd(1.0), mesh)
+    model = init()["model"]
+    one = dict(tokenizer=data.tokenizer(config.data), prompts=["3 14 15"], max_tokens=2)
+    go = functools.partial(generate.generate, graphdef, **one)
+    text = go(model)[0].split()
+    logits = nnx.merge(graphdef, model["params"], model["rest"]).forward(jnp.array([[3, 14, 15]]))
+    assert len(text) == 2 and text[0] == str(int(logits[0, -1].argmax()))
+    nothing = jax.tree.map(jnp.zeros_like, model)  # Ids are all as likely: 0 is the first.
+    assert go(nothing) == ["0 0"]
+    with pytest.raises(UserError, match="--prompt='3 14 15'"):
+      go(model, prompts=["3", ""])
 
 
 def test_sampling_keeps_to_what_it_may():

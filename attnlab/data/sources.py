@@ -221,6 +221,7 @@ def _open(
       return FlatShards(
         files,
         dtype=config.token_dtype,
+        bos_id=tok.bos_id,
         eos_id=tok.eos_id,
         vocab_size=tok.vocab_size,
         seq_len=config.seq_len,

@@ -44,14 +44,16 @@ class FlatShards(Source):
 
   A record is a stretch of a file, so nothing need be read to find the documents.
 
-  Each token is the target of the one before it, also across the edges of records; the first of a
-  file is predicted from the separator. A document begins after every separator, whether shards put
-  it before or after their documents.
+  Each token is the target of the one before it, also across the edges of records. A document begins
+  after every separator, whether shards put it before or after their documents, and at the start of a
+  file: its first token is predicted from bos, as a text's is and as what follows a prompt will be. A
+  bos that shards have there themselves is no target.
 
   Args:
     files: .npy of one dimension and an unsigned or signed integer type, or .bin of bare
       little-endian numbers.
     dtype: of .bin files, "uint16" or "uint32".
+    bos_id: what the first token of a document is predicted from; it may be the separator.
     eos_id: the separator.
     vocab_size: ids must be below it.
     seq_len: tokens a row.
@@ -69,6 +71,7 @@ class FlatShards(Source):
     files: Sequence[File],
     *,
     dtype: str,
+    bos_id: int,
     eos_id: int,
     vocab_size: int,
     seq_len: int,
@@ -78,7 +81,7 @@ class FlatShards(Source):
     if dtype not in ("uint16", "uint32"):
       raise UserError(f"config.data.token_dtype={dtype!r}: uint16 or uint32")
     self._files, self._dtype, self._vocab_size = files, dtype, vocab_size
-    self.start_id = eos_id
+    self.start_id, self._eos_id = bos_id, eos_id
     self._maps: dict[int, np.ndarray] = {}
     left = CHECK_BYTES
     for i, file in enumerate(files):
@@ -115,8 +118,13 @@ class FlatShards(Source):
     out = np.empty((stop - start, 2), np.int32)
     out[:, 1] = targets
     out[1:, 0] = targets[:-1]
-    out[0, 0] = shard[start - 1] if start else self.start_id
-    return out
+    out[0, 0] = shard[start - 1] if start else self._eos_id
+    if self.start_id == self._eos_id:
+      return out
+    begins = out[:, 0] == self._eos_id
+    out[begins, 0] = self.start_id
+    kept = out[~(begins & (out[:, 1] == self.start_id))]
+    return kept if len(kept) else out  # A record has a pair, though it were that bos alone.
 
   def name(self, i: int) -> str:
     number, start, stop = (int(x) for x in self._spans[i])
