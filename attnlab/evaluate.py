@@ -135,7 +135,7 @@ def by_position(
   mesh: jax.sharding.Mesh,
   *,
   length: int,
-  tokens: int,
+  tokens: int | None,
 ) -> list[dict[str, float]]:
   """The loss by position in the document, in rows of a given length.
 
@@ -144,7 +144,7 @@ def by_position(
     graphdef, model: the model.
     mesh: where it lies.
     length: tokens a row. A longer document goes on in the next row as a new one.
-    tokens: of the validation split to read, at least.
+    tokens: of the validation split to read, at least; None: all.
 
   Returns:
     For each bucket of positions that holds a target: from, to (exclusive), targets, nll.
@@ -157,7 +157,8 @@ def by_position(
   place = placer(mesh, data.tokenizer(config.data).token_bytes())
   edges = [0, *_edges(length)]
   weights, sums = np.zeros(len(edges) - 1), np.zeros(len(edges) - 1)
-  for batch in itertools.islice(batches, math.ceil(tokens / (rows * length))):
+  count = None if tokens is None else math.ceil(tokens / (rows * length))
+  for batch in itertools.islice(batches, count):
     nll = np.asarray(_token_nll(graphdef, model, place(batch)), np.float64)
     bucket = np.searchsorted(edges, batch["positions"], side="right") - 1
     np.add.at(weights, bucket, batch["weights"])
@@ -203,10 +204,16 @@ def evaluate(
   step, graphdef, model = load_model(workdir, config, mesh, step)
   with jax.set_mesh(mesh):
     result: dict[str, Any] = {"step": step} | make_evaluate(config, mesh)(graphdef, model)
-    tokens = config.train.eval_batches * config.train.batch_size * config.data.seq_len
+    # One number for all lengths, which are compared on the same text; of the longest, eight rows.
+    tokens = max([config.train.eval_batches * rows * config.data.seq_len, *(8 * n for n in others)])
     for length in others:
       result.setdefault("by_position", {})[length] = by_position(
-        config, graphdef, model, mesh, length=length, tokens=max(tokens, 8 * length)
+        config,
+        graphdef,
+        model,
+        mesh,
+        length=length,
+        tokens=tokens if config.train.eval_batches else None,
       )
   return result
 

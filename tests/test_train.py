@@ -421,6 +421,18 @@ def test_evaluate_finds_what_training_found(whole):
     evaluate.evaluate(whole[0] / "checkpoints")
 
 
+@pytest.mark.parametrize("batches, targets", [(0, 4001), (1, 2048)], ids=["all", "one batch"])
+def test_lengths_are_compared_on_the_same_text(whole, tmp_path, monkeypatch, batches, targets):
+  """Every token of the split where --batches=0 asks for all, and otherwise as many as the longest rows need."""
+  (tmp_path / "held.txt").write_text("text " * 800)
+  config = run_config(whole[0])
+  config.data.validation = str(tmp_path / "held.txt")
+  monkeypatch.setattr(evaluate, "run_config", lambda workdir: config)
+  result = evaluate.evaluate(whole[0], batches=batches, lengths=[1, 4])
+  read = {n: sum(b["targets"] for b in rows) for n, rows in result["by_position"].items()}
+  assert read == {64: targets, 256: targets}
+
+
 def test_generation_is_the_training_forward_pass(whole):
   """Greedy decoding, through the caches and beside a longer prompt, against one forward a token."""
   config, mesh = run_config(whole[0]), reading_mesh()
