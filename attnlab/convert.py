@@ -13,8 +13,10 @@ Sizes and tokenizer are the source's, and so are all settings of its mixers that
 parameters would mean something else. Without --train only checkpoint 0 is written, for `attnlab.train`.
 """
 
+import collections
 import dataclasses
 import json
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ from attnlab.errors import UserError
 from attnlab.evaluate import make_evaluate
 from attnlab.mixers import mixer
 from attnlab.model import layer_specs, mixer_config
-from attnlab.pattern import parse_pattern
+from attnlab.pattern import LayerSpec, parse_pattern, write_layer, write_layers
 from attnlab.state import State, load_model, make_init, reading_mesh, run_config
 from attnlab.train import train
 
@@ -47,10 +49,13 @@ def like(source: str | Path, config: ConfigDict) -> tuple[ConfigDict, dict[str, 
   """A config with the sizes and the tokenizer of another run, and the settings of its mixers that the config's share.
 
   A mixer shares them whose settings extend the other's, as InfLLM-V2's do softmax attention's, and DSA's latent
-  attention's.
+  attention's. What a single layer of the source has differently is in the config's pattern.
 
   Returns:
     The config, complete, and by key the values that were others.
+
+  Raises:
+    UserError: layers of the source that differ, where the config's pattern does not repeat as the source's does.
   """
   run, config = run_config(source), complete(config)
   old, before = run.model, dict(flatten(config))
@@ -59,15 +64,52 @@ def like(source: str | Path, config: ConfigDict) -> tuple[ConfigDict, dict[str, 
       config.data[key] = run.data[key]
     for key in _SIZES:
       config.model[key] = old[key]
-    for was, spec in zip(layer_specs(old), layer_specs(config.model), strict=True):
-      a, b = mixer(was.mixer), mixer(spec.mixer)
-      if issubclass(b.Config, a.Config):
-        # The layer's own settings too, which a mixer that stays has in the pattern.
-        shared = old.mixers[a.name] if a is b else dataclasses.asdict(mixer_config(old, was))
-        config.model.mixers[b.name] = ConfigDict(dict(config.model.mixers[b.name]) | dict(shared))
+    _take_settings(old, config.model)
   config = complete(config)
   after = flatten(config)
   return config, {k: v for k, v in after if before[k] != v and k != "model.vocab_size"}
+
+
+def _take_settings(old: ConfigDict, new: ConfigDict) -> None:
+  """Gives the mixers of a ``model`` section what the layers of an old one have: what most layers of a mixer have in its
+  section, what others have in the pattern."""
+  settings = lambda model, spec: dataclasses.asdict(mixer_config(model, spec))  # noqa: E731
+  layers = layer_specs(new)
+  wanted = [settings(new, spec) for spec in layers]
+  for was, spec, values in zip(layer_specs(old), layers, wanted, strict=True):
+    if issubclass(mixer(spec.mixer).Config, mixer(was.mixer).Config):
+      values |= settings(old, was)
+  found: dict[str, dict[str, list[Any]]] = collections.defaultdict(dict)
+  for spec, values in zip(layers, wanted, strict=True):
+    right, section = settings(new, spec), found[mixer(spec.mixer).name]
+    for key, value in values.items():
+      if key not in dict(spec.settings) or right[key] != value:
+        section.setdefault(key, []).append(value)
+  for name, section in found.items():
+    most = {key: statistics.mode(values) for key, values in section.items()}
+    new.mixers[name] = ConfigDict(dict(new.mixers[name]) | most)
+
+  def fits() -> bool:
+    return all(settings(new, s) == w for s, w in zip(layer_specs(new), wanted, strict=True))
+
+  if fits():
+    return
+
+  def text(spec: LayerSpec, values: dict[str, Any]) -> str:
+    section = settings(new, LayerSpec(spec.mixer))
+    own = tuple((key, value) for key, value in values.items() if section[key] != value)
+    return write_layer(LayerSpec(spec.mixer, own))
+
+  # Its layers are scanned as the old ones are: parameters lie alike.
+  texts, pattern = list(map(text, layers, wanted)), parse_pattern(old.pattern)
+  end = len(texts) - len(pattern.tail)
+  period = (texts[:end] + texts[-1:] * len(pattern.period))[: len(pattern.period)]
+  given, new.pattern = new.pattern, write_layers(period, texts[end:])
+  if [s.mixer for s in layer_specs(new)] != [s.mixer for s in layers] or not fits():
+    raise UserError(
+      f"config.model.pattern = {given!r} has other layers where the source's {old.pattern!r} repeats,"
+      " and these have settings of their own: let it repeat as the source's does"
+    )
 
 
 def convert(source: str | Path, config: ConfigDict, workdir: str | Path) -> dict[str, Any]:

@@ -64,12 +64,22 @@ def write_pattern(mixers: Sequence[str]) -> str:
 
   # A layer of its own at the end costs a reader more than one in the period.
   period = min(range(1, n + 1), key=lambda p: (p + 3 * tail(p), tail(p)))
-  end = n - tail(period)
+  return write_layers(mixers[:period], mixers[n - tail(period) :])
+
+
+def write_layers(period: Sequence[str], tail: Sequence[str] = ()) -> str:
+  """The pattern of layers, each a name or what `write_layer` makes."""
 
   def text(names: Sequence[str]) -> str:
     return " + ".join(f"{len(list(same))}*{name}" for name, same in itertools.groupby(names))
 
-  return text(mixers[:period]) + (f" | {text(mixers[end:])}" if end < n else "")
+  return " | ".join(text(names) for names in (period, tail) if names)
+
+
+def write_layer(layer: LayerSpec) -> str:
+  """A layer as a pattern has it: "softmax(rope_fraction=0.0)"."""
+  settings = ", ".join(f"{key}={value!r}" for key, value in layer.settings)
+  return f"{layer.mixer}({settings})" if settings else layer.mixer
 
 
 def _layers(text: str, pattern: str) -> tuple[LayerSpec, ...]:

@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from attnlab.checkpoint import paths
-from attnlab.config import load
+from attnlab.config import load, resolve
 from attnlab.convert import begin, convert, convert_and_train, like
 from attnlab.errors import UserError
+from attnlab.model import Model, layer_specs, mixer_config
 from attnlab.state import load_model, reading_mesh, run_config
 from attnlab.train import train
 
@@ -116,6 +118,65 @@ def test_a_mixer_that_stays_keeps_its_settings(source):
     "model.mixers.softmax.num_heads": 4,
     "model.mixers.softmax.rope_theta": 100.0,
   }
+
+
+@pytest.fixture
+def like_untrained(monkeypatch):
+  """`like`, of a run with softmax attention that need not be there."""
+
+  def take(pattern, layers, c):
+    source = config("softmax", SOFTMAX)
+    source.model.pattern, source.model.num_layers = pattern, layers
+    source = resolve(source)
+    monkeypatch.setattr("attnlab.convert.run_config", lambda workdir: source)
+    return source, *like("source", c)
+
+  return take
+
+
+def settings_of(c):
+  return [mixer_config(c.model, spec) for spec in layer_specs(c.model)]
+
+
+@pytest.mark.parametrize("pattern", ["softmax", "softmax(rope_theta=5)", "softmax | softmax"])
+def test_what_all_layers_have_of_their_own_is_taken(like_untrained, pattern):
+  c = config("softmax", dict(num_heads=2))
+  c.model.pattern = pattern
+  source, c, taken = like_untrained("softmax(rope_theta=77.0)", 2, c)
+  assert taken["model.mixers.softmax.rope_theta"] == 77.0
+  assert settings_of(c) == settings_of(source)
+
+
+@pytest.mark.parametrize(
+  "old, layers, new",
+  [
+    ("softmax + softmax(rope_fraction=0.0)", 4, "softmax"),
+    ("softmax + softmax(rope_fraction=0.0)", 4, "infllm2"),
+    ("softmax(rope_scaling=('yarn', 4.0, 64, 32.0, 1.0)) + softmax", 5, "infllm2 + softmax"),
+    ("softmax + softmax(rope_theta=7.0) | softmax(sinks=True)", 3, "infllm2(rope_theta=9)"),
+    ("2*softmax(rope_theta=7.0) + 2*softmax | softmax(rope_theta=7.0)", 4, "infllm2"),
+  ],
+)
+def test_what_single_layers_have_of_their_own_is_taken(like_untrained, old, layers, new):
+  """A model without positions in some layers stays one, and parameters lie where they lay."""
+  c = config("infllm2", BLOCKS)
+  c.model.pattern = new
+  source, c, _ = like_untrained(old, layers, c)
+  for was, now in zip(settings_of(source), settings_of(c), strict=True):
+    assert vars(now) == vars(now) | vars(was)
+  models = [
+    jax.eval_shape(lambda m=m: Model(m.model, jax.random.key(0))) for m in (source, resolve(c))
+  ]
+  old, new = (nnx.state(m, nnx.Param) for m in models)
+  assert paths(old) == paths(new)
+  assert jax.tree.map(jnp.shape, old) == jax.tree.map(jnp.shape, new)
+
+
+def test_layers_that_cannot_have_theirs_are_refused(like_untrained):
+  c = config("infllm2", BLOCKS)
+  c.model.pattern = "2*infllm2 + kda"
+  with pytest.raises(UserError, match=r"config.model.pattern = '2\*infllm2 \+ kda'.*repeat"):
+    like_untrained("softmax + softmax(rope_fraction=0.0)", 4, c)
 
 
 def test_constants_are_taken_too(tmp_path):
