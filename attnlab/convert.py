@@ -234,11 +234,9 @@ def convert_and_train(
   of_source = complete(config)
   of_source.model = run_config(source).model
   measure("source", source, of_source, "dense")
-  begin, parts = source, own_loss(config)
-  if parts and warmup_steps:
-    begin, first = workdir / "warmup", complete(config)
-    first.model.dense, first.optim.only = True, parts
-    first.optim.learning_rate, first.train.steps = warmup_rate, warmup_steps
+  begin = source
+  if own_loss(config) and warmup_steps:
+    begin, first = workdir / "warmup", of_warmup(config, warmup_steps, warmup_rate)
     if not stored_run(begin):
       convert(source, first, begin)
     measure("converted", begin, config, "dense", "sparse")
@@ -251,6 +249,16 @@ def convert_and_train(
   train(config, workdir)
   measure("after training", workdir, config, "sparse")
   return rows
+
+
+def of_warmup(config: ConfigDict, steps: int, rate: float) -> ConfigDict:
+  """The config of the warm-up: parts with losses of their own learn from full attention, at a rate that is reached in a
+  quarter of the updates, or in as many as the config says if these are fewer."""
+  config = complete(config)
+  config.model.dense, config.optim.only = True, own_loss(config)
+  config.optim.learning_rate, config.train.steps = rate, steps
+  config.optim.warmup_steps = min(config.optim.warmup_steps, steps // 4)
+  return config
 
 
 def own_loss(config: ConfigDict) -> str:

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from attnlab import optim
 from attnlab.checkpoint import paths
 from attnlab.config import load, resolve
-from attnlab.convert import begin, convert, convert_and_train, like
+from attnlab.convert import begin, convert, convert_and_train, like, of_warmup
 from attnlab.errors import UserError
 from attnlab.model import Model, layer_specs, mixer_config
 from attnlab.state import load_model, reading_mesh, run_config
@@ -81,6 +82,15 @@ def test_latent_attention_becomes_sparse(tmp_path):
   assert all(abs(x - nll[1]) > 1e-6 for x in nll[2:])
   assert all(0 < r["indexer_recall"] <= 1 and "indexer_loss" in r for r in rows[1:])
   assert convert_and_train(workdir, c, tmp_path / "dsa", warmup_steps=2) == rows
+
+
+@pytest.mark.parametrize("usual", [20, 1000], ids=["base", "pretrain"])
+def test_the_warm_up_reaches_its_rate(usual):
+  """Whose updates are fewer than those in which a long run reaches its own."""
+  c = of_warmup(config("dsa", MLA | INDEXER, warmup_steps=usual), 100, 1e-3)
+  rates = [float(optim.schedule(c.optim, c.train.steps)(i)) for i in range(c.train.steps)]
+  np.testing.assert_allclose(max(rates), 1e-3)
+  assert rates.index(max(rates)) < 25
 
 
 def test_softmax_attention_becomes_infllm2(source, tmp_path):
