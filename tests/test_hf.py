@@ -470,6 +470,20 @@ def test_what_is_wrong_is_told(spoil, words, copy):
     opened(directory)
 
 
+def test_a_checkpoint_without_a_tokenizer(copy):
+  """Is of bytes if so many ids are, and otherwise wants one to be named."""
+  directory, c = copy(), config()
+  assert configured(directory, c)[1].data.tokenizer == "bytes"
+  change(directory, vocab_size=32000)
+  with pytest.raises(UserError, match=r"no tokenizer.json, and its 32000 .*config.data.tokenizer"):
+    configured(directory, c)
+  c.data.tokenizer = "other/tokenizer.json"
+  assert configured(directory, c)[1].data.tokenizer == "other/tokenizer.json"
+  (directory / "tokenizer.json").write_text("{}")
+  c.data.tokenizer = "bytes"
+  assert configured(directory, c)[1].data.tokenizer == str(directory / "tokenizer.json")
+
+
 def test_blocks_of_float8(copy):
   """As DeepSeek's are kept: numbers of 8 bits, and a scale for each block of some rows and columns."""
   directory, block = copy(), (5, 7)

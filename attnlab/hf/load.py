@@ -19,6 +19,7 @@ from attnlab.hf.family import Family, HFConfig, Settings, family
 from attnlab.hf.layout import place
 from attnlab.hf.weights import Arrays, Weights
 from attnlab.state import State
+from attnlab.tokenizer import ByteTokenizer
 
 
 def configured(directory: Path, config: ConfigDict) -> tuple[Family, ConfigDict]:
@@ -28,14 +29,20 @@ def configured(directory: Path, config: ConfigDict) -> tuple[Family, ConfigDict]
   everything else is the config's.
 
   Raises:
-    UserError: no config.json, a family that is not known, or a setting of it that is not.
+    UserError: no config.json, a family that is not known, or a setting of it that is not; or no tokenizer.
   """
   hf = HFConfig(files.read_config(directory), str(directory / "config.json"))
   kind = family(hf("model_type"))
   config = with_model(config, kind.model(hf))
   tokenizer = directory / "tokenizer.json"
-  if tokenizer.is_file() and config.data.tokenizer == "bytes":
-    config.data.tokenizer = str(tokenizer)
+  if config.data.name != "task" and config.data.tokenizer == "bytes":
+    if tokenizer.is_file():
+      config.data.tokenizer = str(tokenizer)
+    elif config.model.vocab_size > ByteTokenizer.vocab_size:
+      raise UserError(
+        f"{directory} has no tokenizer.json, and its {config.model.vocab_size} ids are not bytes:"
+        " give it by --config=FILE --config.data.tokenizer=PATH"
+      )
   return kind, config
 
 
