@@ -135,6 +135,22 @@ def test_on_a_mesh(sizes, model):
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(got), jax.device_get(want))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_tensors_are_read_once(name, monkeypatch):
+  """Whether several devices have parts of one, several layers are one parameter, or several parameters one tensor."""
+  count: dict[str, int] = {}
+  get = files.Tensors.__getitem__
+
+  def counted(self, key):
+    count[key] = count.get(key, 0) + 1
+    return get(self, key)
+
+  monkeypatch.setattr(files.Tensors, "__getitem__", counted)
+  opened(CHECKPOINTS / name, {"data": 4})
+  assert count.keys() == load_file(CHECKPOINTS / name / "model.safetensors").keys()
+  assert set(count.values()) == {1}
+
+
 # What a published config.json has of what matters, and the parameters that are published (some rounded; None: unknown).
 PUBLISHED = {
   "Llama-2-7B": (

@@ -1,7 +1,7 @@
 """A checkpoint of Hugging Face's libraries becomes a run."""
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -17,7 +17,7 @@ from attnlab.errors import UserError
 from attnlab.hf import files
 from attnlab.hf.family import Family, HFConfig, Settings, family
 from attnlab.hf.layout import place
-from attnlab.hf.weights import Arrays, Weights
+from attnlab.hf.weights import Weights
 from attnlab.state import State
 from attnlab.tokenizer import ByteTokenizer
 
@@ -58,7 +58,7 @@ def with_model(config: ConfigDict, section: Settings) -> ConfigDict:
 def load(source: str | Path, config: ConfigDict, workdir: str | Path) -> ConfigDict:
   """Writes checkpoint 0 of a run whose parameters are a checkpoint's.
 
-  A device is given what it holds, a layer at a time, so that no process ever has all of a model that a mesh splits.
+  A process reads a layer of a few parameters at a time, and has of these what its devices hold: it never has a model.
 
   Args:
     source: the checkpoint's directory, or the name of a model on the Hub.
@@ -111,8 +111,6 @@ class _Reader:
     self._weights = {
       i: {path: w for w in kind.weights(model, i) for path in w.ours} for i in layers
     }
-    # What several parameters, or several devices' parts of one, are made of is read once.
-    self._read = functools.lru_cache(maxsize=1)(self._read_now)
 
   def check(self, ours: Iterable[str]) -> None:
     """Raises UserError unless every parameter has its tensors and every tensor its parameter."""
@@ -136,41 +134,63 @@ class _Reader:
 
   def tree(self, tree: PyTree) -> PyTree:
     """A tree of arrays, or of their shapes and shardings, with what the checkpoint has of them."""
-    named = list(zip(paths(tree), jax.tree.leaves(tree), strict=True))
-    made = [self._array(path, x) for path, x in track(named, "reading", disable=len(named) < 8)]
-    return jax.tree.unflatten(jax.tree.structure(tree), made)
+    out = dict(zip(paths(tree), jax.tree.leaves(tree), strict=True))
+    # Parameters that are made of the same tensors are made together.
+    groups: dict[tuple[tuple[int, ...], tuple[str, ...]], list[str]] = {}
+    for path, x in out.items():
+      at = place(path, self._model)
+      weights = self._weights[at.layers[0] if at.layers else None].get(at.path)
+      if weights:
+        groups.setdefault((at.layers, weights.ours), []).append(path)
+      else:
+        assert isinstance(x, jax.Array), path  # a constant that the family has no tensor for
+    for (layers, _), names in track(groups.items(), "reading", disable=len(groups) < 8):
+      out |= self._arrays(layers or (None,), {name: out[name] for name in names})
+    return jax.tree.unflatten(jax.tree.structure(tree), out.values())
 
-  def _array(self, path: str, x: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
-    at = place(path, self._model)
-    if at.path not in self._weights[at.layers[0] if at.layers else None]:
-      assert isinstance(x, jax.Array), path  # a constant that the family has no tensor for
-      return x
-    shape = x.shape[1:] if at.stacked else x.shape
-
-    def value(layer: int | None) -> np.ndarray:
-      weights = self._weights[layer][at.path]
-      made = self._read(layer, weights)[weights.ours.index(at.path)]
-      if made.shape != shape:
-        names = ", ".join(self._names(layer, weights)[:3])
-        raise UserError(
-          f"{self._directory}: {names} makes {path} {made.shape}, config.json {shape}"
-        )
-      return made
-
-    def part(index: tuple[slice, ...] | None) -> np.ndarray:
-      assert index is not None
-      if not at.stacked:
-        return value(at.layers[0] if at.layers else None)[index]
-      return np.stack([value(layer)[index[1:]] for layer in at.layers[index[0]]])
-
-    return jax.make_array_from_callback(x.shape, x.sharding, part, dtype=x.dtype)
+  def _arrays(
+    self, layers: Sequence[int | None], like: Mapping[str, jax.Array | jax.ShapeDtypeStruct]
+  ) -> dict[str, jax.Array]:
+    """Parameters of the same tensors of some layers: each is read once, and every device given its part."""
+    places = {path: place(path, self._model) for path in like}
+    parts: dict[str, dict[tuple[slice, ...] | None, np.ndarray]] = {
+      path: {
+        index: np.empty(x.sharding.shard_shape(x.shape), x.dtype)
+        for index in x.sharding.addressable_devices_indices_map(x.shape).values()
+      }
+      for path, x in like.items()
+    }
+    for row, layer in enumerate(layers):
+      made = self._read(layer, next(iter(places.values())).path)
+      for path, x in like.items():
+        at = places[path]
+        value, shape = made[at.path], x.shape[1:] if at.stacked else x.shape
+        if value.shape != shape:
+          names = ", ".join(self._names(layer, self._weights[layer][at.path])[:3])
+          raise UserError(
+            f"{self._directory}: {names} makes {path} {value.shape}, config.json {shape}"
+          )
+        for index, part in parts[path].items():
+          assert index is not None
+          if not at.stacked:
+            part[...] = value[index]
+          elif row in (rows := range(len(layers))[index[0]]):
+            part[rows.index(row)] = value[index[1:]]
+    return {
+      path: jax.make_array_from_callback(
+        x.shape, x.sharding, parts[path].__getitem__, dtype=x.dtype
+      )
+      for path, x in like.items()
+    }
 
   def _names(self, layer: int | None, weights: Weights) -> list[str]:
     return [self._kind.prefix(layer) + name for name in weights.theirs]
 
-  def _read_now(self, layer: int | None, weights: Weights) -> Arrays:
-    names = self._names(layer, weights)
-    return weights.read([self._tensors[self._named[name]] for name in names])
+  def _read(self, layer: int | None, path: str) -> dict[str, np.ndarray]:
+    """A layer's parameter, and those that are made of the same tensors, by their paths within the layer."""
+    weights = self._weights[layer][path]
+    tensors = [self._tensors[self._named[name]] for name in self._names(layer, weights)]
+    return dict(zip(weights.ours, weights.read(tensors), strict=True))
 
 
 def _shapes(tree: PyTree) -> PyTree:
