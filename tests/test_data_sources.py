@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from attnlab import data, tokenizer
+from attnlab.data.files import find
 from attnlab.data.parquet import ShuffleBlocks
 from attnlab.data.source import shifted
+from attnlab.data.text import JsonLines
 from attnlab.errors import UserError
 
 TEXTS = [f"document {i}: " + "x" * (7 * i % 50) for i in range(60)]
@@ -68,6 +70,24 @@ def test_jsonl(tmp_path):
   assert not set(train) & set(held) and 5 < len(held) < 35
   assert sorted(decoded(c, batches_of(c))) == sorted(held)
   assert data.record_name(c, "train", 0) == f"{path}:{1 + expected.index(train[0])}"
+
+
+@pytest.mark.parametrize("read", [1, 4, 1 << 24])
+def test_jsonl_blank_lines(tmp_path, monkeypatch, read):
+  """Whatever blanks are in them, and wherever a read of the file ends."""
+  monkeypatch.setattr("attnlab.data.text._READ_BYTES", read)
+  lines = ["  ", '{"text": "one"}', "", "\t\r", "   ", ' {"text": "two"} ', " ", " "]
+  (tmp_path / "a.jsonl").write_text("\n".join(lines))
+  (tmp_path / "b.jsonl").write_text("\n \n")
+  (tmp_path / "c.jsonl").write_text("")
+  (tmp_path / "d.jsonl").write_text('{"text": "three"}\n{"text": "four"}')
+  source = JsonLines(find(f"{tmp_path}/*.jsonl", "train"), "text", tokenizer.ByteTokenizer())
+  assert [source.text(i) for i in range(len(source))] == ["one", "two", "three", "four"]
+  assert [source.name(i).rpartition("/")[2] for i in (0, 1, 3)] == [
+    "a.jsonl:2",
+    "a.jsonl:6",
+    "d.jsonl:2",
+  ]
 
 
 @pytest.mark.parametrize(

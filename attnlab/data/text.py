@@ -25,6 +25,9 @@ PIECE_BYTES = 1 << 20
 # that are not JSON with a text: some seconds. What lies beyond is checked when it is read.
 CHECK_TEXT_BYTES = 1 << 33
 CHECK_JSON_BYTES = 1 << 29
+# How much is searched for lines at a time.
+_READ_BYTES = 1 << 24
+_BLANK = np.array([not bytes([b]).strip() for b in range(256)])  # by byte
 
 # Parts of the standard library that many systems ship apart, and files that are generated tables
 # rather than prose or code: without them every machine has nearly the same text.
@@ -204,15 +207,26 @@ class JsonLines(TextSource):
 
 def _lines(number: int, file: File) -> Int64[np.ndarray, "lines 4"]:
   """Byte ranges of a file's lines that are not blank."""
-  ends = []
-  for start in range(0, file.size, 1 << 24):
-    data = np.frombuffer(_read(file, start, start + (1 << 24)), np.uint8)
-    ends.append(np.flatnonzero(data == ord("\n")) + start)
+  ends: list[np.ndarray] = []
+  filled = [np.zeros(0, np.int64)]  # Lines with something in them; twice where a read ends in one.
+  for start in range(0, file.size, _READ_BYTES):
+    data = np.frombuffer(_read(file, start, start + _READ_BYTES), np.uint8)
+    breaks = np.flatnonzero(data == ord("\n"))
+    begins, stops = np.append(0, breaks + 1), np.append(breaks, len(data))
+    lines = np.flatnonzero(stops > begins)
+    doubtful = _BLANK[data[begins[lines]]]  # Nearly all lines begin with what is no blank.
+    blank = [i for i in lines[doubtful] if not bytes(data[begins[i] : stops[i]]).strip()]
+    filled.append(
+      np.setdiff1d(lines, np.array(blank, np.int64), assume_unique=True) + sum(map(len, ends))
+    )
+    ends.append(breaks + start)
   stop = np.concatenate([*ends, [file.size]]).astype(np.int64)
   start = np.concatenate([[0], stop[:-1] + 1]).astype(np.int64)
   line = np.arange(1, len(stop) + 1)
   rows = np.stack([np.full_like(stop, number), start, stop, line], axis=1)
-  return rows[stop - start > 1]  # A single byte is a carriage return: no object is shorter than {}.
+  kept = np.zeros(len(rows), bool)
+  kept[np.concatenate(filled)] = True
+  return rows[kept]
 
 
 def _text_of(data: bytes, key: str, where: str) -> str:
