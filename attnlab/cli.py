@@ -117,7 +117,11 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 
 def _explain_override(argv: list[str]) -> None:
-  specs = [arg.partition("=")[2] for arg in argv if re.match(r"--?config=", arg)]
+  specs = [
+    following if arg in ("--config", "-config") else arg.partition("=")[2]
+    for arg, following in zip(argv, [*argv[1:], ""], strict=True)
+    if re.match(r"--?config(=|$)", arg)
+  ]
   config = load(specs[-1]) if specs else None
   for arg in argv:
     key = re.match(r"--?(no)?config\.([^=]+)", arg)

@@ -272,6 +272,7 @@ def test_parse_arg():
   "args, named",
   [
     (["--config=CONFIG", "--config.train.stpes=5"], "did you mean 'steps'"),
+    (["--config", "CONFIG", "--config.train.stpes", "5"], "did you mean 'steps'"),
     (["--config=CONFIG:stepz=5"], "steps=..."),
     (["--config=CONFIG", "--wrokdir=x"], "workdir"),
     (["--config=configs/nothing.py"], "configs/nothing.py"),
