@@ -169,9 +169,8 @@ def table(model: ConfigDict, lengths: Sequence[int], batch: int = 1) -> str:
 
 
 def main(_) -> None:
-  f = flags.FLAGS
-  config = resolve(f.config)
-  print(table(config.model, [int(n) for n in f.lengths], f.batch), end="")
+  config = resolve(cli.config())
+  print(table(config.model, cli.lengths(), flags.FLAGS.batch), end="")
 
 
 if __name__ == "__main__":

@@ -46,6 +46,14 @@ def config() -> ConfigDict:
   return flags.FLAGS.config
 
 
+def lengths() -> list[int]:
+  """What --lengths gave: numbers of tokens."""
+  given = flags.FLAGS.lengths
+  if not all(re.fullmatch("[1-9][0-9]*", n) for n in given):
+    raise UserError(f"--lengths={','.join(given)} must be numbers of tokens, such as 4096,8192")
+  return [int(n) for n in given]
+
+
 def default_workdir() -> str:
   """runs/NAME by the --config flag: "configs/kda.py:size=small" gives "runs/kda-size=small"; a run's config.json, its
   own."""

@@ -29,7 +29,7 @@ from rich.table import Table
 
 from attnlab import cli, metrics, optim, sharding
 from attnlab.config import load, resolve
-from attnlab.errors import UserError, unknown
+from attnlab.errors import unknown
 from attnlab.mixers import mixer, mixers
 from attnlab.state import make_init
 from attnlab.train import make_update
@@ -162,10 +162,7 @@ def main(_) -> None:
 
   if f.chip not in ("cpu", *CHIPS):
     raise unknown("--chip", f.chip, ["cpu", *CHIPS])
-  try:
-    lengths = [int(n) for n in f.lengths]
-  except ValueError as error:
-    raise UserError(f"--lengths={','.join(f.lengths)} must be numbers of tokens") from error
+  lengths = cli.lengths()
   names = f.mixers or [name for name, cls in mixers().items() if cls.family == "sparse"]
   for name in names:
     _config(name, f.size)  # What is unknown ends here, and not in a child.

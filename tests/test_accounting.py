@@ -1,6 +1,7 @@
 """Accounting against the arrays and the programs it speaks of."""
 
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,8 @@ import pytest
 from flax import nnx
 from ml_collections import ConfigDict
 
-from attnlab import accounting
+from attnlab import accounting, cli
+from attnlab.errors import UserError
 from attnlab.mixers import mixers
 from attnlab.model import Model
 from configs.base import base
@@ -205,3 +207,18 @@ def test_paper_sizes(name, total, active):
   model = resolve(load(f"configs/{name}.py:paper")).model
   assert accounting.parameters(model) == pytest.approx(total, rel=0.03)
   assert accounting.active_parameters(model) == pytest.approx(active, rel=0.2)
+
+
+@pytest.mark.parametrize(
+  "given, lengths, words",
+  [
+    (None, ["4096"], "--config is missing"),
+    (base(), ["4k"], "--lengths=4k must be numbers"),
+    (base(), ["16", "0"], "--lengths=16,0 must be numbers"),
+  ],
+)
+def test_what_the_command_wants_is_told(monkeypatch, given, lengths, words):
+  flags = SimpleNamespace(config=given, lengths=lengths, batch=1)
+  monkeypatch.setattr(cli.flags, "FLAGS", flags)
+  with pytest.raises(UserError, match=words):
+    accounting.main(None)
