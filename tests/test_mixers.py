@@ -20,6 +20,7 @@ import pallas_kernels as pk
 from attnlab import sharding
 from attnlab.mixers import Context, Layer, Mixer, configure, mix, mixers
 from attnlab.mixers.linear import LinearMixer, Recent
+from attnlab.mixers.linear_references import Place
 
 D, B, T = 32, 4, 7
 LAYERS = 2
@@ -61,15 +62,18 @@ WHOLE = np.ones((B, T), np.int32)
 FEW = ("softmax", "mla", "csa", "kda", "mamba2", "window_linear", "nsa")
 
 
-def cases(shapes_alone, few):
+def cases(shapes_alone, few, linear):
   """Parameters of ``case``: every mixer with its defaults and each variant.
 
   Args:
     shapes_alone: for a test of what depends on the shapes of arrays. Variants without a number among their settings
       have the default's, and are for the long run.
     few: for a test of which FEW, with their defaults, are for every run.
+    linear: of linear mixers alone.
   """
   for name, cls in mixers().items():
+    if linear and not issubclass(cls, LinearMixer):
+      continue
     for variant, settings in {"default": {}, **cls.variants}.items():
       identity = f"{name}-{variant}"
       # One worker takes all tests of a case: they share compiled functions.
@@ -90,6 +94,12 @@ def of_shapes(test):
   return test
 
 
+def of_linear(test):
+  """Marks a test as one of linear mixers, which have an equation."""
+  test.of_linear = True
+  return test
+
+
 def of_few(test):
   """Marks a test as one that every run has of a few mixers."""
   test.of_few = True
@@ -98,7 +108,8 @@ def of_few(test):
 
 def pytest_generate_tests(metafunc):
   if "case" in metafunc.fixturenames:
-    of = cases(*(hasattr(metafunc.function, mark) for mark in ("of_shapes", "of_few")))
+    marks = ("of_shapes", "of_few", "of_linear")
+    of = cases(*(hasattr(metafunc.function, mark) for mark in marks))
     metafunc.parametrize("case", of, indirect=True, scope="module")
 
 
@@ -160,6 +171,10 @@ class Case:
       else (x @ random(9, D, math.prod(s)).astype(x.dtype)).reshape(*x.shape[:2], *s)
       for k, s in shapes
     }
+
+  def place(self, index, shared):
+    """Of the layer of this number, to which ``shared`` is handed on, for the reference of the first row."""
+    return Place(D, int(index), 4, shared={k: np.float64(s[0]) for k, s in shared.items()})
 
   def forward(self, params, x, pos, ids=None, cache=None):
     """The layer; with a cache also the new one."""
@@ -292,20 +307,32 @@ def has_reference(cls):
   return owner is cls or (owner is not Mixer and "name" not in vars(owner))
 
 
+NO_REFERENCE = (
+  "{} needs a reference: a method reference(self, x, dense=False) of its own, with the paper's equations for one"
+  " document's tokens x [T, D] in numpy's float64 that gives (y [T, D], {{}}); attnlab/mixers/references.py has"
+  " examples, and parts to write it with"
+)
+NO_LINEAR_REFERENCE = (
+  "{} has an equation, but nothing says what lies around it: it needs a method reference(self, x, place) of its own,"
+  " with what the paper makes of one document's tokens x [T, D] in numpy's float64 until they are the equation's"
+  " arguments, and then of its outputs, that gives (y [T, D], {{}}); attnlab/mixers/linear_references.py has examples,"
+  " and parts to write it with"
+)
+
+
 def hold_to_reference(case):
   """The whole layer against its reference: outputs, and the derivative by every parameter, along its gradient and
   across. float32 against float64, whose central differences are good to 1e-7: 1e-4.
   """
-  assert has_reference(case.cls), (
-    f"{case.cls.__name__} is no LinearMixer with an equation, so it needs a reference: a method"
-    " reference(self, x, dense=False) of its own, with the paper's equations for one document's tokens x [T, D] in"
-    " numpy's float64 that gives (y [T, D], {}); attnlab/mixers/references.py has examples, and parts to write it with"
-  )
+  linear = issubclass(case.cls, LinearMixer)
+  message = NO_LINEAR_REFERENCE if linear else NO_REFERENCE
+  assert has_reference(case.cls), message.format(case.cls.__name__)
   rest = jax.tree.map(np.asarray, case.rest)
   params, cotangent = case.params, np.float64(case.cotangent[0])
+  place = [case.place(case.indices[1], case.shared(case.x))] if linear else []
 
   def reference(params):
-    return case.layer(params, rest).reference(np.float64(case.x[0]))[0]
+    return case.layer(params, rest).reference(np.float64(case.x[0]), *place)[0]
 
   y, grads = case.gradients(case.x, case.cotangent * (np.arange(B) == 0)[:, None, None], WHOLE)
   np.testing.assert_allclose(y[0], reference(params), rtol=2e-5, atol=2e-5)
@@ -331,15 +358,31 @@ def hold_to_reference(case):
 EPS = 1e-5
 
 
+def hold_first_layer(case):
+  """The first of the model, whose constants may differ, and to which nothing is handed on: its outputs."""
+  shared = jax.tree.map(np.zeros_like, case.shared(case.x))
+  rest = jax.device_get(nnx.split(case.build(0, case.keys[0]), nnx.Param, ...)[2])
+  y, _ = case.step((case.params, rest), (case.x, shared))
+  layer = case.layer(case.params, rest)
+  want, _ = layer.reference(np.float64(case.x[0]), case.place(0, shared))
+  np.testing.assert_allclose(y[0], want, rtol=2e-5, atol=2e-5)
+
+
+def test_layer(case):
+  """All of it; of a linear mixer that is what lies around the equation, to which ``test_equation`` holds the core."""
+  hold_to_reference(case)
+  by_layer = jax.tree.leaves(case.rest) or case.cls.shared(case.config, D)
+  if issubclass(case.cls, LinearMixer) and by_layer:
+    hold_first_layer(case)
+
+
+@of_linear
 def test_equation(case):
   """``core``, in chunks, against the equation: outputs, final state, and the gradient of every signal and the state.
 
   In float64, so that a bound of 1e-9 leaves no room for anything but rounding: the worst system here (keys correlated
   by 0.9 with beta up to 2) amplifies 1e-16 by less than 1e4.
   """
-  if not issubclass(case.cls, LinearMixer):
-    return hold_to_reference(case)
-
   x = random(6, 2, 13, D)
 
   def signals_of(layer, x):

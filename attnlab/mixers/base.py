@@ -134,7 +134,8 @@ class Mixer(nnx.Module):
     """The layer's output [T, D] for the tokens [T, D] of one document, and its scalars (``MixerOutput.aux``).
 
     The paper's equations in numpy's float64, token by token, without the layer's own code: the contract tests hold the
-    layer to it, in outputs and in every gradient. A LinearMixer has ``equation`` in its place.
+    layer to it, in outputs and in every gradient. A LinearMixer's takes, in the place of ``dense``, the layer's own
+    (``linear_references.Place``), and goes through its ``equation``.
     """
     raise NotImplementedError
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.errors import UserError
+from attnlab.mixers import linear_references
 from attnlab.mixers.base import Layer, register
 from attnlab.mixers.gated_deltanet import GatedDeltaNet
 from attnlab.nn import by_channel, param
@@ -30,6 +31,7 @@ class Comba(GatedDeltaNet):
   """
 
   core = staticmethod(comba)
+  reference = linear_references.comba
   gate_activation = staticmethod(jax.nn.sigmoid)
 
   @dataclasses.dataclass(frozen=True, kw_only=True)

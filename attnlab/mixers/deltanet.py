@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from attnlab.mixers import linear_references
 from attnlab.mixers.base import Layer, register
 from attnlab.mixers.gates import step_size
 from attnlab.mixers.linear import LinearMixer
@@ -24,6 +25,7 @@ class DeltaNet(LinearMixer):
 
   erase = "key"
   core = staticmethod(delta_rule)
+  reference = linear_references.deltanet
   gate_activation = None
 
   @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab import sharding
+from attnlab.mixers import linear_references
 from attnlab.mixers.base import Layer, register
 from attnlab.mixers.gates import inverse_softplus_step, log_uniform_rate, softplus_decay, step_size
 from attnlab.mixers.linear import LinearMixer
@@ -29,6 +30,7 @@ class GatedDeltaProduct(LinearMixer):
 
   erase = "key"
   core = staticmethod(gated_delta_product)
+  reference = linear_references.gated_delta_product
 
   @dataclasses.dataclass(frozen=True, kw_only=True)
   class Config(LinearMixer.Config):

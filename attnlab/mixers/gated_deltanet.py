@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab import sharding
+from attnlab.mixers import linear_references
 from attnlab.mixers.base import Layer, register
 from attnlab.mixers.gates import inverse_softplus_step, log_uniform_rate, softplus_decay, step_size
 from attnlab.mixers.linear import LinearMixer
@@ -32,6 +33,7 @@ class GatedDeltaNet(LinearMixer):
 
   erase = "key"
   core = staticmethod(gated_delta_rule)
+  reference = linear_references.gated_deltanet
 
   @dataclasses.dataclass(frozen=True, kw_only=True)
   class Config(LinearMixer.Config):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab import sharding
+from attnlab.mixers import linear_references
 from attnlab.mixers.base import Layer, register
 from attnlab.mixers.gates import inverse_softplus_step, log_uniform_rate, softplus_decay, step_size
 from attnlab.mixers.linear import LinearMixer
@@ -31,6 +32,7 @@ class GatedDeltaNet2(LinearMixer):
 
   erase = "low_rank"
   core = staticmethod(gdn2)
+  reference = linear_references.gdn2
   gate_activation = staticmethod(jax.nn.sigmoid)
 
   @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab import sharding
+from attnlab.mixers import linear_references
 from attnlab.mixers.base import Layer, register
 from attnlab.mixers.linear import LinearMixer
 from attnlab.nn import LowRank
@@ -18,6 +19,7 @@ class GLA(LinearMixer):
   """A decay for each channel of the key, from a low-rank projection, its logarithm divided by 16."""
 
   core = staticmethod(gla)
+  reference = linear_references.gla
   qkv_activation, qk_norm = None, False
 
   @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.errors import UserError
+from attnlab.mixers import linear_references
 from attnlab.mixers.base import Layer, Mixer, register
 from attnlab.mixers.linear import LinearMixer
 from attnlab.nn import Constant, HeadNorm, by_channel, param
@@ -29,6 +30,7 @@ class HGRN2(LinearMixer):
   """
 
   core = staticmethod(_hgrn2)
+  reference = linear_references.hgrn2
   qkv_activation = gate_activation = None
   qk_norm = False
 

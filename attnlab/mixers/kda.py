@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab import sharding
+from attnlab.mixers import linear_references
 from attnlab.mixers.base import Layer, register
 from attnlab.mixers.gates import inverse_softplus_step, log_uniform_rate, softplus_decay, step_size
 from attnlab.mixers.linear import LinearMixer
@@ -34,6 +35,7 @@ class KDA(LinearMixer):
 
   erase = "key"
   core = staticmethod(kda)
+  reference = linear_references.kda
   gate_activation = staticmethod(jax.nn.sigmoid)
 
   @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from attnlab import sharding
+from attnlab.mixers import linear_references
 from attnlab.mixers.base import Layer, register
 from attnlab.mixers.linear import LinearMixer
 from attnlab.nn import Constant, HeadNorm, rope_heads
@@ -26,6 +27,7 @@ class Lightning(LinearMixer):
   """SiLU on q, k and v, a constant decay a head, weaker in later layers, one norm over all heads, a sigmoid gate."""
 
   core = staticmethod(functools.partial(lightning_attention, scale=1.0))
+  reference = linear_references.lightning
   gate_activation = staticmethod(jax.nn.sigmoid)
 
   @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,6 +79,7 @@ class LightningFla(Lightning):
   """The same layer with the slopes of flash-linear-attention: linear in the head, so that head 0 has no decay."""
 
   core = staticmethod(lightning_attention)
+  reference = linear_references.lightning_fla
 
   def slopes(self, layer: Layer) -> Float[Array, " Hv"]:
     """``8 h / heads (1 - layer / layers)``, h from 0."""

@@ -1,9 +1,10 @@
 """What linear mixers share: projections, short convolutions, the recurrence, then norm, output gate and projection.
 
-A mechanism is a subclass with three things: ``signals`` (its gates, as arguments by name), ``core`` (the function of
-those arguments: one of pallas_kernels, or its own mapping onto ``linear_recurrence``), and ``equation`` (its paper's
-update of one token and one head, literally; the contract tests hold ``core`` to it). What differs from the common
-layer has a hook: ``sizes``, ``make_projections``, ``make_gate``, ``make_norm``, ``output``, ``init_state``.
+A mechanism is a subclass with four things: ``signals`` (its gates, as arguments by name), ``core`` (the function of
+those arguments: one of pallas_kernels, or its own mapping onto ``linear_recurrence``), ``equation`` (its paper's
+update of one token and one head, literally; the contract tests hold ``core`` to it), and ``reference`` (in numpy, what
+the paper has around that; they hold the layer to it). What differs from the common layer has a hook: ``sizes``,
+``make_projections``, ``make_gate``, ``make_norm``, ``output``, ``init_state``.
 """
 
 import dataclasses

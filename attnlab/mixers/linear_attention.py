@@ -6,6 +6,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from attnlab.mixers import linear_references
 from attnlab.mixers.base import register
 from attnlab.mixers.linear import LinearMixer
 from attnlab.settings import Natural
@@ -29,6 +30,7 @@ class LinearAttention(LinearMixer):
   """Keys times values, summed, under a feature map of q and k; an RMSNorm instead of the paper's denominator."""
 
   core = staticmethod(linear_attention)
+  reference = linear_references.linear_attention
   qkv_activation = gate_activation = None
   qk_norm = False
 

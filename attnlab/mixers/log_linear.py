@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from attnlab import sharding
 from attnlab.errors import UserError
+from attnlab.mixers import linear_references
 from attnlab.mixers.base import Layer, register
 from attnlab.mixers.gated_deltanet import GatedDeltaNet
 from attnlab.mixers.linear import LinearMixer
@@ -89,6 +90,7 @@ class LogLinearMamba2(LogLinear, Mamba2):
   """Mamba-2 whose state is kept by level of the past, each read with a weight of the token's."""
 
   core = staticmethod(log_linear_ssd)
+  reference = linear_references.log_linear_mamba2
 
   @dataclasses.dataclass(frozen=True, kw_only=True)
   class Config(Mamba2.Config):
@@ -116,6 +118,7 @@ class LogLinearGatedDeltaNet(LogLinear, GatedDeltaNet):
   """
 
   core = staticmethod(log_linear_gated_delta_rule)
+  reference = linear_references.log_linear_gated_deltanet
 
   @dataclasses.dataclass(frozen=True, kw_only=True)
   class Config(GatedDeltaNet.Config):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from attnlab import sharding
 from attnlab.errors import UserError
+from attnlab.mixers import linear_references
 from attnlab.mixers.base import Layer, Mixer, register
 from attnlab.mixers.gates import inverse_softplus_step, log_uniform_rate
 from attnlab.mixers.linear import LinearMixer
@@ -31,6 +32,7 @@ class Mamba2(LinearMixer):
   """
 
   core = staticmethod(ssd)
+  reference = linear_references.mamba2
 
   @dataclasses.dataclass(frozen=True, kw_only=True)
   class Config(Mixer.Config):

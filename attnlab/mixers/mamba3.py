@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from attnlab import sharding
 from attnlab.errors import UserError
+from attnlab.mixers import linear_references
 from attnlab.mixers.base import Layer, Mixer, register
 from attnlab.mixers.gates import inverse_softplus_step
 from attnlab.mixers.linear import LinearMixer
@@ -34,6 +35,7 @@ class Mamba3(LinearMixer):
   No convolution and no activation on x, B, C; B and C are normalised and get a bias a head.
   """
 
+  reference = linear_references.mamba3
   qkv_activation = None
   output_rank = 2
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab import sharding
+from attnlab.mixers import linear_references
 from attnlab.mixers.base import Layer, register
 from attnlab.mixers.gates import step_size
 from attnlab.mixers.linear import LinearMixer
@@ -34,6 +35,7 @@ class MesaNet(LinearMixer):
   """
 
   core = staticmethod(mesa)
+  reference = linear_references.mesanet
   sums_of_squares = (0,)
 
   @dataclasses.dataclass(frozen=True, kw_only=True)

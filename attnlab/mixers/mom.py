@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from attnlab import sharding
 from attnlab.errors import UserError
+from attnlab.mixers import linear_references
 from attnlab.mixers.base import Layer, register
 from attnlab.mixers.gated_deltanet import GatedDeltaNet
 from attnlab.mixers.gates import inverse_softplus_step, log_uniform_rate, softplus_decay, step_size
@@ -34,6 +35,7 @@ class MixtureOfMemories(LinearMixer):
 
   erase = "key"
   core = staticmethod(mixture_of_memories)
+  reference = linear_references.mixture_of_memories
   output_only = frozenset({"probability", "used"})
 
   @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 A reference takes a layer, for its sizes and parameters, and float64 tokens [T, D]. It gives the layer's output [T, D]
 and the scalars of ``MixerOutput.aux``, and shares no code with the layer: what it needs besides is here. A mixer names
-its own as ``reference``, which may as well be a method in its file.
+its own as ``reference``, which may as well be a method in its file. Those of recurrences are in linear_references.py.
 """
 
 import numpy as np

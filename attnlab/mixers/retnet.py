@@ -5,6 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from attnlab import sharding
+from attnlab.mixers import linear_references
 from attnlab.mixers.base import register
 from attnlab.mixers.linear import LinearMixer
 from attnlab.nn import rope_heads
@@ -19,6 +20,7 @@ class RetNet(LinearMixer):
   """A constant decay a head, ``1 - 2^(-5-h)``, and rotary positions on q and k."""
 
   core = staticmethod(retention)
+  reference = linear_references.retnet
   qkv_activation, qk_norm = None, False
 
   @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab import sharding
+from attnlab.mixers import linear_references
 from attnlab.mixers.base import Layer, Mixer, register
 from attnlab.mixers.linear import LinearMixer
 from attnlab.nn import HeadNorm, Linear, LowRank, TokenShift, by_channel, param
@@ -32,6 +33,7 @@ class RWKV6(LinearMixer):
   """
 
   core = staticmethod(rwkv6)
+  reference = linear_references.rwkv6
   output_only = frozenset({"gate"})
 
   @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab import sharding
+from attnlab.mixers import linear_references
 from attnlab.mixers.base import Layer, Mixer, register
 from attnlab.mixers.linear import LinearMixer
 from attnlab.mixers.rwkv6 import rwkv_depth, rwkv_sizes
@@ -45,6 +46,7 @@ class RWKV7(LinearMixer):
 
   erase = "low_rank"
   core = staticmethod(rwkv7)
+  reference = linear_references.rwkv7
   output_only = frozenset({"gate", "own_v"})
 
   @dataclasses.dataclass(frozen=True, kw_only=True)

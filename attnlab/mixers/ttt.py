@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab import sharding
+from attnlab.mixers import linear_references
 from attnlab.mixers.base import Layer, Mixer, register
 from attnlab.mixers.linear import LinearMixer
 from attnlab.mixers.mamba2 import inner_heads
@@ -31,6 +32,7 @@ class TTTLinear(LinearMixer):
   """
 
   core = staticmethod(ttt)
+  reference = linear_references.ttt
   in_parts = False
   gate_activation = staticmethod(gelu)
   without_gradient = frozenset({"place"})
@@ -158,6 +160,7 @@ class TTTLinear(LinearMixer):
 class TTTMLP(TTTLinear):
   """TTT-Linear with a hidden layer of four times a head's channels."""
 
+  reference = linear_references.ttt
   hidden = 4
 
   @dataclasses.dataclass(frozen=True, kw_only=True)
