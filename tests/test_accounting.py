@@ -106,8 +106,8 @@ def test_matrices_cost_what_the_program_multiplies():
 
 @pytest.mark.parametrize(
   "name",
-  "softmax swa fox mla mtla deltaformer simplicial linear_attention mamba2 mamba3 gated_deltanet gated_delta_product kda"
-  " rwkv6 rwkv7 window_linear moba nsa_fla hca csa".split(),
+  "softmax swa fox mla mtla deltaformer simplicial linear_attention mamba2 mamba3 gated_deltanet gated_delta_product"
+  " kda rwkv6 rwkv7 window_linear moba nsa_fla hca csa".split(),
 )
 def test_decoding_costs_what_xla_counts(name):
   """One layer, at sizes at which matrices matter more than what is elementwise, which XLA counts too: to 7.5 %. MLA's
