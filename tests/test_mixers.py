@@ -172,9 +172,14 @@ class Case:
       for k, s in shapes
     }
 
-  def place(self, index, shared):
-    """Of the layer of this number, to which ``shared`` is handed on, for the reference of the first row."""
-    return Place(D, int(index), 4, shared={k: np.float64(s[0]) for k, s in shared.items()})
+  def by_reference(self, params, rest=None, index=2, shared=None):
+    """Outputs of the first row by the reference of the layer of this number, to which ``shared`` is handed on."""
+    layer, x = self.layer(params, jax.device_get(rest)), np.float64(self.x[0])
+    if not issubclass(self.cls, LinearMixer):
+      return layer.reference(x)[0]
+    shared = self.shared(self.x) if shared is None else shared
+    place = Place(D, index, 4, shared={k: np.float64(s[0]) for k, s in shared.items()})
+    return layer.reference(x, place)[0]
 
   def forward(self, params, x, pos, ids=None, cache=None):
     """The layer; with a cache also the new one."""
@@ -324,18 +329,11 @@ def hold_to_reference(case):
   """The whole layer against its reference: outputs, and the derivative by every parameter, along its gradient and
   across. float32 against float64, whose central differences are good to 1e-7: 1e-4.
   """
-  linear = issubclass(case.cls, LinearMixer)
-  message = NO_LINEAR_REFERENCE if linear else NO_REFERENCE
+  message = NO_LINEAR_REFERENCE if issubclass(case.cls, LinearMixer) else NO_REFERENCE
   assert has_reference(case.cls), message.format(case.cls.__name__)
-  rest = jax.tree.map(np.asarray, case.rest)
   params, cotangent = case.params, np.float64(case.cotangent[0])
-  place = [case.place(case.indices[1], case.shared(case.x))] if linear else []
-
-  def reference(params):
-    return case.layer(params, rest).reference(np.float64(case.x[0]), *place)[0]
-
   y, grads = case.gradients(case.x, case.cotangent * (np.arange(B) == 0)[:, None, None], WHOLE)
-  np.testing.assert_allclose(y[0], reference(params), rtol=2e-5, atol=2e-5)
+  np.testing.assert_allclose(y[0], case.by_reference(params), rtol=2e-5, atol=2e-5)
   leaves, tree = jax.tree.flatten(jax.tree.map(np.float64, params))
   names = [f"[0]{k}" for k in by_name(params)]
   bad = {}
@@ -348,7 +346,7 @@ def hold_to_reference(case):
     ends = [
       tree.unflatten([*leaves[:i], value + e * direction, *leaves[i + 1 :]]) for e in (EPS, -EPS)
     ]
-    up, down = (np.vdot(cotangent, reference(params)) for params in ends)
+    up, down = (np.vdot(cotangent, case.by_reference(params)) for params in ends)
     want, got = (up - down) / (2 * EPS), np.vdot(direction, np.float64(grads[name]))
     if not abs(got - want) <= 1e-4 * np.linalg.norm(grads[name]):
       bad[name] = f"{got:.6g} for {want:.6g}"
@@ -361,10 +359,9 @@ EPS = 1e-5
 def hold_first_layer(case):
   """The first of the model, whose constants may differ, and to which nothing is handed on: its outputs."""
   shared = jax.tree.map(np.zeros_like, case.shared(case.x))
-  rest = jax.device_get(nnx.split(case.build(0, case.keys[0]), nnx.Param, ...)[2])
+  rest = nnx.split(case.build(0, case.keys[0]), nnx.Param, ...)[2]
   y, _ = case.step((case.params, rest), (case.x, shared))
-  layer = case.layer(case.params, rest)
-  want, _ = layer.reference(np.float64(case.x[0]), case.place(0, shared))
+  want = case.by_reference(case.params, rest, 0, shared)
   np.testing.assert_allclose(y[0], want, rtol=2e-5, atol=2e-5)
 
 
@@ -374,6 +371,38 @@ def test_layer(case):
   by_layer = jax.tree.leaves(case.rest) or case.cls.shared(case.config, D)
   if issubclass(case.cls, LinearMixer) and by_layer:
     hold_first_layer(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("name", "settings"),
+  [
+    ("linear_attention", dict(feature_map="relu", qk_norm=True)),
+    ("retnet", dict(rope_fraction=0.5, rope_theta=10.0, output_gate=False, qk_norm=True)),
+    ("lightning", dict(num_heads=6, output_gate=False)),
+    ("lightning_fla", dict(rope_fraction=1.0, rope_theta=10.0, conv_size=3)),
+    ("gla", dict(gate_normalizer=4.0, gate_rank=5, output_gate=False)),
+    ("hgrn2", dict(conv_size=3)),
+    ("mamba2", dict(conv_size=0)),
+    ("mamba3", dict(rank=2, rope_fraction=0.0)),
+    ("deltanet", dict(num_value_heads=4, qk_norm=False)),
+    ("gated_deltanet", dict(conv_size=0, output_gate=False, qk_norm=False)),
+    ("comba", dict(conv_size=0, output_gate=False)),
+    ("kda", dict(gate_bias=False, conv_size=0, num_value_heads=4)),
+    ("kda", dict(output_gate=False, decay_gate="safe", lower_bound=-2.0)),
+    ("gdn2", dict(conv_size=0, output_gate=False, qk_norm=False)),
+    ("gated_delta_product", dict(steps=1, conv_size=0, output_gate=False)),
+    ("mom", dict(top_k=1, shared=2, conv_size=0, output_gate=False)),
+    ("rwkv6", dict(mix_rank=5, decay_rank=3)),
+    ("ttt_linear", dict(conv_size=0, base_rate=3.0, mini_batch=3)),
+    ("mesanet", dict(conv_size=0)),
+  ],
+  ids=str,
+)
+def test_settings(name, settings):
+  """Outputs of linear mixers with settings that no variant has."""
+  case = Case(mixers()[name], settings)
+  np.testing.assert_allclose(case.alone[0], case.by_reference(case.params), rtol=2e-5, atol=2e-5)
 
 
 @of_linear

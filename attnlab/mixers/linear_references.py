@@ -111,7 +111,11 @@ def always(x, value):
 
 
 def qkv(layer, x, activation=silu, norm=unit):
-  """q, k [T, H, K] and v [T, Hv, V], as DeltaNet's (arXiv:2406.06484): a convolution, SiLU, q and k of length 1."""
+  """q, k [T, H, K] and v [T, Hv, V], as DeltaNet's (arXiv:2406.06484): a convolution, SiLU, q and k of length 1.
+
+  ``qk_norm`` may ask for another norm than the mechanism's.
+  """
+  norm = {None: norm, True: unit, False: identity}[layer.config.qk_norm]
   q, k = (norm(split(projected(layer, name, x, activation), layer.H)) for name in "qk")
   return q, k, split(projected(layer, "v", x, activation), layer.Hv)
 
@@ -186,8 +190,8 @@ def linear_attention(layer, x, place):
     }
     return positive[layer.config.feature_map]
 
-  q, k, v = qkv(layer, x, identity, phi)
-  return leave(layer, recur(layer, q=q, k=k, v=v), eps=place.norm_eps), {}
+  q, k, v = qkv(layer, x, identity, identity)
+  return leave(layer, recur(layer, q=phi(q), k=phi(k), v=v), eps=place.norm_eps), {}
 
 
 def retnet(layer, x, place):
@@ -224,11 +228,12 @@ def lightning_fla(layer, x, place):
 
 
 def _lightning(layer, x, place, slopes):
-  q, k, v = qkv(layer, x, silu, unit if layer.config.qk_norm else identity)
+  q, k, v = qkv(layer, x, silu, identity)
   q, k = turned(q, k, layer.config)
   o = recur(layer, q=q, k=k, v=v, g=always(x, -slopes)).reshape(len(x), -1)
   o = rms(o, array(layer.out_norm.scale).ravel(), place.norm_eps)
-  return affine(layer.out_proj, o * sigmoid(affine(layer.gate_proj, x))), {}
+  o = split(o, layer.H) * gate(layer, x, sigmoid)
+  return affine(layer.out_proj, o.reshape(len(x), -1)), {}
 
 
 def gla(layer, x, place):
@@ -300,7 +305,8 @@ def mamba3(layer, x, place):
 
   dt = softplus(affine(layer.dt_proj, x) + array(layer.dt_bias))
   A = np.minimum(-softplus(affine(layer.A_proj, x)), -1e-4)
-  theta = affine(layer.theta_proj, x)
+  none = np.zeros((len(x), 0))
+  theta = affine(layer.theta_proj, x) if c.rope_fraction * layer.K >= 2 else none
   values = ranks(affine(layer.x_proj, x), "x")
   y = recur(
     layer,
