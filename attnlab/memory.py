@@ -13,6 +13,7 @@ too small for the TPU kernels, and what XLA has in their place pads heads to 128
 """
 
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -129,8 +130,8 @@ def table(
 
 
 def growth(row: dict[int, int]) -> float:
-  """The most that memory grows by from a length to twice that."""
-  return max(row[2 * length] / row[length] for length in row if 2 * length in row)
+  """The most that memory grows by from a length to twice that; NaN where no length is twice another."""
+  return max((row[2 * n] / row[n] for n in row if 2 * n in row), default=math.nan)
 
 
 def _print(result: dict[str, dict[int, int]]) -> None:
@@ -141,7 +142,8 @@ def _print(result: dict[str, dict[int, int]]) -> None:
   shown.add_column("most a doubling", justify="right")
   for name, row in result.items():
     cells = (f"{size / 2**20:.0f}" for size in row.values())
-    shown.add_row(name, *cells, f"{growth(row):.2f}" if len(row) > 1 else "-")
+    most = growth(row)
+    shown.add_row(name, *cells, "-" if math.isnan(most) else f"{most:.2f}")
   Console(highlight=False).print(shown)
 
 
@@ -169,10 +171,10 @@ def main(_) -> None:
   show = Console(stderr=True, highlight=False).print
   options = dict(chip=f.chip, size=f.size, dense=f.dense, context=f.context)
   result = table(names, lengths, **options, report=show)
-  _print(result)
   if f.out:
     record = options | dict(jax=jax.__version__, bytes=result)
     metrics.write_atomically(Path(f.out), json.dumps(record, indent=2) + "\n")
+  _print(result)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -24,6 +25,21 @@ def test_devices_that_share_a_row_share_its_memory():
   """Maps of the parts, and the head, are all that each has whole."""
   alone, shared = (memory.temporary("gated_deltanet", 8192, context=n) for n in (1, 8))
   assert shared < alone / 6
+
+
+@pytest.mark.parametrize("lengths", [[8192], [8192, 12288], [8192, 16384, 24576]], ids=str)
+def test_any_lengths_are_shown_and_recorded(lengths, monkeypatch, tmp_path, capsys):
+  """Also where none is twice another."""
+  monkeypatch.setattr(memory, "table", lambda *_, **__: {"nsa": {n: 1024 * n for n in lengths}})
+  out = tmp_path / "record.json"
+  options = dict(chip="cpu", size="tiny", dense=False, context=1, child=None, out=str(out))
+  flags = SimpleNamespace(mixers=["nsa"], lengths=list(map(str, lengths)), **options)
+  monkeypatch.setattr(memory.flags, "FLAGS", flags)
+  memory.main(None)
+  shown = next(line for line in capsys.readouterr().out.splitlines() if "nsa" in line)
+  cells = [cell.strip() for cell in shown.strip("│").split("│")]
+  assert cells[1:] == [*(str(n // 1024) for n in lengths), "2.00" if 16384 in lengths else "-"]
+  assert json.loads(out.read_text())["bytes"] == {"nsa": {str(n): 1024 * n for n in lengths}}
 
 
 @pytest.mark.slow
