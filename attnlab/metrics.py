@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
-# Dense bf16 FLOPs a second of one JAX device, by a part of its device_kind, from the vendors' data
+# Dense bf16 FLOPs a second of one JAX device, by words of its device_kind, from the vendors' data
 # sheets. A device is a whole TPU chip from v4 on, but on v7x one of a chip's two cores.
 _PEAK_FLOPS = {
   "TPU v4": 275e12,
@@ -37,13 +38,15 @@ _PEAK_FLOPS = {
   "H200": 989e12,
   "GH200": 989e12,
   "B200": 2250e12,
+  "GB200": 2500e12,
   "L4": 121e12,
 }
 
 
 def peak_flops(device: jax.Device) -> float | None:
   """Dense bf16 FLOPs a second of a device; None if it is not one that is known."""
-  kinds = [k for k in _PEAK_FLOPS if k.lower() in device.device_kind.lower()]
+  name = device.device_kind
+  kinds = [k for k in _PEAK_FLOPS if re.search(rf"\b{k}\b", name, re.IGNORECASE)]
   return _PEAK_FLOPS[max(kinds, key=len)] if kinds else None
 
 

@@ -94,6 +94,9 @@ def test_plain_lines_come_by_the_clock(tmp_path, clock, capsys):
     ("NVIDIA H100 PCIe", 756e12),
     ("NVIDIA A100-SXM4-80GB", 312e12),
     ("NVIDIA L4", 121e12),
+    ("NVIDIA L40S", None),
+    ("NVIDIA GH200 480GB", 989e12),
+    ("NVIDIA GB200", 2500e12),
     ("cpu", None),
   ],
 )
