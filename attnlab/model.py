@@ -55,6 +55,11 @@ def check(config) -> None:
   pattern = parse_pattern(config.pattern)
   for spec in pattern.period + pattern.tail:
     mixer_config(config, spec)
+  if config.mlp.experts and not config.mlp.hidden:
+    raise UserError(
+      f"config.model.mlp.hidden = 0 is a model without MLPs, and config.model.mlp.experts = {config.mlp.experts} would"
+      " be left out: give hidden a size, or set experts to 0"
+    )
   if config.mlp.dense_layers + len(pattern.tail) > config.num_layers:
     raise UserError(
       f"config.model.num_layers = {config.num_layers} is less than the pattern's last"

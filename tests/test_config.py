@@ -135,6 +135,7 @@ def test_a_missing_file_names_its_neighbours():
     ({"mesh.data": 0}, 1, ["mesh.data = 0"]),
     ({"train.steps": 0}, 1, ["train.steps"]),
     ({"train.sample_prompts": (1,)}, 1, ["sample_prompts"]),
+    ({"model.mlp.hidden": 0, "model.mlp.experts": 4}, 1, ["mlp.hidden = 0", "mlp.experts = 4"]),
     ({"optim.name": "adm"}, 1, ["optim.name", "'adm'"]),
     ({"data.name": "txt"}, 1, ["data.name", "'text'"]),
     ({"data.tokenizer": "/no/such.json"}, 1, ["data.tokenizer", "/no/such.json"]),
