@@ -459,7 +459,8 @@ def test_equation(case):
         assert_close(a, b, 1e-9, 1 - 1e-9)
 
 
-# ``std sqrt(inputs)`` of matrices at the start that is not 1: the RWKV authors' and TTT's, their W of std 0.02.
+# ``std sqrt(inputs)`` of matrices at the start that is not 1: the RWKV authors' and TTT's, whose W have a std of 0.02,
+# the second of an MLP 0.02 / sqrt(2 layers).
 STARTS = {
   ("rwkv6", "mix_down"): 0,
   ("rwkv6", "mix_up"): 0.01 * 32**0.5 / 3**0.5,
@@ -470,7 +471,7 @@ STARTS = {
   ("rwkv7", "lora.up"): 0.1,
   ("ttt_linear", "W1"): 0.02 * 8**0.5,
   ("ttt_mlp", "W1"): 0.02 * 8**0.5,
-  ("ttt_mlp", "W2"): 0.02 * 32**0.5,
+  ("ttt_mlp", "W2"): 0.02 * 32**0.5 / (2 * 4) ** 0.5,
 }
 
 

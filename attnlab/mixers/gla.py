@@ -16,7 +16,10 @@ from pallas_kernels import gla
 
 @register("gla", family="linear", paper="arXiv:2312.06635", title="decay a channel")
 class GLA(LinearMixer):
-  """A decay for each channel of the key, from a low-rank projection, its logarithm divided by 16."""
+  """A decay for each channel of the key, from a low-rank projection, its logarithm divided by 16.
+
+  A short convolution, which the paper's has not, comes without an activation (flash-linear-attention's with SiLU).
+  """
 
   core = staticmethod(gla)
   reference = linear_references.gla

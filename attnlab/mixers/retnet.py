@@ -17,7 +17,10 @@ from pallas_kernels import retention
   "retnet", family="linear", paper="arXiv:2307.08621", title="constant decay a head, rotary keys"
 )
 class RetNet(LinearMixer):
-  """A constant decay a head, ``1 - 2^(-5-h)``, and rotary positions on q and k."""
+  """A constant decay a head, ``1 - 2^(-5-h)``, and rotary positions on q and k.
+
+  A short convolution, which the paper's has not, comes without an activation (flash-linear-attention's with SiLU).
+  """
 
   core = staticmethod(retention)
   reference = linear_references.retnet

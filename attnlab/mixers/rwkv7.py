@@ -41,7 +41,9 @@ class RWKV7(LinearMixer):
   option of a rate ``a`` up to 2, as delta rules have for eigenvalues down to -1: what is erased is read from the state
   before its decay, so that a rate beyond ``1 + w`` makes the state grow without bound.
 
-  Initial values of the mixing amounts and low-rank maps are those of the authors' code, by channel and layer.
+  Initial values of the mixing amounts and low-rank maps are those of the authors' code, by channel and layer. The norm
+  of heads and the last projection begin as every mixer's here (theirs: the scale at ``((l + 1) / layers) ** 0.7``, the
+  projection at zero).
   """
 
   erase = "low_rank"

@@ -74,7 +74,9 @@ class TTTLinear(LinearMixer):
     self.step_bias = param(keys[5], _zeros, (self.config.mini_batch,), (None,), weight_decay=False)
     widths = [K, self.hidden * K, K] if self.hidden else [K, K]
     for i, shape in enumerate(zip(widths, widths[1:], strict=False), 1):
-      key, normal = jax.random.fold_in(keys[5], i), jax.nn.initializers.normal(0.02)
+      # An MLP's second matrix begins smaller the more layers there are.
+      std = 0.02 if i == 1 else 0.02 * (2 * layer.count) ** -0.5
+      key, normal = jax.random.fold_in(keys[5], i), jax.nn.initializers.normal(std)
       axes = "heads", None, None
       setattr(self, f"W{i}", param(key, normal, (H, *shape), axes, weight_decay=False))
       setattr(self, f"b{i}", param(key, _zeros, (H, shape[1]), axes[:2], weight_decay=False))
