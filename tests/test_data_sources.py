@@ -264,6 +264,22 @@ def test_array_record_text(tmp_path):
   assert pickle.loads(pickle.dumps(source)).name(0) == source.name(0)
 
 
+@pytest.mark.parametrize("empty", [(0,), (1,), (0, 1, 3)])
+def test_array_record_shards_may_be_empty(tmp_path, empty):
+  """Those that are not lose no record, and keep their names."""
+  texts, wanted = iter(TEXTS), []
+  for i in range(4):
+    kept = [] if i in empty else [next(texts), next(texts)]
+    path = write_records(tmp_path / f"{i}.array_record", [t.encode() for t in kept])
+    wanted += [(f"{path} record {n}", t) for n, t in enumerate(kept)]
+  held = write_records(tmp_path / "held.arrayrecord", [b"held"])
+  c = config(name="tokens", train=str(tmp_path / "*.array_record"), validation=held)
+  source = data.open_source(c, "train")
+  tokens = [source.pairs(i)[:-1, 1] for i in range(len(source))]
+  found = [(source.name(i), bytes(t.astype(np.uint8)).decode()) for i, t in enumerate(tokens)]
+  assert found == wanted
+
+
 def test_array_record_tokens(tmp_path):
   rng = np.random.default_rng(0)
   documents = [rng.integers(3, 90, n).astype("<i4") for n in (5, 40, 1, 0, 33, 64)]

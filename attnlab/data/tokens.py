@@ -209,7 +209,8 @@ class ArrayRecords(Source):
     self._rows = np.arange(self._ends[-1])
     if not len(self._rows):
       raise UserError(f"all of {len(files)} shard(s), {files[0].path} first, are empty")
-    for row in self._ends - 1:  # One record a file shows a wrong config.data.record.
+    # One record a file shows a wrong config.data.record.
+    for row in self._ends[np.asarray(self.rows_per_file) > 0] - 1:
       self._pairs_of(int(row))
 
   def keep(self, mask: np.ndarray) -> None:
