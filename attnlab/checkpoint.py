@@ -66,7 +66,10 @@ class Checkpoints:
     return self._directory
 
   def steps(self) -> list[int]:
-    """Steps of the committed checkpoints, ascending."""
+    """Steps of the committed checkpoints, ascending, but those that `restore` passed over."""
+    return [step for step in self._committed() if step not in self._damaged]
+
+  def _committed(self) -> list[int]:
     return [c.step for c in self._manager.checkpoints]
 
   def save(self, step: int, state: dict[str, PyTree], data: Any, config: ConfigDict) -> None:
@@ -97,7 +100,7 @@ class Checkpoints:
       step,
       {**state, "data": data},
       force=True,
-      overwrite=step in self.steps(),
+      overwrite=step in self._committed(),
       custom_metadata=dict(config=to_json(config), arrays=arrays),
     )
     self._damaged.discard(step)
@@ -119,7 +122,7 @@ class Checkpoints:
     Raises:
       UserError: none is whole, or not that of `step`; arrays of another model or optimizer.
     """
-    steps = self.steps()
+    steps = self._committed()
     if step is not None and step not in steps:
       raise UserError(f"{self._directory} has no checkpoint {step}; it has {steps or 'none'}")
     for candidate in [step] if step is not None else reversed(steps):

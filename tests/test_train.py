@@ -184,6 +184,12 @@ def test_a_run_goes_on_across_meshes_and_past_a_damaged_checkpoint(whole, tmp_pa
   assert again[:56] == first[:56]
   np.testing.assert_allclose(again[56:], first[56:], rtol=2e-3)
   assert summary["steps"] == STEPS
+  # What was damaged has been replaced: the work is not done a third time.
+  caplog.clear()
+  before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+  train(load(f"{TINY}:steps={STEPS}", ON_MANY), tmp_path / "run")
+  assert "damaged" not in caplog.text
+  assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
 def test_a_finished_run_is_not_run_again(whole, tmp_path):
