@@ -33,6 +33,9 @@ _FIXED = ("model.", "data.", "seed", "optim.name", "optim.only", "train.batch_si
 # Except these: what the backward pass recomputes, and where files lie. That the files hold the same
 # as before the iterator's own state tells.
 _FREE = ("model.remat", "data.train", "data.validation", "data.tokenizer")
+# For broken files orbax and tensorstore raise a dozen types, but none of these: what the data iterator refuses, memory
+# that runs out, devices that fail.
+_NOT_OF_FILES = (UserError, MemoryError, RuntimeError)
 
 
 class NonFiniteError(Exception):
@@ -120,7 +123,7 @@ class Checkpoints:
       (step, state), or None if there is no checkpoint.
 
     Raises:
-      UserError: none is whole, or not that of `step`; arrays of another model or optimizer.
+      UserError: none is whole, or not that of `step`; arrays of another model or optimizer; what the iterator refuses.
     """
     steps = self._committed()
     if step is not None and step not in steps:
@@ -129,8 +132,8 @@ class Checkpoints:
       with _quiet():
         try:
           state, problem = self._load(candidate, abstract, data)
-        except Exception as error:  # Orbax and tensorstore raise a dozen types for broken files.
-          problem = _root_cause(error)
+        except Exception as error:
+          problem = _damage(error)
         if problem is not None:
           gc.collect()  # Abandoned coroutines complain when they are collected: let them do so here.
       if problem is None:
@@ -256,10 +259,10 @@ def _other_shape(stored: dict[str, Any], wanted: PyTree) -> str | None:
   return None
 
 
-def _root_cause(error: BaseException) -> str:
-  """What first went wrong, which orbax wraps; a UserError of the data iterator is raised again."""
+def _damage(error: BaseException) -> str:
+  """What first went wrong with a file, which orbax wraps; what is no error of files is raised again."""
   while True:
-    if isinstance(error, UserError):
+    if isinstance(error, _NOT_OF_FILES):
       raise error from None
     cause = error.__cause__ or error.__context__
     if cause is None:

@@ -271,16 +271,29 @@ def test_another_optimizer_is_refused_and_is_not_damage(tmp_path):
   assert digest(tmp_path) == before
 
 
-def test_an_iterators_refusal_is_not_damage(tmp_path):
-  class Refusing:
+def refuse():
+  raise UserError("other data")
+
+
+@pytest.mark.parametrize(
+  "fail, kind, message",
+  [
+    (refuse, UserError, "^other data$"),
+    (lambda: bytearray(1 << 62), MemoryError, None),
+    (lambda: jnp.zeros(1 << 50), jax.errors.JaxRuntimeError, "RESOURCE_EXHAUSTED"),
+  ],
+  ids=["the iterator's refusal", "memory", "a device's memory"],
+)
+def test_what_is_no_error_of_files_is_not_damage(tmp_path, fail, kind, message):
+  class Failing:
     async def save(self, directory): ...
 
     async def load(self, directory):
-      raise UserError("other data")
+      fail()
 
   state, _ = save(tmp_path)
-  with checkpoints(tmp_path) as c, pytest.raises(UserError, match="^other data$"):
-    c.restore(abstract(state[3]), Refusing())
+  with checkpoints(tmp_path) as c, pytest.raises(kind, match=message):
+    c.restore(abstract(state[3]), Failing())
 
 
 @pytest.mark.parametrize(
