@@ -98,13 +98,12 @@ def resolve(config: ConfigDict) -> ConfigDict:
   return config
 
 
-def check(config: ConfigDict, *, devices: int = 1, processes: int = 1) -> None:
+def check(config: ConfigDict, *, devices: int = 1) -> None:
   """Raises UserError for the first thing in a resolved config that cannot work. Takes no time.
 
   Args:
     config: a resolved config.
     devices: how many there are, over all processes.
-    processes: how many share the run.
   """
   _against(_schema(), config)
   train = config.train
@@ -125,11 +124,6 @@ def check(config: ConfigDict, *, devices: int = 1, processes: int = 1) -> None:
   if config.data.seq_len % mesh["context"]:
     raise UserError(
       f"config.data.seq_len = {config.data.seq_len} does not divide by config.mesh.context = {mesh['context']}"
-    )
-  if mesh["replica"] * mesh["data"] % processes:
-    raise UserError(
-      f"config.mesh.replica {mesh['replica']} x config.mesh.data {mesh['data']} does not divide by"
-      f" the {processes} processes: each must have rows of its own"
     )
 
 

@@ -168,7 +168,7 @@ def begin(
     UserError: a run that is there already, a config that cannot work, and what ``parameters`` raises.
   """
   workdir, config = Path(workdir), resolve(config)
-  check(config, devices=jax.device_count(), processes=jax.process_count())
+  check(config, devices=jax.device_count())
   if stored_run(workdir):
     raise UserError(f"{workdir} holds a run already: give another --workdir")
   mesh = sharding.make_mesh(config.mesh)
@@ -182,8 +182,7 @@ def begin(
       split="train",
       batch_size=config.train.batch_size,
       seed=config.seed,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+      share=sharding.share(mesh),
     )
     workdir.mkdir(parents=True, exist_ok=True)
     metrics.write_atomically(workdir / "config.json", json.dumps(to_json(config), indent=2) + "\n")

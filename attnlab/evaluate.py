@@ -37,7 +37,7 @@ _FIRST_BUCKET = 64
 def placer(
   mesh: jax.sharding.Mesh, token_bytes: np.ndarray, microbatches: int | None = None
 ) -> Callable[[data.Batch], dict[str, jax.Array]]:
-  """What puts a process's rows on its devices.
+  """What puts a process's share of the rows on its devices.
 
   Args:
     mesh: the run's.
@@ -51,14 +51,18 @@ def placer(
   spec = sharding.batch_sharding(mesh).spec
   lead = () if microbatches is None else (microbatches,)
   where = NamedSharding(mesh, PartitionSpec(*(None for _ in lead), *spec))
+  _, shares = sharding.share(mesh)
+
+  def put(local: np.ndarray) -> jax.Array:
+    local = local.reshape(*lead, -1, *local.shape[1:])
+    shape = list(local.shape)
+    shape[len(lead)] *= shares
+    return jax.make_array_from_process_local_data(where, local, tuple(shape))
 
   def place(batch: data.Batch) -> dict[str, jax.Array]:
     rows = {k: v for k, v in batch.items() if k != "index"}
     rows["bytes"] = token_bytes[batch["targets"]] * batch["weights"]
-    return {
-      k: jax.make_array_from_process_local_data(where, v.reshape(*lead, -1, *v.shape[1:]))
-      for k, v in rows.items()
-    }
+    return {k: put(v) for k, v in rows.items()}
 
   return place
 
@@ -85,8 +89,7 @@ def make_evaluate(
     split="validation",
     batch_size=config.train.batch_size // config.train.grad_accum,
     seed=config.seed,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    share=sharding.share(mesh),
   )
   start = batches.get_state()
   place = placer(mesh, data.tokenizer(config.data).token_bytes())

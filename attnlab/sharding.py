@@ -65,6 +65,32 @@ def make_mesh(
   return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
 
 
+def share(mesh: jax.sharding.Mesh, process: int | None = None) -> tuple[int, int]:
+  """Which share of a batch's rows this process (or another) has, and of how many.
+
+  Devices lie in a mesh as their network does: several processes may hold the same rows, and then have the same share;
+  and rows of one need not follow each other. Shares are numbered in the order of the first processes that have them,
+  so that where each process has rows of its own, its share is its number.
+
+  Raises:
+    UserError: processes hold some of the same rows and not all, or not equally many.
+  """
+  process = jax.process_index() if process is None else process
+  parts = math.prod(mesh.shape[axis] for axis in TABLE["rows"][0])
+  held: dict[int, set[int]] = {}
+  for part, devices in enumerate(mesh.devices.reshape(parts, -1)):
+    for device in devices:
+      held.setdefault(device.process_index, set()).add(part)
+  shares = list(dict.fromkeys(frozenset(held[p]) for p in sorted(held)))
+  if any(len(rows) * len(shares) != parts for rows in shares):
+    axes = " x ".join(f"config.mesh.{axis} {mesh.shape[axis]}" for axis in TABLE["rows"][0])
+    raise UserError(
+      f"{axes} does not share a batch's rows out evenly among {len(held)} processes:"
+      " the product must be a multiple of their number, or a divisor"
+    )
+  return shares.index(frozenset(held[process])), len(shares)
+
+
 def _mesh():
   mesh = jax.sharding.get_abstract_mesh()
   return None if mesh.empty or mesh.are_all_axes_manual else mesh

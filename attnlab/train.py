@@ -87,7 +87,7 @@ def train(config: ConfigDict, workdir: str | Path, *, plot: bool = True) -> dict
   """
   workdir = Path(workdir)
   config = resolve(config)
-  check(config, devices=jax.device_count(), processes=jax.process_count())
+  check(config, devices=jax.device_count())
   if stored := stored_run(workdir):
     check_same_run(stored, config, workdir)
   mesh = sharding.make_mesh(config.mesh)
@@ -104,8 +104,7 @@ def _train(
     split="train",
     batch_size=c.batch_size,
     seed=config.seed,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    share=sharding.share(mesh),
   )
   token_bytes = data.tokenizer(config.data).token_bytes()
   place = placer(mesh, token_bytes, c.grad_accum)

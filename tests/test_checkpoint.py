@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from attnlab import optim, sharding
+from attnlab import data, optim, sharding
 from attnlab.checkpoint import Checkpoints, NonFiniteError, check_same_run, paths
 from attnlab.config import to_json
 from attnlab.errors import UserError
@@ -294,6 +294,32 @@ def test_what_is_no_error_of_files_is_not_damage(tmp_path, fail, kind, message):
   state, _ = save(tmp_path)
   with checkpoints(tmp_path) as c, pytest.raises(kind, match=message):
     c.restore(abstract(state[3]), Failing())
+
+
+@pytest.mark.parametrize("share, wrong", [((1, 2), (0, 1)), ((0, 1), (1, 2)), ((0, 2), (3, 4))])
+def test_places_of_another_number_of_shares_are_refused(tmp_path, share, wrong):
+  """Whoever has the share may read it, whatever its number among processes; its loss is damage."""
+  config = data.data_config()
+  config.update(dict(name="task", seq_len=32, task_args=dict(vocab_size=64, num_kv_pairs=4)))
+
+  def batches(share):
+    return data.make_iterator(config, split="train", batch_size=4, seed=0, share=share)
+
+  state, saved, again = state_of(Two()), batches(share), batches(share)
+  next(saved)
+  with checkpoints(tmp_path) as c:
+    c.save(1, state, saved, base())
+    c.wait()
+    message = (
+      rf"{tmp_path}/1/data keeps the places of {share[1]} process\(es\).* not of {wrong[1]}:"
+    )
+    with pytest.raises(UserError, match=message):
+      c.restore(abstract(state), batches(wrong))
+    c.restore(abstract(state), again)
+    np.testing.assert_array_equal(next(again)["index"], next(saved)["index"])
+    (tmp_path / "1" / "data" / f"process_{share[0]}-of-{share[1]}.json").unlink()
+    with pytest.raises(UserError, match="all are damaged"):
+      c.restore(abstract(state), again)
 
 
 @pytest.mark.parametrize(

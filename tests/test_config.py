@@ -245,12 +245,6 @@ def test_shared_heads_of_keys_may_be_fewer_than_devices(pattern):
   on_a_mesh(pattern, 4)
 
 
-def test_each_process_needs_rows_of_its_own():
-  config = configs.resolve(configs.load(TINY, {"mesh.data": 1, "mesh.model": 2}))
-  with pytest.raises(UserError, match="2 processes"):
-    configs.check(config, devices=2, processes=2)
-
-
 def test_parse_arg():
   known = dict(size=("tiny", "small"), softmax=False, window=0, rate=1.0)
   a = configs.parse_arg("", **known)

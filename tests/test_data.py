@@ -233,7 +233,7 @@ def test_processes_share_the_documents(docs, held):
   total = sum(len(d) + 1 for d in contents(docs))
   seen = []
   for p in range(2):
-    it = iterate(c, process_index=p, process_count=2)
+    it = iterate(c, share=(p, 2))
     batches = take(it, total // 64 + 1)
     assert batches[0]["inputs"].shape == (2, 32)
     seen += documents_of(targets_of(batches))[:per_epoch]
@@ -243,7 +243,7 @@ def test_processes_share_the_documents(docs, held):
 def test_validation_batches_do_not_depend_on_processes(docs, held):
   c = config(train=str(docs), validation=str(held))
   whole = list(iterate(c, "validation"))
-  parts = [list(iterate(c, "validation", process_index=p, process_count=2)) for p in range(2)]
+  parts = [list(iterate(c, "validation", share=(p, 2))) for p in range(2)]
   joined = [{k: np.concatenate([a[k], b[k]]) for k in a} for a, b in zip(*parts, strict=True)]
   assert_same(whole, joined)
 
@@ -335,7 +335,7 @@ def test_task_batches(tmp_path):
   assert [list(b["index"]) for b in held] == [[0, 1, 2, 3], [4, 5, 6, -1]]
   assert held[-1]["weights"][-1].sum() == 0
   assert_same(held, list(iterate(c, "validation", seed=9)))
-  halves = [list(iterate(c, "validation", process_index=p, process_count=2)) for p in range(2)]
+  halves = [list(iterate(c, "validation", share=(p, 2))) for p in range(2)]
   joined = [{k: np.concatenate([a[k], b[k]]) for k in a} for a, b in zip(*halves, strict=True)]
   assert_same(held, joined)
   assert data.tokenizer(c).vocab_size == 64

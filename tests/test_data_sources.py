@@ -496,12 +496,12 @@ def test_unknown_key():
 @pytest.mark.parametrize(
   ("keys", "message"),
   [
-    ({"batch_size": 3, "process_count": 2}, "batch_size=3 is not a multiple of 2"),
+    ({"batch_size": 3, "share": (0, 2)}, "batch_size=3 is not a multiple of 2"),
     ({"batch_size": 0}, "batch_size=0"),
-    ({"process_index": 1}, "process_index=1"),
+    ({"share": (1, 1)}, r"share=\(1, 1\)"),
     ({"seed": -1}, "seed=-1"),
     ({"split": "test"}, "unknown split 'test'"),
-    ({"batch_size": 600, "process_count": 600}, "cannot be shared among 600"),
+    ({"batch_size": 600, "share": (0, 600)}, "cannot be shared among 600"),
   ],
 )
 def test_bad_arguments(keys, message):

@@ -506,17 +506,20 @@ def test_generate_from_the_command_line(whole, launch):
 # --- several processes ----------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_two_processes_train_save_stop_and_resume_together(launch, tmp_path):
-  def start(steps):
+@pytest.fixture(scope="module")
+def launch_two(launch):
+  """Starts a run as two processes."""
+
+  def start(workdir, steps, *args):
     with socket.socket() as s:
       s.bind(("localhost", 0))
       port = s.getsockname()[1]
     return [
       launch(
-        tmp_path / "run",
+        workdir,
         f"--config={TINY}:steps={steps}",
         "--distributed",
+        *args,
         JAX_COORDINATOR_ADDRESS=f"localhost:{port}",
         JAX_NUM_PROCESSES="2",
         JAX_PROCESS_ID=str(i),
@@ -524,7 +527,12 @@ def test_two_processes_train_save_stop_and_resume_together(launch, tmp_path):
       for i in range(2)
     ]
 
-  runs = start(400)
+  return start
+
+
+@pytest.mark.slow
+def test_two_processes_train_save_stop_and_resume_together(launch_two, tmp_path):
+  runs = launch_two(tmp_path / "run", 400)
   wait_for_lines(runs[0], tmp_path / "run", 12)
   runs[1].send_signal(signal.SIGTERM)  # Only one of them: they agree on where to stop.
   outs = [run.communicate() for run in runs]
@@ -532,9 +540,31 @@ def test_two_processes_train_save_stop_and_resume_together(launch, tmp_path):
   stopped = int(re.search(r"stopped after update (\d+)", outs[0][0])[1])
   assert "step" not in outs[1][0]  # The first process speaks for all.
 
-  runs = start(stopped + 5)
+  runs = launch_two(tmp_path / "run", stopped + 5)
   outs = [run.communicate() for run in runs]
   assert [run.returncode for run in runs] == [0, 0], outs
   assert f"from checkpoint {stopped}" in outs[0][0]
   steps = [r["step"] for r in record(tmp_path / "run") if "loss" in r]
   assert steps == list(range(1, stopped + 6))
+
+
+@pytest.mark.slow
+def test_two_processes_that_share_rows_train_as_one(launch, launch_two, whole, tmp_path):
+  """They have halves of the heads, and the same rows: those of one process, which may go on with the run."""
+  heads = ("--config.mesh.data=1", "--config.mesh.model=2")
+  runs = launch_two(tmp_path / "run", 8, *heads)
+  outs = [run.communicate() for run in runs]
+  assert [run.returncode for run in runs] == [0, 0], outs
+  # Sums in another order, grown over eight updates of AdamW.
+  np.testing.assert_allclose(losses(tmp_path / "run"), losses(whole[0])[:8], rtol=2e-3)
+  assert losses(tmp_path / "run")[0] == pytest.approx(losses(whole[0])[0], rel=1e-5)
+
+  runs = launch_two(tmp_path / "run", 12)
+  outs = [run.communicate() for run in runs]
+  assert [run.returncode for run in runs] == [2, 2], outs
+  assert all("of 1 process(es) with rows of their own, not of 2: " in err for _, err in outs), outs
+
+  run = launch(tmp_path / "run", f"--config={TINY}:steps=12")
+  out, err = run.communicate()
+  assert run.returncode == 0 and "from checkpoint 8" in out, err
+  np.testing.assert_allclose(losses(tmp_path / "run"), losses(whole[0])[:12], rtol=2e-3)

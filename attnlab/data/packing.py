@@ -72,7 +72,7 @@ class ToBatch(grain.transforms.Map):
 
 
 class TakeRows(grain.transforms.Map):
-  """A process's rows of the global batch."""
+  """A share of the global batch's rows."""
 
   def __init__(self, start: int, stop: int):
     self._slice = slice(start, stop)

@@ -1,7 +1,9 @@
 """The iterator over batches that training and evaluation read."""
 
+import asyncio
 import atexit
-from collections.abc import Mapping
+import json
+from collections.abc import Awaitable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,13 @@ _left: list[grain.DatasetIterator] = []
 class BatchIterator(grain.DatasetIterator):
   """grain's iterator over batches, whose state is plain JSON and is refused by other data.
 
-  State: {"data": what the batches depend on, "iterator": grain's own state}.
+  State: {"data": what the batches depend on, "iterator": grain's own state}. A checkpoint has one of each share of the
+  rows, not of each process as grain's own: processes with the same rows are at the same place.
   """
 
-  def __init__(self, parent: grain.DatasetIterator, data: dict[str, Any]):
+  def __init__(self, parent: grain.DatasetIterator, data: dict[str, Any], share: tuple[int, int]):
     super().__init__(parent)
-    self._data = data
+    self._data, self._share = data, share
     while _left:
       _stop(_left.pop())
     _open.add(parent)
@@ -52,6 +55,40 @@ class BatchIterator(grain.DatasetIterator):
           f"the checkpoint's place in the data does not fit: {key} was {then!r}, now {now!r}"
         )
     self._parent.set_state(_tuples(state["iterator"]))
+
+  async def save(self, directory: Any) -> Awaitable[None]:
+    """Orbax's: takes the state, and returns what writes it once the directory is there."""
+    state = json.dumps(self.get_state(), indent=4)
+
+    async def write() -> None:
+      path = await directory.await_creation() / self._file
+      # Processes of one share write the same, and none reads before all have.
+      await asyncio.to_thread(path.write_text, state)
+
+    return write()
+
+  async def load(self, directory: Any) -> Awaitable[None]:
+    """Orbax's: returns what reads the state; UserError if the rows were divided into another number of shares."""
+
+    async def read() -> None:
+      self.set_state(json.loads(await asyncio.to_thread(self._read, directory)))
+
+    return read()
+
+  @property
+  def _file(self) -> str:
+    """As grain names it, by process."""
+    return "process_{}-of-{}.json".format(*self._share)
+
+  def _read(self, directory: Any) -> str:
+    counts = {int(p.stem.rpartition("-")[2]) for p in directory.glob("process_*-of-*.json")}
+    count = self._share[1]
+    if counts and count not in counts:
+      raise UserError(
+        f"{directory} keeps the places of {counts.pop()} process(es) with rows of their own, not of"
+        f" {count}: go on with as many processes and the same config.mesh, or give another --workdir"
+      )
+    return (directory / self._file).read_text()
 
   def close(self) -> None:
     """Stops the threads and processes that read ahead; if not called, making another iterator does, or Python's end."""
@@ -98,10 +135,9 @@ def make_iterator(
   split: str,
   batch_size: int,
   seed: int,
-  process_index: int = 0,
-  process_count: int = 1,
+  share: tuple[int, int] = (0, 1),
 ) -> BatchIterator:
-  """Batches of a split, as dicts of [B, T] arrays (B = batch_size / process_count):
+  """Batches of a split, as dicts of [B, T] arrays (B = batch_size / shares):
 
     inputs, targets  int32
     weights          float32, 0: not counted (padding; where a task has no label)
@@ -111,9 +147,9 @@ def make_iterator(
     index            int32 [B], number of each row's first record (see `record_name`); -1: padding
 
   "train" goes on for ever, in epochs that are each shuffled anew from the seed; each process reads
-  its own share of the documents. "validation" goes once over all records in an order that does not
+  its share of the documents. "validation" goes once over all records in an order that does not
   depend on the seed; each process packs all of them and takes its rows, so that the global batches
-  do not depend on the number of processes and all processes see equally many; the last batch is
+  do not depend on the number of shares and all processes see equally many; the last batch is
   filled up with padding. To go over it again, `set_state` the state it had at first.
 
   The iterator is grain's: `get_state` / `set_state` resume exactly, and orbax saves it as it is.
@@ -123,28 +159,28 @@ def make_iterator(
     split: "train" or "validation".
     batch_size: global, rows.
     seed: of the order, and of a task's examples; 0 to 2^32 - 1.
-    process_index: this process.
-    process_count: how many processes share a batch.
+    share: which share of a batch's rows this process has, and of how many (`sharding.share`).
 
   Raises:
     UserError: anything wrong with the config or the data.
   """
   config = resolve(config)
-  if batch_size < 1 or batch_size % process_count:
-    raise UserError(f"batch_size={batch_size} is not a multiple of {process_count} process(es)")
-  if not 0 <= process_index < process_count:
-    raise UserError(f"process_index={process_index} is not below process_count={process_count}")
+  number, count = share
+  if not 0 <= number < count:
+    raise UserError(f"share={share}: the first must be below the second")
+  if batch_size < 1 or batch_size % count:
+    raise UserError(f"batch_size={batch_size} is not a multiple of {count} share(s)")
   if not 0 <= seed < 2**32:
     raise UserError(f"seed={seed}: between 0 and 2^32 - 1")
   train, packed = split == "train", config.name != "task"
   source = open_source(config, split, seed)
   order_seed = seed if train else VALIDATION_SEED
-  local = batch_size // process_count
-  readers = process_count * max(1, config.workers)
+  local = batch_size // count
+  readers = count * max(1, config.workers)
   if train and len(source) < readers:
     raise UserError(
-      f"{len(source)} training record(s) cannot be shared among {process_count} process(es) with "
-      f"config.data.workers={config.workers}"
+      f"{len(source)} training record(s) cannot be shared among {count} process(es) with rows of "
+      f"their own and config.data.workers={config.workers}"
     )
 
   records = grain.MapDataset.source(source)
@@ -154,7 +190,7 @@ def make_iterator(
   elif packed or train:
     records = records.seed(order_seed).shuffle()
   if train:
-    records = records.repeat()[process_index::process_count]
+    records = records.repeat()[number::count]
   elif config.validation_half:
     if len(source) < 2:
       raise UserError("config.data.validation_half: there is one validation record, and no half")
@@ -171,9 +207,8 @@ def make_iterator(
         rows, window_size=window, seed=_window_seed(order_seed)
       )
   batches = packing.batched(rows, local if train else batch_size, pad=not train)
-  if not train and process_count > 1:
-    take = packing.TakeRows(process_index * local, (process_index + 1) * local)
-    batches = batches.map(take)
+  if not train and count > 1:
+    batches = batches.map(packing.TakeRows(number * local, (number + 1) * local))
   if packed:
     batches = batches.map(packing.ToBatch(source.start_id))
   batches = batches.map(packing.MarkPadding())
@@ -191,12 +226,12 @@ def make_iterator(
     "seed": seed if train else VALIDATION_SEED,
     "seq_len": config.seq_len,
     "shuffle_tokens": config.shuffle_tokens if packed else 0,
-    "process": f"{process_index} of {process_count}" if train else "any",
+    "process": f"{number} of {count}" if train else "any",
     "workers": config.workers if train else 0,
   }
   if config.validation_half and not train:
     data["half"] = config.validation_half
-  return BatchIterator(iter(batches), data)
+  return BatchIterator(iter(batches), data, share)
 
 
 def _tokenizer_identity(name: str) -> str:
