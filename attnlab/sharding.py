@@ -15,7 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from attnlab.errors import UserError
 
@@ -62,7 +63,13 @@ def make_mesh(
   """The mesh of ``config.mesh``, over these devices or all there are; UserError as ``mesh_sizes``."""
   devices = jax.devices() if devices is None else list(devices)
   sizes = tuple(mesh_sizes(config, len(devices)).values())
-  return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
+  types = (AxisType.Explicit,) * len(AXES)
+  try:
+    return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
+  except NotImplementedError:
+    # An axis of ours is no product of the axes of the devices' network: these are split, at some cost in bandwidth.
+    split = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(split, AXES, axis_types=types)
 
 
 def share(mesh: jax.sharding.Mesh, process: int | None = None) -> tuple[int, int]:

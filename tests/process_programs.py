@@ -24,7 +24,8 @@ ORDERS = {
 PODS = {
   "v5e:4x4": ({"data": 16}, {"data": 4, "model": 4}, {"data": 2, "context": 8}, {"model": 16}),
   "v5e:8x8": ({"data": 64}, {"data": 8, "model": 8}, {"replica": 2, "data": 4, "model": 8}),
-  "v5p:4x4x4": ({"data": 64}, {"data": 16, "model": 4}),
+  "v5p:4x4x4": ({"data": 64}, {"data": 16, "model": 4}, {"data": 32, "model": 2}),
+  "v6e:4x4": ({"data": 8, "model": 2},),
 }
 
 

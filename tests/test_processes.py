@@ -92,6 +92,9 @@ def test_shares_of_a_pods_processes():
   assert groups("v5e:8x8 {'replica': 2, 'data': 4, 'model': 8}") == fours
   assert groups("v5p:4x4x4 {'data': 64}") == alone
   assert len(groups("v5p:4x4x4 {'data': 16, 'model': 4}")) == 8
+  # No product of some of 4, 4, 4 is 2, nor of 4, 4: axes of the torus are split.
+  assert len(groups("v5p:4x4x4 {'data': 32, 'model': 2}")) == 16
+  assert len(groups("v6e:4x4 {'data': 8, 'model': 2}")) == 4
 
 
 @pytest.mark.parametrize("data", [3, 6])
