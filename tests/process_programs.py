@@ -5,12 +5,14 @@ python -m tests.process_programs rows
 
 import json
 import sys
+import time
 
 import jax
 import numpy as np
 
 from attnlab import cli, data, sharding
 from attnlab.evaluate import placer
+from attnlab.signals import Signals
 
 BATCH, PARTS, MODEL = 16, 4, 2
 # Eight devices of two processes, by where they lie in the mesh: as they come; so that rows of a process do not follow
@@ -58,6 +60,17 @@ def rows() -> dict:
   return found
 
 
+def stop() -> dict:
+  """The update after which a signal to one of the processes stops this one."""
+  with Signals() as signals:
+    step = 0
+    print("running", flush=True)
+    while not signals.stop(step):
+      step += 1
+      time.sleep(0.02)
+  return {"step": step, "signal": signals.stopped.name}
+
+
 def pods() -> dict:
   """The share of each process of a pod's slice, by its name and config.mesh."""
   from jax.experimental import topologies
@@ -73,7 +86,7 @@ def pods() -> dict:
 
 
 if __name__ == "__main__":
-  program = {"rows": rows, "pods": pods}[sys.argv[1]]
+  program = {"rows": rows, "stop": stop, "pods": pods}[sys.argv[1]]
   if cli.in_cluster():
     jax.config.update("jax_num_cpu_devices", PARTS)
     cli.join_processes()

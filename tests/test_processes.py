@@ -1,8 +1,9 @@
-"""Several processes: which rows each feeds. The processes are real ones, on CPUs."""
+"""Several processes: which rows each feeds, and how all stop together. The processes are real ones, on CPUs."""
 
 import importlib.util
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -68,6 +69,16 @@ def test_processes_that_hold_the_same_rows_feed_the_same():
     assert sorted(fed.tolist()) == sorted(expected.tolist()), case
     if (order, microbatches) == ("as they come", "None"):
       np.testing.assert_array_equal(np.concatenate([rows[i] for i in sorted(rows)]), expected)
+
+
+def test_ctrl_c_in_one_process_stops_all_at_one_step():
+  """As SIGTERM does, of which test_train has a whole run."""
+  processes = start_two("stop")
+  assert [process.stdout.readline() for process in processes] == ["running\n"] * 2
+  processes[1].send_signal(signal.SIGINT)
+  first, second = (answer(process) for process in processes)
+  assert first["step"] == second["step"]
+  assert (first["signal"], second["signal"]) == ("SIGTERM", "SIGINT")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
