@@ -35,6 +35,7 @@ class ForgettingAttention(SoftmaxAttention):
   """
 
   reference = references.forgetting_attention
+  in_parts = True
 
   @dataclasses.dataclass(frozen=True, kw_only=True)
   class Config(SoftmaxAttention.Config):
