@@ -6,7 +6,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.linear_recurrence import linear_recurrence
+from pallas_kernels.linear_recurrence import linear_recurrence, linear_recurrence_step
 from pallas_kernels.linear_recurrence.shapes import SHAPES, Shape, inputs
 
 # Decay, erase, the state an erase reads, bonus: all that a mechanism can be.
@@ -87,6 +87,15 @@ def heads(argument: str):
   backend, sizes, case, T, dtype = argument.split(":")
   shape = Shape(*map(int, sizes.split("-")), *case.split("-"))
   return with_gradients(backend, shape, dtype, int(T), packed=True)
+
+
+def one_token(argument: str):
+  """ "backend:K-V:dtype of the state": a token of what has most operands, with the largest of states."""
+  backend, sizes, dtype = argument.split(":")
+  K, V = map(int, sizes.split("-"))
+  r = jax.eval_shape(lambda: inputs(Shape(2, K, 2, V, "channel", "low_rank"), length=1))
+  state = jax.ShapeDtypeStruct((1, 2, K, V), jnp.dtype(dtype))
+  return (lambda r, S: linear_recurrence_step(r, S, backend=backend)), (r, state)
 
 
 def specialisation(argument: str):

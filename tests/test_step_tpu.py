@@ -10,7 +10,10 @@ import pytest
 import tpu_races
 from steps import CASES, assert_close, exact, make
 
+from pallas_kernels import dispatch
+from pallas_kernels.cost.kernels import pallas_calls
 from pallas_kernels.linear_recurrence import (
+  Recurrence,
   linear_recurrence,
   linear_recurrence_step,
   step_tpu,
@@ -85,6 +88,27 @@ def test_no_races_and_no_unwritten_memory():
   r, state = make(("channel", "key", "decayed", False), K=8)
   with tpu_races.none(1):
     assert_close(step_tpu.step(r, state, interpret=tpu_races.STRICT), exact(r, state), 5e-7)
+
+
+@pytest.mark.parametrize(
+  "K, V, dtype, serves",
+  [
+    (1024, 512, "float32", True),
+    (1024, 1024, "float32", False),
+    (1024, 1024, "bfloat16", True),
+    (8192, 65, "float32", False),
+  ],
+)
+def test_states_that_vmem_does_not_hold_are_refused(monkeypatch, K, V, dtype, serves):
+  """ "auto" goes on with the reference; lanes that pad a state count."""
+  monkeypatch.setattr(dispatch, "platform", lambda: "tpu")
+  q = jax.ShapeDtypeStruct((1, 1, 1, K), jnp.float32)
+  r = Recurrence(q, q, jax.ShapeDtypeStruct((1, 1, 1, V), jnp.float32))
+  state = jax.ShapeDtypeStruct((1, 1, K, V), jnp.dtype(dtype))
+  assert bool(pallas_calls(jax.make_jaxpr(linear_recurrence_step)(r, state).jaxpr)) == serves
+  if not serves:
+    with pytest.raises(NotImplementedError, match="too large"):
+      jax.eval_shape(step, r, state)
 
 
 def test_refusals_say_why():

@@ -20,7 +20,8 @@ from attnlab.mixers import mixers
 from pallas_kernels import dispatch
 from pallas_kernels.cost import CHIPS, cases, environment, measure, report
 from pallas_kernels.cost.__main__ import INSTALL, RECORD
-from pallas_kernels.linear_recurrence import tpu
+from pallas_kernels.cost.kernels import pallas_calls
+from pallas_kernels.linear_recurrence import linear_recurrence, tpu
 from pallas_kernels.linear_recurrence.shapes import SHAPES, Shape, inputs
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -216,6 +217,9 @@ HEADS = [
   ("5-256-5-256", LOW_RANK, 1024, "bfloat16"),
   ("4-256-4-256", LOW_RANK, 1024, "float32"),
   ("4-256-4-256", KEY, 65537, "bfloat16"),
+  # As many states as VMEM may hold where it is smallest.
+  ("1-128-160-64", "scalar-key-decayed", 300, "float32"),
+  ("1-128-112-64", LOW_RANK, 300, "float32"),
 ]
 
 
@@ -224,6 +228,14 @@ HEADS = [
 def test_any_heads_compile(chip, monkeypatch):
   monkeypatch.chdir(ROOT)
   compiled(chip, [of_heads(*parts) for parts in HEADS])
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("chip", CHIPS)
+def test_the_largest_states_of_a_step_compile(chip, monkeypatch):
+  monkeypatch.chdir(ROOT)
+  states = ("1024-512:float32", "512-1024:float32", "1024-1024:bfloat16")
+  compiled(chip, [f"tests.recurrence_programs:one_token:tpu:{state}" for state in states])
 
 
 # The dtype, layout and packing of gradients; test_tpu_cost.py has bfloat16 as projections write it, of every shape.
@@ -249,6 +261,19 @@ def test_heads_that_are_no_whole_lanes_are_refused(monkeypatch):
   with pytest.raises(NotImplementedError, match="16 of 25 heads at a time"):
     monkeypatch.setattr(dispatch, "vmem", lambda: 128 * 2**20)
     tpu.supports(r, None)
+
+
+@pytest.mark.parametrize("heads, batch, serves", [(80, 2, True), (160, 1, True), (256, 1, False)])
+def test_states_that_vmem_does_not_hold_are_refused(monkeypatch, heads, batch, serves):
+  """Those of all heads that share a key head stay there; "auto" goes on with XLA."""
+  shape = Shape(1, 128, heads, 64, "scalar", batch=batch)
+  r = jax.eval_shape(lambda: inputs(shape, length=256, dtype=jnp.bfloat16))
+  monkeypatch.setattr(dispatch, "platform", lambda: "tpu")
+  traced = jax.make_jaxpr(lambda r: linear_recurrence(r)[0])(r)
+  assert bool(pallas_calls(traced.jaxpr)) == serves
+  if not serves:
+    with pytest.raises(NotImplementedError, match="256 states of 128 x 64"):
+      tpu.supports(r, None)
 
 
 def told(module, *arguments):

@@ -46,7 +46,9 @@ def supports(r: Recurrence, state: Float[Array, "B Hv K V"]) -> None:
       f"the TPU kernel takes a float32 or bfloat16 state; got {state.dtype}"
     )
   K, V = state.shape[2:]
-  if K * V > _BLOCK:  # of one head, which would not fit the VMEM of every chip
+  R, L = (V, K) if _turned(K, V) else (K, V)
+  # In and out, twice each: so much of the VMEM of every chip, and as much for the rest.
+  if 4 * R * -(-L // _LANES) * _LANES * state.dtype.itemsize > dispatch.SMALL_VMEM // 2:
     raise NotImplementedError(f"a state of {K} x {V} is too large for the TPU kernel")
 
 

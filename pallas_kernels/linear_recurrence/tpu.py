@@ -44,6 +44,8 @@ _BASES = {True: (8, -20.0), False: (16, -10.0)}
 # half for float32, whose blocks and parts of products are larger; both together need chunks of 64. A
 # low-rank erase in float32, which has the most of both, takes half of that.
 _HEADS = {"forward": 16, "backward": 8}
+# Bytes of VMEM that are left beside the states of a group; with a low-rank erase in float32 half as much again.
+_REST = 6 * 2**20
 
 
 def check(r: Recurrence, chunk: int | None) -> None:
@@ -62,7 +64,12 @@ def supports(r: Recurrence, chunk: int | None) -> None:
   if K * V > 8 * 128 * 128:
     raise NotImplementedError(f"a state of {K} x {V} is too large for the TPU kernels")
   for direction in _HEADS:
-    _plan(r, None, chunk, direction)
+    p = _plan(r, None, chunk, direction)
+    if p.states > p.vmem - (_REST * 3 // 2 if p.large else _REST):
+      raise NotImplementedError(
+        f"{p.heads * p.repeats} states of {K} x {V}, whose heads share a key head, take {p.states >> 20} MiB of "
+        f"the {p.vmem >> 20} MiB of VMEM that the TPU kernels have"
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +119,24 @@ class _Plan:
   def before(self) -> bool:
     """Whether anything reads the state before a token's decay."""
     return self.decay != "none" and (self.bonus or (self.undecayed and self.erase != "none"))
+
+  @property
+  def large(self) -> bool:
+    """Whether a step is of the kind that takes most."""
+    return self.exact and self.erase == "low_rank"
+
+  @property
+  def vmem(self) -> int:
+    """Bytes that a call may take."""
+    # Most steps take a few MiB; eight narrow heads with a low-rank erase in float32 take 37 on a 7x.
+    return min(dispatch.vmem(), (3 if self.large else 2) * dispatch.SMALL_VMEM)
+
+  @property
+  def states(self) -> int:
+    """Bytes of VMEM of a group's states, as they come and as they go; the next group's, too, where there is one."""
+    lanes, sublanes = -(-self.K // 128) * 128, -(-self.V // 8) * 8
+    copies = 2 if self.B * self.groups == 1 else 4
+    return copies * self.heads * self.repeats * sublanes * lanes * 4
 
   @property
   def base(self) -> int:
@@ -470,8 +495,6 @@ def _call(p: _Plan, kernel, name, arrays, in_specs, outs, out_specs, scratch, wo
   size = sum(math.prod(x.shape) * x.dtype.itemsize for x in (*arrays.values(), *outs.values()))
   names = (*arrays, *outs, *scratch)
   tokens = p.B * p.T * p.heads * p.groups * p.repeats
-  # Most steps take a few MiB; eight narrow heads with a low-rank erase in float32 take 37 on a 7x.
-  most = 3 if p.exact and p.erase == "low_rank" else 2
   results = pl.pallas_call(
     functools.partial(kernel, p, names),
     name=name,
@@ -482,7 +505,7 @@ def _call(p: _Plan, kernel, name, arrays, in_specs, outs, out_specs, scratch, wo
     scratch_shapes=list(scratch.values()),
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
-      vmem_limit_bytes=min(dispatch.vmem(), most * dispatch.SMALL_VMEM),
+      vmem_limit_bytes=p.vmem,
     ),
     cost_estimate=pl.CostEstimate(
       flops=work * _flops(p), bytes_accessed=size, transcendentals=work * tokens * p.C
