@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.block_sparse import block_sparse_attention
 from pallas_kernels.block_sparse.shapes import SHAPES, Shape
+from pallas_kernels.pool_attention import pool_attention, pool_weights
 
 
 def gradients(argument: str):
@@ -17,6 +18,22 @@ def of_group(argument: str):
   """ "heads:block_size:top_k" of two groups that no model has, packed."""
   heads, size, top_k = map(int, argument.split(":"))
   return _gradients(Shape(2 * heads, 2, 2, 128, 128, size, top_k), 2048, True)
+
+
+def of_pools(argument: str):
+  """ "heads:groups:D:V:dtype": every gradient of attention to pools, and their weights, on a TPU."""
+  heads, groups, D, V = map(int, argument.split(":")[:4])
+  dtype = jnp.dtype(argument.split(":")[4])
+  array = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct((1, *shape), dtype)  # noqa: E731
+  options = dict(scale=D**-0.5, backend="tpu")
+
+  def run(q, k, v, first, complete, do):
+    o, vjp = jax.vjp(lambda *a: pool_attention(*a, first, complete, **options)[0], q, k, v)
+    return o, vjp(do), pool_weights(q, k, first, complete, **options)
+
+  T, N = 512, 1024
+  places = (array(T, dtype=jnp.int32),) * 2
+  return run, (array(T, heads, D), array(N, groups, D), array(N, groups, V), *places, array(T, heads, V))  # fmt: skip
 
 
 def _gradients(s: Shape, T: int, packed: bool, latent: bool = False):

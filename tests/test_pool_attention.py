@@ -1,11 +1,14 @@
 """Attention to pools against its definition in numpy, float64, one query at a time."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels import dispatch
+from pallas_kernels.cost.kernels import pallas_calls
 from pallas_kernels.pool_attention import pool_attention, pool_weights, tpu
 
 B, T, H, G, K, V, N = 2, 37, 4, 2, 6, 5, 140
@@ -121,6 +124,50 @@ def test_pallas_kernels_in_bfloat16(small_tiles):
   for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
     g, w = (np.where(x == -np.inf, 0, x) for x in (np.asarray(g, np.float64), np.asarray(w)))
     assert np.linalg.norm(g - w) < 1e-2 * np.linalg.norm(w)
+
+
+def test_tiles_are_as_large_as_vmem_holds(monkeypatch):
+  """On a v4 (16 MiB): NSA's whole, smaller ones in float32 and of DeepSeek-V4's channels, and of 128 heads none."""
+  monkeypatch.setattr(dispatch, "vmem", lambda: dispatch.SMALL_VMEM)
+  monkeypatch.setattr(dispatch, "platform", lambda: "tpu")
+
+  def tiles(heads, groups, D, V, dtype):
+    array = lambda *shape: jax.ShapeDtypeStruct((1, *shape), jnp.dtype(dtype))  # noqa: E731
+    q, k, v = array(2048, heads, D), array(1024, groups, D), array(1024, groups, V)
+    place = jax.ShapeDtypeStruct((1, 2048), jnp.int32)
+    run = functools.partial(pool_attention, scale=1.0)
+    kernels = pallas_calls(jax.make_jaxpr(run)(q, k, v, place, place).jaxpr)
+    try:
+      tpu.supports(q, k, v)
+    except NotImplementedError as error:
+      assert "do not fit" in str(error) and not kernels
+      return None
+    p = tpu._Plan.of(q, k, v)
+    assert kernels and tpu._taken(p.R, p.queries, p.pools, D, V, q.dtype.itemsize) <= 12 * 2**20
+    return p.rows, p.pools
+
+  assert tiles(64, 4, 192, 128, "bfloat16") == (1024, 512)
+  assert tiles(32, 1, 512, 512, "bfloat16") == (1024, 256)
+  assert tiles(64, 4, 192, 128, "float32") == (1024, 256)
+  assert tiles(16, 4, 512, 512, "float32") == (512, 128)
+  assert tiles(128, 1, 576, 512, "float32") is None
+
+
+def test_tiles_that_vmem_makes_small(monkeypatch):
+  """As ``test_pallas_kernels``, of the least tiles."""
+  monkeypatch.setattr(tpu, "_ROWS", 128)
+  args, where = inputs(np.float32), places(True)
+  least = tpu._taken(H // G, 16, 128, K, V, 4)
+  monkeypatch.setattr(tpu, "_VMEM", least)
+  p = tpu._Plan.of(*args)
+  assert (p.queries, p.pools) == (16, 128)
+  got = with_gradients(args, where, "interpret")
+  want = with_gradients(args, where, "xla")
+  for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5)
+  monkeypatch.setattr(tpu, "_VMEM", least - 1)
+  with pytest.raises(NotImplementedError, match="2 heads a group of 6 and 5 channels"):
+    with_gradients(args, where, "interpret")
 
 
 def test_weights_have_no_gradient():

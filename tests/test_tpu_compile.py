@@ -150,6 +150,14 @@ def test_scores_compile(chip):
 
 
 @pytest.mark.compile
+def test_pools_compile_where_vmem_is_small(monkeypatch):
+  """DeepSeek-V4's channels; NSA's in float32; heads that share nothing."""
+  monkeypatch.chdir(ROOT)
+  shapes = ("32:1:512:512:bfloat16", "64:4:192:128:float32", "4:4:128:128:bfloat16")
+  compiled("v4", [f"tests.sparse_programs:of_pools:{shape}" for shape in shapes])
+
+
+@pytest.mark.compile
 @pytest.mark.parametrize("chip", CHIPS)
 def test_block_sparse_compiles(chip, monkeypatch):
   """With and without documents, forward and backward; a v4's 16 MB of VMEM hold none of MoBA's blocks."""

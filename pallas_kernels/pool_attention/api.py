@@ -55,7 +55,9 @@ def pool_attention(
     ValueError: arguments that do not fit.
     NotImplementedError: a backend that was named cannot serve the call.
   """
-  name = _name(q, k, v, first, complete, backend)
+  _check(q, k, v, first, complete)
+  serves = functools.partial(tpu.supports, q, k, v)
+  name = dispatch.xla_or_tpu(backend, jnp.result_type(q, k, v), serves)
   return _ATTEND[name](q, k, v, first, complete, scale)
 
 
@@ -81,7 +83,8 @@ def pool_weights(
   Returns:
     Float32, or float64 for float64 inputs.
   """
-  name = _name(q, k, k, first, complete, backend)
+  _check(q, k, k, first, complete)
+  name = _of_weights(q, k, backend)
   q, k, lse = jax.lax.stop_gradient((q, k, lse))
   return _WEIGHTS[name](q, k, first, complete, scale, lse)
 
@@ -92,11 +95,21 @@ def weights_at_a_time(
   """Of how many queries to ask for the weights at a time: XLA holds those of every head."""
   B, _, H, _ = q.shape
   _, N, G, _ = k.shape
-  name = dispatch.xla_or_tpu(backend, jnp.result_type(q, k))
+  name = _of_weights(q, k, backend)
   return dispatch.at_a_time(4 * B * N * (H if name == "xla" else G))
 
 
-def _name(q, k, v, first, complete, backend):
+def _of_weights(q, k, backend: str) -> str:
+  """The backend of ``pool_weights``, whether or not it is given lse."""
+
+  def serves():
+    tpu.supports(q, k)
+    tpu.supports(q, k, k[..., :1])
+
+  return dispatch.xla_or_tpu(backend, jnp.result_type(q, k), serves)
+
+
+def _check(q, k, v, first, complete):
   if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
     raise ValueError(f"q, k and v must have four axes; got {q.shape}, {k.shape}, {v.shape}")
   (B, T, H, K), (_, N, G, _) = q.shape, k.shape
@@ -109,4 +122,3 @@ def _name(q, k, v, first, complete, backend):
   for name, x in (("first", first), ("complete", complete)):
     if x.shape != (B, T):
       raise ValueError(f"{name} must be [{B}, {T}]; got {x.shape}")
-  return dispatch.xla_or_tpu(backend, jnp.result_type(q, k, v))

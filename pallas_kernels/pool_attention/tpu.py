@@ -17,9 +17,34 @@ from jaxtyping import Array
 from pallas_kernels import dispatch
 from pallas_kernels.block_sparse.tpu_tiles import EMPTY, LANES, NOTHING, TILE, dot
 
-# Rows and pools of a tile.
+# Rows and pools of a tile, at most.
 _ROWS, _POOLS = 1024, 512
 _VMEM = 64 * 2**20
+# Bytes of VMEM that are made of a logit, by those of an operand: float32 is multiplied in parts of bfloat16.
+_A_LOGIT = {2: 12, 4: 20}
+
+
+def supports(q, k, v=None) -> None:
+  """Raises NotImplementedError, saying why, where the kernels cannot serve the call: without v one for weights."""
+  _Plan.of(q, k, v)
+
+
+def _limit() -> int:
+  """Bytes of VMEM that a kernel may take."""
+  return min(_VMEM, dispatch.vmem() * 3 // 4)
+
+
+def _taken(R: int, queries: int, pools: int, D: int, V: int, size: int) -> int:
+  """Bytes of VMEM that a tile takes at most, of the weights alone where V is 0: operands come and results go twice."""
+  rows, (D, V) = R * queries, (-(-d // LANES) * LANES for d in (D, V))
+  operands = (rows + pools) * (D + V) * size
+  if V:
+    # The backward pass, by query with what is summed up, and by pool.
+    by_query = 2 * rows * max(D, V) * size + rows * max(D, V) * 4
+    results = max(by_query, 2 * pools * (D + V) * 4)
+  else:
+    results = 2 * queries * pools * 4
+  return 2 * operands + results + rows * pools * _A_LOGIT[max(size, 2)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +61,27 @@ class _Plan:
   parts: int
 
   @classmethod
-  def of(cls, q, k) -> "_Plan":
-    (B, T, H, _), (_, N, G, _) = q.shape, k.shape
+  def of(cls, q, k, v=None) -> "_Plan":
+    """The largest tiles that VMEM holds, those of queries first; without v of the weights alone.
+
+    Raises:
+      NotImplementedError: there are none.
+    """
+    (B, T, H, D), (_, N, G, _) = q.shape, k.shape
+    V, size = 0 if v is None else v.shape[3], jnp.result_type(q, k, k if v is None else v).itemsize
     R = H // G
     queries = max(TILE, _ROWS // R // TILE * TILE)
     queries = min(queries, -(-T // TILE) * TILE)
     pools = min(_POOLS, -(-N // LANES) * LANES)
+    while _taken(R, queries, pools, D, V, size) > _limit():
+      if pools > LANES:
+        pools = pools // 2 // LANES * LANES
+      elif queries > TILE:
+        queries = max(TILE, queries // 2 // TILE * TILE)
+      else:
+        raise NotImplementedError(
+          f"{R} heads a group of {D} and {V} channels do not fit the {_limit() >> 20} MiB of VMEM of a Pallas kernel"
+        )
     return cls(B, T, G, R, queries, pools, -(-T // queries), -(-N // pools))
 
   @property
@@ -171,7 +211,7 @@ class _Plan:
       out_shape=[x for x, _ in outs],
       compiler_params=pltpu.CompilerParams(
         dimension_semantics=("parallel", "arbitrary", "arbitrary"),
-        vmem_limit_bytes=None if interpret else min(_VMEM, dispatch.vmem() * 3 // 4),
+        vmem_limit_bytes=None if interpret else _limit(),
       ),
       cost_estimate=pl.CostEstimate(
         flops=2 * pairs * products, transcendentals=pairs, bytes_accessed=moved
@@ -240,7 +280,7 @@ def weights(q, k, first, complete, scale, lse, interpret=False):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def attend(q, k, v, first, complete, scale, interpret=False):
   """As ``pool_attention``."""
-  p, V = _Plan.of(q, k), v.shape[3]
+  p, V = _Plan.of(q, k, v), v.shape[3]
   dtype = jnp.result_type(q, k, v)
   (first, last), ends, _ = p.ranges(first, complete)
 
@@ -299,7 +339,7 @@ def _attend_forward(q, k, v, first, complete, scale, interpret):
 def _attend_backward(scale, interpret, residuals, cotangents):
   q, k, v, first, complete, o, lse = residuals
   do, dlse = cotangents
-  p, N = _Plan.of(q, k), k.shape[1]
+  p, N = _Plan.of(q, k, v), k.shape[1]
   (D, V), dtype = (q.shape[3], v.shape[3]), jnp.result_type(q, k, v)
   (first, last), of_queries, of_pools = p.ranges(first, complete)
   # The softmax's derivative: dlogits = p (do . v - delta).
