@@ -56,7 +56,8 @@ def _at(scale, window, where, seen, d, q, k, v, k2, v2):
     jnp.repeat(jax.lax.dynamic_slice_in_dim(x, start, T, axis=1), H // x.shape[2], axis=2)
     for x in (k2, v2)
   )
-  o, lse = softmax_attention(q * k2, k, v, scale=scale, window=window, **where)
+  where = dict(where, scale=scale, window=window, with_lse=True)
+  o, lse = softmax_attention(q * k2, k, v, **where)
   here = jax.lax.dynamic_index_in_dim(seen, d, axis=2)
   return (o * v2).astype(lse.dtype), jnp.where(here, lse, -jnp.inf)
 

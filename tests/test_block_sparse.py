@@ -33,7 +33,7 @@ from pallas_kernels.block_sparse import (
 )
 from pallas_kernels.block_sparse.reference import Blocks
 from pallas_kernels.cost.kernels import pallas_calls
-from pallas_kernels.softmax_attention import softmax_attention
+from pallas_kernels.softmax_attention import softmax_attention, splash
 
 B, H, HKV, D, V = 2, 4, 2, 6, 5
 # Rows of different documents; one has one token alone.
@@ -405,6 +405,15 @@ def test_auto_becomes_xla_on_a_gpu_that_the_kernels_do_not_serve(monkeypatch, ca
   got, want = (attend(*args, indices, block_size=16, backend=name) for name in ("auto", "xla"))
   for g, w in zip(got, want, strict=True):
     np.testing.assert_array_equal(g, w)
+
+
+def test_a_window_is_merged_with_what_has_its_lse(monkeypatch):
+  """That is XLA's attention, and not a library's, beside which it would run for lse."""
+  monkeypatch.setattr(dispatch, "platform", lambda: "tpu")
+  monkeypatch.setattr(splash, "forward", lambda *args: pytest.fail("a library's kernel"))
+  args = [jnp.asarray(x, jnp.bfloat16) for x in inputs(32)[:3]]
+  run = functools.partial(attend, indices=choices(HKV, 32, 2, 1), block_size=16, window=5)
+  assert pallas_calls(jax.make_jaxpr(run)(*args).jaxpr)
 
 
 def test_a_sink_of_nothing_where_nothing_is_seen():

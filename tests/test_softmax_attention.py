@@ -458,6 +458,18 @@ def test_libraries_compute_lse_only_where_it_is_used():
   assert loops(0) == 0 < loops(1)
 
 
+@pytest.mark.parametrize("with_lse", [False, True])
+def test_auto_is_no_library_where_lse_is_used(monkeypatch, with_lse):
+  asked = []
+  monkeypatch.setattr(dispatch, "platform", lambda: "tpu")
+  monkeypatch.setattr(splash, "forward", lambda *args: asked.append("splash"))
+  monkeypatch.setattr(xla, "forward", lambda *args: asked.append("xla"))
+  q, k, v, _ = (jnp.asarray(x, jnp.bfloat16) for x in inputs(40))
+  softmax_attention(q, k, v, with_lse=with_lse)
+  softmax_attention(q, k, v, with_lse=with_lse, backend="splash")
+  assert asked == ["xla" if with_lse else "splash", "splash"]
+
+
 @pytest.mark.parametrize(
   "change, words",
   [

@@ -1,6 +1,7 @@
 """What is particular to the sparse mixers; what every mixer must do is in test_mixers.py."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from attnlab import sharding
 from attnlab.errors import UserError
 from attnlab.mixers import Context, Layer, configure, mixer, mixers
 from pallas_kernels import dispatch
+from pallas_kernels.softmax_attention import cudnn, splash
 
 D, H, HKV, K, T = 32, 4, 2, 8, 27
 SIZES = dict(num_heads=H, num_kv_heads=HKV, head_dim=K, rope_theta=100.0)
@@ -284,3 +286,17 @@ def test_memory_is_linear_in_length(name, dense):
   sizes = [temporary(length) for length in (8192, 16384, 32768)]
   for short, long in zip(sizes, sizes[1:], strict=False):
     assert long <= 2.1 * short
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+@pytest.mark.parametrize("name", ["window_linear", "hca", "simplicial"])
+def test_what_is_merged_is_computed_once(monkeypatch, name, platform):
+  """A window whose lse is used is XLA's alone, which has lse from the same pass, and not a library's as well."""
+  layer = make(name)
+  monkeypatch.setattr(dispatch, "platform", lambda: platform)
+  card = types.SimpleNamespace(compute_capability="9.0")
+  monkeypatch.setattr(jax, "local_devices", lambda: [card])
+  for library in (splash, cudnn):
+    monkeypatch.setattr(library, "forward", lambda *args: pytest.fail("a library's kernel"))
+  x = jax.ShapeDtypeStruct((1, T, D), jnp.bfloat16)
+  jax.eval_shape(lambda x: layer(x, context(0, T, 1)).y, x)

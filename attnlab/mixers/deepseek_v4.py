@@ -144,7 +144,8 @@ class CompressedAttention(SparseCore, Mixer):
     """Attention to the window, with the sinks: o and lse."""
 
     def core(q, k, sinks, where):
-      return softmax_attention(q, k, k, window=self.config.window, sinks=sinks, **where)
+      options = dict(window=self.config.window, sinks=sinks, with_lse=True)
+      return softmax_attention(q, k, k, **options, **where)
 
     heads, one = ("batch", None, "heads", None), ("batch", None, None, None)
     run = sharding.local(core, (heads, one, ("heads",), axes_of(where)), (heads, heads[:3]))

@@ -113,7 +113,7 @@ class WindowLinear(SoftmaxAttention):
     *features, raw_gamma = weights
     w, k, v = self.config.window, tokens["k"], tokens["v"]
     place = Place.of(where, B, T)
-    o, lse = place.full(q, k, v, window=w)
+    o, lse = place.full(q, k, v, window=w, with_lse=True)
     if state is None:
       k, v = (jnp.pad(y, ((0, 0), (w, 0), (0, 0), (0, 0))) for y in (k, v))
     top = greatest_logit(q, k, jnp.minimum(place.layout.within + 1, w))

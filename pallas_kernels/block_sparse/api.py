@@ -113,7 +113,7 @@ def block_sparse_attention(
   far = _FORWARD[name](q, k, v, blocks, scale)
   if not window:
     return _with_sinks(*far, sinks)
-  where |= dict(scale=scale, window=window, sinks=sinks)
+  where |= dict(scale=scale, window=window, sinks=sinks, with_lse=True)
   near = softmax_attention(q, k, values, **where, backend="xla" if backend == "xla" else "auto")
   return merge_attention(far, near)
 

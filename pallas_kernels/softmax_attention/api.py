@@ -12,6 +12,8 @@ from pallas_kernels.softmax_attention.visibility import Visibility
 
 _BACKENDS = {"reference": reference, "xla": xla, "cudnn": cudnn, "splash": splash}
 _ORDER = {"cpu": ["xla"], "gpu": ["cudnn", "xla"], "tpu": ["splash", "xla"]}
+# A library's kernel has no derivative of lse: all is computed again for it.
+_ORDER_WITH_LSE = {platform: ["xla"] for platform in _ORDER}
 
 
 def softmax_attention(
@@ -27,6 +29,7 @@ def softmax_attention(
   key_positions: Int[Array, " Tk"] | None = None,
   segment_ids: Int[Array, "B Tq"] | None = None,
   key_segment_ids: Int[Array, "B Tk"] | None = None,
+  with_lse: bool = False,
   backend: str = "auto",
 ) -> tuple[Float[Array, "B Tq H V"], Float[Array, "B Tq H"]]:
   """``softmax(scale q k^T) v`` over the keys that each query sees, those at its position and before.
@@ -53,6 +56,7 @@ def softmax_attention(
     segment_ids: without ``key_segment_ids``: a query sees the keys of its own run of equal ids. With them: it sees the
       keys whose id is its own.
     key_segment_ids: of the keys. Libraries do not take them: a query might see no key.
+    with_lse: whether lse is used. "auto" is then no library's kernel, beside which "xla" would run for lse.
     backend: "auto", "xla" (in blocks, any platform), "cudnn" (jax.nn's, on GPUs), "splash" (JAX's Pallas kernel, on
       TPUs) or "reference" (all logits at once). Derivatives of higher order: "reference" alone.
 
@@ -89,7 +93,7 @@ def softmax_attention(
     name: functools.partial(module.check, q, k, v, sinks, seen)
     for name, module in _BACKENDS.items()
   }
-  name = dispatch.choose(backend, supports, _ORDER)
+  name = dispatch.choose(backend, supports, _ORDER_WITH_LSE if with_lse else _ORDER)
   return _BACKENDS[name].forward(q, k, v, sinks, seen, scale)
 
 
