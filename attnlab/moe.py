@@ -82,7 +82,7 @@ class MoE(nnx.Module):
     Args:
       counted: the tokens whose experts are to be balanced, which padding is not; None: all.
     """
-    counted = sharding.zeros(x.shape[:2], bool) | True if counted is None else counted
+    counted = ~sharding.zeros(x.shape[:2], bool) if counted is None else counted
     weights = [
       sharding.put(w[...], "experts", None, None).astype(x.dtype)
       for w in (self.gate, self.up, self.down)
