@@ -289,7 +289,7 @@ def test_memory_is_linear_in_length(name, dense):
 
 
 @pytest.mark.parametrize("platform", ["tpu", "gpu"])
-@pytest.mark.parametrize("name", ["window_linear", "hca", "simplicial"])
+@pytest.mark.parametrize("name", ["window_linear", "simplicial"])
 def test_what_is_merged_is_computed_once(monkeypatch, name, platform):
   """A window whose lse is used is XLA's alone, which has lse from the same pass, and not a library's as well."""
   layer = make(name)
