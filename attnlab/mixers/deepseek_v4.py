@@ -144,8 +144,8 @@ class CompressedAttention(SparseCore, Mixer):
     """Attention to the window, with the sinks: o and lse."""
 
     def core(q, k, sinks, where):
-      # Not ``with_lse``, for which XLA attends alone: HCA's memory on a v6e is less then, but 948 MiB at 8192 tokens and
-      # 2124 at twice as many (with the library's kernel beside it 1333 and 2241).
+      # Not ``with_lse``, for which XLA attends alone: HCA's memory on a v6e is less then, but 948 MiB for 8192 tokens
+      # and 2124 for twice as many (with the library's kernel beside it 1333 and 2241).
       return softmax_attention(q, k, k, window=self.config.window, sinks=sinks, **where)
 
     heads, one = ("batch", None, "heads", None), ("batch", None, None, None)
