@@ -145,7 +145,7 @@ class CompressedAttention(SparseCore, Mixer):
 
     def core(q, k, sinks, where):
       # Not ``with_lse``, for which XLA attends alone: HCA's memory on a v6e is less then, but 948 MiB for 8192 tokens
-      # and 2124 for twice as many (with the library's kernel beside it 1333 and 2241).
+      # and 2124 for twice as many (with the library's kernel beside it 1203 and 2111).
       return softmax_attention(q, k, k, window=self.config.window, sinks=sinks, **where)
 
     heads, one = ("batch", None, "heads", None), ("batch", None, None, None)
