@@ -11,6 +11,7 @@ from attnlab.errors import UserError
 from attnlab.mixers import references
 from attnlab.mixers.attention import append, attend, running_sum, together
 from attnlab.mixers.base import Cache, Context, Layer, MixerOutput, register
+from attnlab.mixers.linear import Recent, without_padding
 from attnlab.mixers.softmax import SoftmaxAttention
 from attnlab.nn import HeadNorm, Linear, TokenShift, expand_heads
 from attnlab.settings import Fraction
@@ -61,22 +62,19 @@ class ForgettingAttention(SoftmaxAttention):
     for name, own in zip(self.shifts, (k, v), strict=False):
       setattr(self, f"{name}_shift", TokenShift(self.Hkv * self.K, "heads"))
       setattr(self, f"{name}_shift_proj", Linear(own, layer.d_model, self.Hkv))
-    norm = HeadNorm(self.H, self.K, eps=layer.norm_eps) if config.output_norm else None
-    self.out_norm = norm
+    normed = config.output_norm
+    self.out_norm = HeadNorm(self.H, self.K, eps=layer.norm_eps) if normed else None
 
   def init_cache(
     self, batch: int, max_len: int, dtype: jax.typing.DTypeLike = jnp.float32
   ) -> Cache:
     cache = super().init_cache(batch, max_len, dtype)
-    shifts = {
-      f"{name}_shift": jnp.zeros((batch, 1, self.Hkv * self.K), dtype) for name in self.shifts
-    }
     # log f of all tokens up to each, and up to the last
     sums = {
       "forgotten": jnp.zeros((batch, max_len, self.H, 1), jnp.float32),
       "forgotten_by_now": jnp.zeros((batch, self.H), jnp.float32),
     }
-    return cache | shifts | sums
+    return cache | Recent.empty(self, batch, dtype) | sums
 
   def __call__(
     self, x: Float[Array, "B T D"], ctx: Context, cache: Cache | None = None
@@ -84,23 +82,25 @@ class ForgettingAttention(SoftmaxAttention):
     log_f = jax.nn.log_sigmoid(self.f_proj(x).astype(jnp.float32))
     forgotten = running_sum(log_f, cache and cache["forgotten_by_now"], ctx.parts)
     q = self.placed(self.q_proj.to_heads(x, self.H), self.q_norm, ctx)
-    k, v, shifts = self.keys_and_values(x, ctx, cache or {})
+    recent = Recent(self, ctx, cache)
+    k, v = self.keys_and_values(x, ctx, recent)
     if cache is None:
       where = together(ctx)
     else:
       new = {"k": k, "v": v, "forgotten": forgotten[..., None]}
-      by_now = {"forgotten_by_now": forgotten[:, -1]}
+      others = recent.states | {"forgotten_by_now": forgotten[:, -1]}
+      if ctx.segment_ids is not None:
+        others = without_padding(others, ctx.segment_ids)
       cache, where = append(cache, new, ctx)
       k, v, forgotten = cache["k"], cache["v"], cache["forgotten"][..., 0]
-      cache = cache | shifts | by_now
+      cache = cache | others
     o = attend(q, k, v, where, key_bias=-forgotten, parts=ctx.parts)
     return MixerOutput(self.output(o, x), cache)
 
   def keys_and_values(
-    self, x: Float[Array, "B T D"], ctx: Context, cache: Cache
-  ) -> tuple[Array, Array, Cache]:
-    """k and v [B, T, Hkv, K], and the states of their shifts."""
-    states = {}
+    self, x: Float[Array, "B T D"], ctx: Context, recent: Recent
+  ) -> tuple[Array, Array]:
+    """k and v [B, T, Hkv, K]."""
 
     def projected(name):
       y = getattr(self, f"{name}_proj")(x)
@@ -108,15 +108,11 @@ class ForgettingAttention(SoftmaxAttention):
         shift = f"{name}_shift"
         a = jax.nn.sigmoid(getattr(self, f"{shift}_proj")(x).astype(jnp.float32))
         a = expand_heads(a, self.K)
-        before, last = getattr(self, shift)(y, cache.get(shift), ctx.segment_ids, ctx.axis_name)
-        if ctx.segment_ids is not None and cache:  # nothing comes before a prompt but padding
-          last = jnp.where(ctx.segment_ids[:, -1:, None] == 0, 0, last)
-        states[shift] = last
-        y = (a * before + (1 - a) * y).astype(x.dtype)
+        y = (a * recent(shift, y) + (1 - a) * y).astype(x.dtype)
       return sharding.split(y, self.Hkv, self.K)
 
     k, v = projected("k"), projected("v")
-    return self.placed(k, self.k_norm, ctx), v, states
+    return self.placed(k, self.k_norm, ctx), v
 
   def output(self, o: Float[Array, "B T H K"], x: Float[Array, "B T D"]) -> Array:
     if self.out_norm is not None:

@@ -41,6 +41,15 @@ class Recent:
     )
     return y
 
+  @staticmethod
+  def empty(mixer: Mixer, batch: int, dtype: jax.typing.DTypeLike) -> Cache:
+    """The states before the first token."""
+    return {
+      name: jnp.zeros((batch, layer.width - 1, layer.channels), dtype)
+      for name, layer in vars(mixer).items()
+      if isinstance(layer, ShortConv | TokenShift)
+    }
+
 
 class LinearMixer(Mixer):
   """Base of the linear mixers. By default q and k are ``l2norm(silu(conv(W x)))`` and v is ``silu(conv(W x))``."""
@@ -142,9 +151,9 @@ class LinearMixer(Mixer):
   def make_convolved(
     self, d_model: int, keys: Array, widths: dict[str, int], bias: bool = False
   ) -> None:
-    """What ``project`` uses: three ``{name}_proj`` of so many channels, and their convolutions, if there are any."""
+    """What ``project`` uses: up to three ``{name}_proj`` of so many channels, and any convolutions of theirs."""
     size = self.config.conv_size
-    for name, width, key, conv in zip(widths, widths.values(), keys[:3], keys[3:6], strict=True):
+    for (name, width), key, conv in zip(widths.items(), keys[:3], keys[3:6], strict=False):
       setattr(self, f"{name}_proj", Linear(key, d_model, width))
       if size:
         setattr(self, f"{name}_conv", ShortConv(conv, width, size, bias=bias))
@@ -230,12 +239,7 @@ class LinearMixer(Mixer):
     self, batch: int, max_len: int, dtype: jax.typing.DTypeLike = jnp.float32
   ) -> Cache:
     del max_len
-    recent = {
-      name: jnp.zeros((batch, layer.width - 1, layer.channels), dtype)
-      for name, layer in vars(self).items()
-      if isinstance(layer, ShortConv | TokenShift)
-    }
-    return recent | {"state": self.init_state(batch)}
+    return Recent.empty(self, batch, dtype) | {"state": self.init_state(batch)}
 
   # What ``core`` costs: its erase, and steps of the recurrence a token.
   erase: ClassVar[Literal["none", "key", "low_rank"]] = "none"
@@ -269,7 +273,7 @@ class LinearMixer(Mixer):
     if cache is not None:
       cache = recent.states | {"state": state}
       if ctx.segment_ids is not None:
-        cache = _without_padding(cache, ctx.segment_ids)
+        cache = without_padding(cache, ctx.segment_ids)
     aux, shared = self.scalars(signals, ctx), self.hand_on(signals, ctx)
     return MixerOutput(self.output(o, x, signals), cache, aux, shared)
 
@@ -314,7 +318,7 @@ class LinearMixer(Mixer):
   output_rank: ClassVar[int] = 1
 
 
-def _without_padding(cache: Cache, segment_ids: Array) -> Cache:
+def without_padding(cache: Cache, segment_ids: Array) -> Cache:
   """The cache, still empty for a sequence of which only padding has been seen (a long prompt read in pieces)."""
   padding = segment_ids[:, -1] == 0
   return jax.tree.map(lambda x: jnp.where(padding.reshape(-1, *[1] * (x.ndim - 1)), 0, x), cache)

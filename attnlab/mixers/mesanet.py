@@ -11,7 +11,7 @@ from attnlab.mixers import linear_references
 from attnlab.mixers.base import Layer, register
 from attnlab.mixers.gates import step_size
 from attnlab.mixers.linear import LinearMixer
-from attnlab.nn import Linear, ShortConv, l2norm_heads, param
+from attnlab.nn import Linear, l2norm_heads, param
 from pallas_kernels.mesa import ITERATIONS, mesa
 
 # The least regularisation, and the one at the start.
@@ -57,10 +57,7 @@ class MesaNet(LinearMixer):
 
   def make_projections(self, layer: Layer, keys):
     """As by default, but v as it is projected."""
-    for name, key, conv in zip("qk", keys[:2], keys[3:5], strict=True):
-      setattr(self, f"{name}_proj", Linear(key, layer.d_model, self.H * self.K))
-      if self.config.conv_size:
-        setattr(self, f"{name}_conv", ShortConv(conv, self.H * self.K, self.config.conv_size))
+    self.make_convolved(layer.d_model, keys, dict.fromkeys("qk", self.H * self.K))
     self.v_proj = Linear(keys[2], layer.d_model, self.Hv * self.V)
 
   def side_by_side(self, x, recent):

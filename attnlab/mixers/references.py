@@ -152,8 +152,7 @@ def forgetting_attention(layer, x, dense=False):
     ]
     o[t, h] = softmax(logits) @ v[: t + 1, h // groups]
   if c.output_norm:
-    o = o / np.sqrt(np.mean(o * o, axis=-1, keepdims=True) + layer.out_norm.eps)
-    o = o * array(layer.out_norm.scale)
+    o = rms(o, layer.out_norm)
   return leave(layer, o, x), {}
 
 
@@ -215,7 +214,7 @@ def temporal_latent_attention(layer, x, dense=False):
   """arXiv:2505.13544, section 3: latents are summed within chunks, each with a weight of its own, and a query sees the
   sums at the ends of chunks before it and the one at itself."""
   c, s = layer.config, layer.config.compress
-  q, content = latent_heads(layer, x)[0], rms(linear(layer.kv_down, x), layer.kv_norm)
+  (q, k, _, _), content = latent_heads(layer, x), rms(linear(layer.kv_down, x), layer.kv_norm)
   rank = c.kv_lora_rank
   for t in range(len(x)):
     sines = [
@@ -226,11 +225,8 @@ def temporal_latent_attention(layer, x, dense=False):
     token = linear(layer.token_proj, content[t]) + array(layer.token_proj.bias)
     content[t] = sigmoid(chunk @ token) * content[t]
   merged = np.stack([content[t - t % s : t + 1].sum(axis=0) for t in range(len(x))])
-  k, v = (linear(up, merged).reshape(len(x), layer.H, -1) for up in (layer.k_up, layer.v_up))
-  if c.rope_dim:
-    k_rope = linear(layer.k_rope, x)
-    k_rope = rotated(k_rope, c.rope_theta, scaling=c.rope_scaling) if c.rope else k_rope
-    k = np.concatenate([k, np.repeat(k_rope[:, None], layer.H, axis=1)], axis=-1)
+  own, v = (linear(up, merged).reshape(len(x), layer.H, -1) for up in (layer.k_up, layer.v_up))
+  k = np.concatenate([own, k[..., c.nope_dim :]], axis=-1)
   o = np.zeros((len(x), layer.H, c.value_dim))
   for t, h in np.ndindex(*o.shape[:2]):
     seen = [m for m in range(t + 1) if m == t or (m + 1) % s == 0]
